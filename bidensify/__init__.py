@@ -1,0 +1,60 @@
+"""bidensify: existing PyTorch dense-prediction networks, turned into 1-bit networks."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bidensify.config import BidensifyConfig, Rule
+    from bidensify.integrations.pretrained import from_pretrained, save_pretrained
+    from bidensify.methods import available_methods, register_method
+    from bidensify.nn import calibrate
+    from bidensify.recipe import finetune
+    from bidensify.rewrite import bidensify, plan, summary
+    from bidensify.runtime import pack
+
+# Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
+_PUBLIC = {
+    "BidensifyConfig": "bidensify.config",
+    "Rule": "bidensify.config",
+    "available_methods": "bidensify.methods",
+    "bidensify": "bidensify.rewrite",
+    "calibrate": "bidensify.nn",
+    "finetune": "bidensify.recipe",
+    "from_pretrained": "bidensify.integrations.pretrained",
+    "pack": "bidensify.runtime",
+    "plan": "bidensify.rewrite",
+    "register_method": "bidensify.methods",
+    "save_pretrained": "bidensify.integrations.pretrained",
+    "summary": "bidensify.rewrite",
+}
+
+__all__ = [
+    "BidensifyConfig",
+    "Rule",
+    "available_methods",
+    "bidensify",
+    "calibrate",
+    "finetune",
+    "from_pretrained",
+    "pack",
+    "plan",
+    "register_method",
+    "save_pretrained",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'bidensify' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
