@@ -1,0 +1,7 @@
+"""The command line: ``bidensify plan|convert|finetune|evaluate|predict|compare|pack|demo``."""
+
+from __future__ import annotations
+
+from bidensify.cli.app import main
+
+__all__ = ["main"]

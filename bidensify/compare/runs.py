@@ -1,0 +1,7 @@
+"""TBD."""
+
+
+class RunRecord: ...
+
+
+def read_run() -> None: ...
