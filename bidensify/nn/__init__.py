@@ -1,1 +1,38 @@
-"""TODO."""
+"""Binary layers and their parts. Knows nothing of methods or graphs; imports torch alone."""
+
+from __future__ import annotations
+
+from bidensify.nn.activation import RPReLU
+from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer, SignBinarizer
+from bidensify.nn.bypass import Bypass, fusion, fusion_down, fusion_matrix, fusion_up
+from bidensify.nn.calibration import calibrate
+from bidensify.nn.conv import BatchNormLast, BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
+from bidensify.nn.layer import BinaryLayer, WeightBinarizer, binary_layers, make_binary, set_binarization
+from bidensify.nn.ste import binarize_weight, clipped_sign, polynomial_sign, sign, threshold_sign
+
+__all__ = [
+    "ActivationBinarizer",
+    "BatchNormLast",
+    "BiDenseConv2d",
+    "BiDenseConvTranspose2d",
+    "BiDenseLinear",
+    "BinaryLayer",
+    "Bypass",
+    "DistributionAdaptiveBinarizer",
+    "RPReLU",
+    "SignBinarizer",
+    "WeightBinarizer",
+    "binarize_weight",
+    "binary_layers",
+    "calibrate",
+    "clipped_sign",
+    "fusion",
+    "fusion_down",
+    "fusion_matrix",
+    "fusion_up",
+    "make_binary",
+    "polynomial_sign",
+    "set_binarization",
+    "sign",
+    "threshold_sign",
+]

@@ -1,0 +1,57 @@
+"""Activations of binary networks.
+
+RPReLU: ReActNet (Liu et al., ECCV 2020, eq. 3): a shift, a PReLU with one slope per channel, a shift.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RPReLU"]
+
+
+class RPReLU(nn.Module):
+    """y = PReLU(x + bias_in) + bias_out with all three per channel.
+
+    Args:
+        channels: C.
+        dim: 1 for (N, C, ...), -1 for (..., C).
+        slope: initial slope of the negative side.
+
+    Shape: (N, C, ...) or (..., C), kept. The negative side is kept, so that a binarizer behind sees both signs.
+    """
+
+    def __init__(self, channels: int, dim: int = 1, slope: float = 0.25) -> None:
+        super().__init__()
+        if dim not in (1, -1):
+            raise ValueError(f"RPReLU: dim={dim} must be 1 (channels first) or -1 (channels last)")
+        self.channels = channels
+        self.dim = dim
+        self.bias_in = nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.full((channels,), slope))
+        self.bias_out = nn.Parameter(torch.zeros(channels))
+
+    def _shape(self, parameter: Tensor, x: Tensor) -> Tensor:
+        shaped = parameter if self.dim == -1 else parameter.view(-1, *([1] * (x.dim() - 2)))
+        return shaped.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[self.dim] != self.channels:
+            raise ValueError(
+                f"RPReLU: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
+                f"{tuple(x.shape)}), the layer was made for {self.channels}"
+            )
+        return self.after_shift(x + self._shape(self.bias_in, x))
+
+    def after_shift(self, x: Tensor) -> Tensor:
+        """The activation of an input to which ``bias_in`` has already been added (a BatchNorm can carry it)."""
+        if self.dim == 1:
+            y = F.prelu(x, self.slope.to(x.dtype))
+        else:
+            y = torch.where(x >= 0, x, x * self.slope.to(x.dtype))
+        return y + self._shape(self.bias_out, x)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "")

@@ -1,0 +1,214 @@
+"""Activation binarizers: what turns a float input into two values per channel or sample.
+
+Source: BiDense (arXiv 2411.10346), section 3.2, for the distribution-adaptive binarizer (DAB).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.nn.ste import threshold_sign
+
+__all__ = ["ActivationBinarizer", "DistributionAdaptiveBinarizer", "SignBinarizer"]
+
+_CALIBRATION_SAMPLES = 4096
+
+
+def mixing_threshold(values: Tensor) -> Tensor:
+    """Per-row thresholds that split each row's values as evenly as their ties allow.
+
+    Args:
+        values: (C, n).
+
+    Returns:
+        (C,): the row's median; where more than 95 % of the row is at or above it (a ReLU's zeros), the midpoint
+        to the next larger value.
+    """
+    ordered = values.float().sort(dim=1).values
+    median = ordered[:, (ordered.shape[1] - 1) // 2]
+    at_or_above = (ordered >= median[:, None]).float().mean(1)
+    larger = torch.where(ordered > median[:, None], ordered, torch.inf).amin(1)
+    midpoint = median + (larger - median) / 2
+    return torch.where((at_or_above > 0.95) & larger.isfinite(), midpoint, median)
+
+
+class ActivationBinarizer(nn.Module):
+    """Base of activation binarizers for (N, C, H, W) (``dim=1``) or (..., C) (``dim=-1``).
+
+    A subclass says with ``codes`` which two values it gives and where the threshold between them lies:
+    binarized x = high where x >= beta, low elsewhere. A packed layer needs no more than that.
+
+    Attributes:
+        enabled: False passes the input through (the stage that trains with float activations).
+        calibrating: True sets thresholds from what comes in, before they are used.
+    """
+
+    packable: bool = True
+    unpackable_reason: str = ""
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__()
+        if dim not in (1, -1):
+            raise ValueError(f"{type(self).__name__}: dim={dim} must be 1 (channels first) or -1 (channels last)")
+        self.channels = channels
+        self.dim = dim
+        self.enabled = True
+        self.calibrating = False
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (beta, low, high), each broadcastable to ``x`` and in its dtype."""
+        raise NotImplementedError
+
+    def binarize(self, x: Tensor) -> Tensor:
+        """The differentiable binarization of ``x``."""
+        raise NotImplementedError
+
+    def calibrate(self, x: Tensor) -> None:
+        """Sets thresholds from one batch of inputs; without thresholds there is nothing to set."""
+
+    def begin_calibration(self) -> None:
+        """Forgets earlier calibration batches and starts listening."""
+        self.calibrating = True
+        self._calibrated = 0
+
+    def end_calibration(self) -> None:
+        """Stops listening."""
+        self.calibrating = False
+
+    def _spatial(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions that statistics are taken over: all but the sample's and the channel's."""
+        if self.dim == 1:
+            return tuple(range(2, x.dim()))
+        return tuple(range(1, x.dim() - 1))
+
+    def _shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
+        return parameter.reshape(-1) if self.dim == -1 else parameter.reshape(1, -1, *([1] * (x.dim() - 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[self.dim] != self.channels:
+            raise ValueError(
+                f"{type(self).__name__}: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
+                f"{tuple(x.shape)}), the layer was made for {self.channels}"
+            )
+        if self.calibrating:
+            with torch.no_grad():
+                self.calibrate(x)
+        return self.binarize(x) if self.enabled else x
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "")
+
+
+class SignBinarizer(ActivationBinarizer):
+    """sign(x) with sign(0) = +1.
+
+    Args:
+        channels: C.
+        dim: 1 or -1.
+        polynomial: the Bi-Real window (True) or the clipped identity of BNN (False) for the gradient.
+    """
+
+    def __init__(self, channels: int, dim: int = 1, *, polynomial: bool = False) -> None:
+        super().__init__(channels, dim)
+        self.polynomial = polynomial
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        one = x.new_ones(())
+        return x.new_zeros(()), -one, one
+
+    def binarize(self, x: Tensor) -> Tensor:
+        return threshold_sign(x, x.new_zeros(()), x.new_ones(()), polynomial=self.polynomial)
+
+
+class DistributionAdaptiveBinarizer(ActivationBinarizer):
+    """DAB: beta_c = k_c * mean(x_c) + b_c; s = x - beta; output alpha * sign(s), alpha = exp(a * (mean|s| - 1)).
+
+    Means are per sample; mean(x_c) over space, mean|s| over channels and space (``per_tensor``) or over space alone
+    (``per_channel``). The statistics take no gradient; k, b and a learn. STE: the Bi-Real polynomial.
+
+    Args:
+        channels: C.
+        act_scale: "per_tensor" (one alpha per sample, which leaves the popcount sum), "per_channel" (as in the
+            paper's code; can be trained and compared, not packed) or "none" (alpha = 1).
+        dim: 1 for (N, C, H, W), -1 for (N, tokens..., C).
+
+    Shape: kept. ``k`` and ``b`` are (1, C, 1, 1) for ``dim=1`` and (C,) for ``dim=-1``; ``a`` is a scalar.
+    """
+
+    def __init__(self, channels: int, act_scale: str = "per_tensor", dim: int = 1) -> None:
+        super().__init__(channels, dim)
+        if act_scale not in ("per_tensor", "per_channel", "none"):
+            raise ValueError(f"act_scale={act_scale!r} must be 'per_tensor', 'per_channel' or 'none'")
+        self.act_scale = act_scale
+        shape = (1, channels, 1, 1) if dim == 1 else (channels,)
+        self.k = nn.Parameter(torch.randn(shape) * 1e-3)
+        self.b = nn.Parameter(torch.zeros(shape))
+        self.a = nn.Parameter(torch.randn(()) * 1e-3)
+        if act_scale == "none":
+            self.a.requires_grad_(False)
+
+    @property
+    def packable(self) -> bool:  # type: ignore[override]
+        """Whether one alpha per sample leaves the popcount sum."""
+        return self.act_scale != "per_channel"
+
+    @property
+    def unpackable_reason(self) -> str:  # type: ignore[override]
+        """Why ``pack`` refuses, or an empty string."""
+        if self.packable:
+            return ""
+        return (
+            'act_scale="per_channel" keeps one alpha per input channel inside the sum over channels, which a popcount '
+            'cannot weigh; train with act_scale="per_tensor" (or "none") to pack'
+        )
+
+    def _mean(self, x: Tensor) -> Tensor:
+        spatial = self._spatial(x)
+        return x.detach().mean(spatial, keepdim=True, dtype=torch.float32) if spatial else x.detach().float()
+
+    def _threshold(self, x: Tensor) -> Tensor:
+        k, b = self._shaped(self.k, x), self._shaped(self.b, x)
+        return (k.float() * self._mean(x) + b.float()).to(x.dtype)
+
+    def _scale(self, shifted: Tensor) -> Tensor:
+        if self.act_scale == "none":
+            return shifted.new_ones(())
+        if self.act_scale == "per_tensor":
+            dims: tuple[int, ...] = tuple(range(1, shifted.dim()))
+        else:
+            dims = self._spatial(shifted)
+        if not dims:
+            distance = shifted.abs().float()
+        else:
+            count = 1
+            for d in dims:
+                count *= shifted.shape[d]
+            distance = torch.linalg.vector_norm(shifted, 1, dims, keepdim=True, dtype=torch.float32) / count
+        return torch.exp(self.a.float() * (distance - 1)).to(shifted.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            beta = self._threshold(x)
+            alpha = self._scale(x - beta)
+        return beta, -alpha, alpha
+
+    def binarize(self, x: Tensor) -> Tensor:
+        beta = self._threshold(x)
+        with torch.no_grad():
+            shifted = x - beta
+        alpha = self._scale(shifted)
+        return threshold_sign(x, beta, alpha, polynomial=True)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Sets b so that each channel has +1 and -1 on ``x``; several calls average their thresholds."""
+        moved = x.movedim(self.dim, 0).flatten(1)
+        rest = (self._shaped(self.k, x).float() * self._mean(x)).expand_as(x).movedim(self.dim, 0).flatten(1)
+        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES)
+        threshold = mixing_threshold(moved[:, ::step].float() - rest[:, ::step])
+        self._calibrated += 1
+        threshold = threshold.reshape(self.b.shape).to(self.b.dtype)
+        self.b.copy_(self.b + (threshold - self.b) / self._calibrated)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act_scale={self.act_scale!r}"
