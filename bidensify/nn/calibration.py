@@ -82,5 +82,5 @@ def calibrate(
             layer.binarizer.end_calibration()
         for norm, momentum in zip(norm_layers, momenta):
             norm.momentum = momentum
-        for module, flag in training.items():
-            module.training = flag
+        for each, flag in training.items():
+            each.training = flag

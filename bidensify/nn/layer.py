@@ -39,11 +39,10 @@ class WeightBinarizer(nn.Module):
             return weight.new_ones(())
         if not self.transposed:
             return weight.abs().mean(tuple(range(1, weight.dim())), keepdim=True)
-        grouped = weight.abs().unflatten(0, (self.groups, -1))
-        dims = (1, *range(3, grouped.dim()))
-        return (
-            grouped.mean(dims, keepdim=True).expand(-1, grouped.shape[1], *grouped.shape[2:]).flatten(0, 1)[..., :1, :1]
-        )
+        # (groups, C_in / groups, C_out / groups, kH, kW): the same scale for every input channel of a group.
+        grouped = weight.abs().reshape(self.groups, -1, *weight.shape[1:])
+        scale = grouped.mean((1, *range(3, grouped.dim())), keepdim=True)
+        return scale.expand(-1, grouped.shape[1], *scale.shape[2:]).reshape(weight.shape[0], *scale.shape[2:])
 
     def channel_scale(self, weight: Tensor) -> Tensor | None:
         """s_o as (C_out,), or None where it is 1."""
