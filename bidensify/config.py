@@ -1,0 +1,201 @@
+"""What a rewrite is asked to do: data only, with a JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bidensify.errors import ConfigError
+
+__all__ = ["BidensifyConfig", "Rule"]
+
+CONFIG_VERSION = 1
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "act_scale": ("per_tensor", "per_channel", "none"),
+    "residual": ("auto", "keep", "double"),
+    "fusion_grouping": ("interleaved", "contiguous"),
+    "weights": ("pretrained", "fresh"),
+    "linear": ("off", "pointwise", "all"),
+    "activation": ("rprelu", "keep"),
+}
+
+_OVERRIDES = ("method", "act_scale", "bypass", "activation")
+
+
+def _near(name: str, known: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=3)
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One ordered rule: the first whose ``match`` fits a layer decides it.
+
+    Args:
+        match: a glob on the module's path ("decoder.*"), "re:" and a regular expression that must match the whole
+            path, or a class name as "class:Conv2d" (the class itself or any of its bases). A class object may be given;
+            it is stored by name.
+        action: "keep", "binarize", the name of a method, or a mapping of overrides: method, act_scale
+            ("per_tensor" | "per_channel" | "none"), bypass (bool), activation ("rprelu" | "keep").
+        where: predicates on the layer that must hold too, each a closed range [low, high] (None: open):
+            in_channels, out_channels, kernel_size (the larger side), stride, groups, height, width (of the output).
+
+    Raises:
+        ConfigError: a field that breaks these rules.
+    """
+
+    match: str
+    action: str | Mapping[str, Any] = "keep"
+    where: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.match, type):
+            object.__setattr__(self, "match", f"class:{self.match.__name__}")
+        if not isinstance(self.match, str) or not self.match:
+            raise ConfigError(f"Rule: match={self.match!r} must be a glob, 're:...', 'class:...' or a class")
+        if isinstance(self.action, Mapping):
+            for key in self.action:
+                if key not in _OVERRIDES:
+                    raise ConfigError(
+                        f"Rule({self.match!r}): unknown override {key!r}{_near(key, _OVERRIDES)} "
+                        f"Known: {', '.join(_OVERRIDES)}"
+                    )
+            for key in ("act_scale", "activation"):
+                if key in self.action and self.action[key] not in _CHOICES[key]:
+                    raise ConfigError(
+                        f"Rule({self.match!r}): {key}={self.action[key]!r} must be one of {', '.join(_CHOICES[key])}"
+                    )
+            object.__setattr__(self, "action", dict(self.action))
+        elif not isinstance(self.action, str):
+            raise ConfigError(
+                f"Rule({self.match!r}): action={self.action!r} must be 'keep', 'binarize', a method's name or a "
+                "mapping of overrides"
+            )
+        known = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "height", "width")
+        ranges: dict[str, tuple[int | None, int | None]] = {}
+        for key, bounds in dict(self.where).items():
+            if key not in known:
+                raise ConfigError(f"Rule({self.match!r}): unknown predicate {key!r}{_near(key, known)}")
+            if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+                raise ConfigError(f"Rule({self.match!r}): where[{key!r}]={bounds!r} must be [low, high]")
+            ranges[key] = (bounds[0], bounds[1])
+        object.__setattr__(self, "where", ranges)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; ``where`` only if there is one."""
+        action: Any = dict(self.action) if isinstance(self.action, Mapping) else self.action
+        result: dict[str, Any] = {"match": self.match, "action": action}
+        if self.where:
+            result["where"] = {key: list(bounds) for key, bounds in self.where.items()}
+        return result
+
+
+@dataclass(frozen=True)
+class BidensifyConfig:
+    """How a network is rewritten.
+
+    Args:
+        method: a registered method ("bidense", "bnn", ...); see ``bidensify.available_methods()``.
+        rules: ordered ``Rule``s; the first that fits a layer decides it, before the defaults do.
+        act_scale: granularity of the activation scale alpha: "per_tensor", "per_channel" (not packable) or "none".
+        residual: what happens to residual adds. "auto": removed where the bypasses inside already carry everything the
+            shortcut carried, else kept with the last layer's bypass dropped. "keep": always kept, with the last
+            layer's bypass dropped. "double": kept with every bypass (for comparison).
+        fusion_grouping: "interleaved" (channel i in group i mod m) or "contiguous" groups in fusion-down.
+        weights: "pretrained" starts latent weights from the network's own, "fresh" draws new ones (for comparison).
+        linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
+        activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
+        keep_first: keep the first convolution on the image in full precision.
+        keep_last: keep the last prediction layers in full precision.
+
+    Raises:
+        ConfigError: a field outside its choices.
+    """
+
+    method: str = "bidense"
+    rules: tuple[Rule, ...] = ()
+    act_scale: str = "per_tensor"
+    residual: str = "auto"
+    fusion_grouping: str = "interleaved"
+    weights: str = "pretrained"
+    linear: str = "pointwise"
+    activation: str = "rprelu"
+    keep_first: bool = True
+    keep_last: bool = True
+
+    def __post_init__(self) -> None:
+        rules = []
+        for rule in self.rules:
+            if isinstance(rule, Mapping):
+                rule = _rule_from_dict(rule)
+            if not isinstance(rule, Rule):
+                raise ConfigError(f"BidensifyConfig: rules must hold Rule objects, got {rule!r}")
+            rules.append(rule)
+        object.__setattr__(self, "rules", tuple(rules))
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(
+                    f"BidensifyConfig: {name}={value!r} must be one of {', '.join(choices)}{_near(value, choices)}"
+                )
+        for name in ("keep_first", "keep_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"BidensifyConfig: {name}={getattr(self, name)!r} must be true or false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form with a ``version``."""
+        result: dict[str, Any] = {"version": CONFIG_VERSION}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            result[item.name] = [rule.to_dict() for rule in value] if item.name == "rules" else value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BidensifyConfig:
+        """The reverse of ``to_dict``; missing fields take their defaults.
+
+        Raises:
+            ConfigError: an unknown key, or a version that this release does not know.
+        """
+        fields = dict(data)
+        version = fields.pop("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise ConfigError(
+                f"BidensifyConfig: version {version!r} is not known to this release (it reads {CONFIG_VERSION}); "
+                "update bidensify"
+            )
+        known = tuple(item.name for item in dataclasses.fields(cls))
+        for key in fields:
+            if key not in known:
+                raise ConfigError(f"BidensifyConfig: unknown key {key!r}{_near(key, known)}")
+        if not isinstance(fields.get("rules", ()), (list, tuple)):
+            raise ConfigError(f"BidensifyConfig: rules={fields['rules']!r} must be a list")
+        fields["rules"] = tuple(fields.get("rules", ()))
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> BidensifyConfig:
+        """The reverse of ``to_json``."""
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ConfigError(f"BidensifyConfig: the JSON text must hold an object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+
+def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
+    known = ("match", "action", "where")
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"Rule: unknown key {key!r}{_near(key, known)}")
+    if "match" not in data:
+        raise ConfigError(f"Rule: {dict(data)!r} has no 'match'; say which layers it is for")
+    return Rule(**data)

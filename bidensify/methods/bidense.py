@@ -1,0 +1,31 @@
+"""BiDense: binarization for dense prediction (arXiv 2411.10346).
+
+A layer is y = BatchNorm(binary_conv(DAB(x))) + CFB(x), then RPReLU, with
+
+* w_b = s_o * sign(w), s_o = mean |w| per output channel (eq. 2);
+* DAB: beta_c = k_c * mean(x_c) + b_c, s = x - beta, a_b = exp(a * (mean|s| - 1)) * sign(s) (section 3.2);
+* CFB: the parameter-free fusion-up / fusion-down of x (section 3.3).
+
+Where this differs from the paper's code, and why, is said in ``bidensify.nn.binarizer`` and ``bidensify.nn.bypass``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bidensify.config import BidensifyConfig
+from bidensify.methods.registry import LayerParts, LayerSpec, register_method
+from bidensify.nn import DistributionAdaptiveBinarizer, RPReLU, WeightBinarizer
+
+
+def _activation(channels: int, dim: int) -> nn.Module:
+    return RPReLU(channels, dim)
+
+
+@register_method("bidense", activation=_activation, bypass=True, citation="BiDense, arXiv 2411.10346")
+def bidense(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
+    """DAB on activations, channel-scaled sign on weights."""
+    return LayerParts(
+        binarizer=DistributionAdaptiveBinarizer(spec.in_channels, config.act_scale, spec.dim),
+        weight_binarizer=WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
+    )

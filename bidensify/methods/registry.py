@@ -1,0 +1,118 @@
+"""Methods by name: a method is one registered function from a layer's description to its binary parts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from bidensify.config import BidensifyConfig
+from bidensify.errors import ConfigError
+from bidensify.nn import ActivationBinarizer, WeightBinarizer
+
+__all__ = ["LayerParts", "LayerSpec", "Method", "available_methods", "get_method", "register_method"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a method is told of the layer that it makes parts for.
+
+    Attributes:
+        kind: "conv2d", "conv_transpose2d" or "linear".
+        in_channels, out_channels: C_in, C_out.
+        groups: groups of the convolution.
+        dim: the channel dimension: 1 for (N, C, H, W), -1 for (..., C).
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    dim: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is (C_in, C_out / groups, kH, kW)."""
+        return self.kind == "conv_transpose2d"
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The binarizers that a method gives to a layer."""
+
+    binarizer: ActivationBinarizer
+    weight_binarizer: WeightBinarizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name: its name in configurations.
+        parts: makes a layer's binarizers.
+        activation: makes what replaces a ReLU-like activation of (channels, dim), or None to leave it.
+        bypass: whether every layer has a full-precision bypass (and residual adds follow the outer rule).
+        citation: the paper.
+    """
+
+    name: str
+    parts: Callable[[LayerSpec, BidensifyConfig], LayerParts]
+    activation: Callable[[int, int], nn.Module] | None
+    bypass: bool
+    citation: str
+
+
+_METHODS: dict[str, Method] = {}
+
+PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
+
+
+def register_method(
+    name: str,
+    *,
+    activation: Callable[[int, int], nn.Module] | None = None,
+    bypass: bool = False,
+    citation: str = "",
+) -> Callable[[PartsFunction], PartsFunction]:
+    """Registers the decorated function as method ``name``.
+
+    Args:
+        name: a new name; letters, digits, "-" and "_".
+        activation: (channels, dim) -> module that replaces ReLU-like activations beside binary layers.
+        bypass: give every layer a parameter-free full-precision bypass.
+        citation: the method's paper.
+
+    Raises:
+        ConfigError: the name is taken, reserved or not an identifier.
+    """
+
+    def register(function: PartsFunction) -> PartsFunction:
+        if name in ("keep", "binarize") or not name.replace("-", "_").isidentifier():
+            raise ConfigError(f"register_method: {name!r} cannot be a method's name; use letters, digits, '-' and '_'")
+        if name in _METHODS:
+            raise ConfigError(f"register_method: {name!r} is taken; choose another name")
+        _METHODS[name] = Method(name, function, activation, bypass, citation)
+        return function
+
+    return register
+
+
+def available_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """The method registered as ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists near names.
+    """
+    if name not in _METHODS:
+        close = difflib.get_close_matches(str(name), available_methods(), n=2)
+        hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+        raise ConfigError(f"unknown method {name!r}; registered: {', '.join(available_methods())}.{hint}")
+    return _METHODS[name]
