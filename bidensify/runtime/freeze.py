@@ -1,0 +1,260 @@
+"""From a latent layer to a packed one: what is folded, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.errors import FormatError, PackError
+from bidensify.nn import BinaryLayer, Bypass, DistributionAdaptiveBinarizer, RPReLU, SignBinarizer
+from bidensify.runtime.bits import bits_from_signs
+from bidensify.runtime.packed import PackedConv2d, PackedConvTranspose2d, PackedLayer, PackedLinear
+from bidensify.runtime.reference import convolve
+from bidensify.runtime.spec import LayerSpec
+
+__all__ = ["empty_from_meta", "freeze"]
+
+_CLASSES: dict[str, type[PackedLayer]] = {
+    "conv": PackedConv2d,
+    "conv_transpose": PackedConvTranspose2d,
+    "linear": PackedLinear,
+}
+
+
+def freeze(layer: BinaryLayer, kernel: str, name: str) -> PackedLayer:
+    """See ``PackedLayer.from_layer``."""
+    if not isinstance(layer, BinaryLayer):
+        raise PackError(f"{name}: {type(layer).__name__} is not a binary layer; pack models made by bidensify()")
+    if not layer.binarizer.packable:
+        raise PackError(f"{name}: {layer.binarizer.unpackable_reason}")
+    if not (layer.binarizer.enabled and layer.binarize_weights):
+        raise PackError(
+            f"{name}: the layer still computes in float (binarizer.enabled={layer.binarizer.enabled}, "
+            f"binarize_weights={layer.binarize_weights}); call set_binarization(model, activations=True, weights=True)"
+        )
+    signs, weight_scale = layer.binary_weight()
+    spec = _geometry(layer, name)
+    signs = _gathered(signs, spec)
+    spec = _find_padding(layer, signs, weight_scale, spec, name)
+    scale, bias = _affine(layer, weight_scale, spec, name)
+    parts: dict[str, Tensor] = {"scale": scale, "bias": bias}
+    spec, binarizer = _thresholds(layer, spec, parts)
+    spec, bypass = _bypass(layer, spec)
+    spec, activation = _activation(layer, spec, parts)
+    packed = _CLASSES[spec.kind](spec, kernel, signs.device)
+    side = torch.cat([parts[key].detach().float().flatten() for key in spec.layout])
+    if not bool(torch.isfinite(side).all()):
+        bad = [key for key in spec.layout if not bool(torch.isfinite(parts[key]).all())]
+        raise PackError(f"{name}: {bad} hold values that are not finite; the model was not trained to a usable state")
+    packed.bits.copy_(bits_from_signs(signs))
+    packed.side.copy_(side)
+    packed.arrange()
+    for key, module in (("binarizer", binarizer), ("bypass", bypass), ("activation", activation)):
+        setattr(packed, key, None if module is None else _own(module))
+    packed.train(layer.training)
+    return packed
+
+
+def empty_from_meta(meta: Mapping[str, Any], like: BinaryLayer | None, kernel: str, name: str) -> PackedLayer:
+    """See ``PackedLayer.from_meta``."""
+    if not isinstance(meta, Mapping) or "spec" not in meta:
+        raise FormatError(f"{name}: the layer's record {str(meta)[:80]!r} has no 'spec'; the file is damaged")
+    spec = LayerSpec.from_dict(meta["spec"], name)
+    own = meta.get("own", [])
+    if not isinstance(own, list) or not set(own) <= {"binarizer", "bypass", "activation"}:
+        raise FormatError(f"{name}: own={str(own)[:80]!r} must list 'binarizer', 'bypass' or 'activation'")
+    if like is not None:
+        _check_like(like, spec, name)
+    packed = _CLASSES[spec.kind](spec, kernel)
+    for key in own:
+        module = None if like is None else getattr(like, key)
+        if module is None:
+            raise FormatError(
+                f"{name}: the layer has a {key} of its method's own, which is rebuilt from the base model; give the model"
+            )
+        setattr(packed, key, _own(module))
+    if spec.custom and packed.binarizer is None:
+        raise FormatError(f"{name}: a custom binarizer is announced but not listed; the file is damaged")
+    return packed
+
+
+def _check_like(like: BinaryLayer, spec: LayerSpec, name: str) -> None:
+    found = _geometry(like, name)
+    names = ("kind", "in_channels", "out_channels", "kernel", "stride", "dilation", "groups")
+    wrong = [key for key in names if getattr(found, key) != getattr(spec, key)]
+    if wrong:
+        text = ", ".join(f"{key}: file {getattr(spec, key)!r}, model {getattr(found, key)!r}" for key in wrong)
+        raise FormatError(f"{name}: the file is of another architecture ({text}); give the model that was packed")
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """A frozen copy."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+def _geometry(layer: nn.Module, name: str) -> LayerSpec:
+    """The spec without padding's details, thresholds, bypass and activation."""
+    if isinstance(layer, nn.Linear):
+        return LayerSpec("linear", layer.in_features, layer.out_features)
+    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        raise PackError(f"{name}: {type(layer).__name__} is neither Conv2d, ConvTranspose2d nor Linear; keep it in float")
+    spec = LayerSpec(
+        "conv_transpose" if isinstance(layer, nn.ConvTranspose2d) else "conv",
+        layer.in_channels,
+        layer.out_channels,
+        _pair(layer.kernel_size),
+        _pair(layer.stride),
+        dilation=_pair(layer.dilation),
+        groups=layer.groups,
+    )
+    if layer.padding_mode != "zeros":
+        raise PackError(
+            f"{name}: padding_mode={layer.padding_mode!r}; packed layers pad with zeros. Keep this layer in float "
+            f"(Rule({name!r}, 'keep')) or train it with zero padding"
+        )
+    if isinstance(layer.padding, str):
+        reach = [d * (k - 1) if layer.padding == "same" else 0 for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+        return replace(spec, padding=(reach[0] // 2, reach[1] // 2, reach[0] - reach[0] // 2, reach[1] - reach[1] // 2))
+    ph, pw = _pair(layer.padding)
+    output_padding = _pair(layer.output_padding) if spec.kind == "conv_transpose" else (0, 0)
+    return replace(spec, padding=(ph, pw, ph, pw), output_padding=output_padding)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    pair = tuple(int(v) for v in value) if isinstance(value, tuple | list) else (int(value), int(value))
+    return (pair[0], pair[0]) if len(pair) == 1 else cast(tuple[int, int], pair)
+
+
+def _gathered(signs: Tensor, spec: LayerSpec) -> Tensor:
+    """Weights as (C_out, C_in / groups, kh, kw), whichever way the layer holds them."""
+    if spec.kind == "conv_transpose":
+        per_group = spec.out_channels // spec.groups
+        grouped = signs.view(spec.groups, spec.in_channels // spec.groups, per_group, *spec.kernel)
+        signs = grouped.transpose(1, 2)
+    return signs.reshape(spec.weight_shape)
+
+
+def _find_padding(layer: BinaryLayer, signs: Tensor, scale: Tensor | None, spec: LayerSpec, name: str) -> LayerSpec:
+    """The padding with which the bare layer is a convolution of ±1 values: found by asking the layer itself.
+
+    A layer may be of any subclass (static or dynamic "same" padding, standardised weights, ...): two probes of
+    different parity tell which of the paddings that packed layers have is its own.
+    """
+    if spec.kind == "linear" or signs.device.type == "meta":
+        return spec
+    candidates = [spec]
+    if spec.kind == "conv":
+        static = getattr(layer, "static_padding", None)
+        pads = getattr(static, "padding", None)
+        if isinstance(pads, tuple) and len(pads) == 4:
+            left, right, top, bottom = (int(p) for p in pads)
+            own = spec.padding
+            padding = (own[0] + top, own[1] + left, own[2] + bottom, own[3] + right)
+            candidates.append(replace(spec, padding=padding))
+        candidates.append(replace(spec, padding=(0, 0, 0, 0), same=True))
+    reach = [d * (k - 1) + 1 + s for d, k, s in zip(spec.dilation, spec.kernel, spec.stride, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    for extra in (0, 1):
+        size = (1, spec.in_channels, reach[0] + extra, reach[1] + extra)
+        probe = (torch.randint(0, 2, size, generator=generator) * 2 - 1).to(signs)
+        with torch.no_grad():
+            got = layer.conv_only(probe)
+            bias = getattr(layer, "bias", None)
+            got = got if bias is None else got - bias.detach().view(1, -1, 1, 1)
+            kept = []
+            for candidate in candidates:
+                if candidate.output_size(*size[2:]) != tuple(got.shape[2:]):
+                    continue
+                want = convolve(probe, signs, candidate)
+                want = want if scale is None else want * scale.to(want.dtype).view(1, -1, 1, 1)
+                tolerance = 1e-3 if got.dtype in (torch.float32, torch.float64) else 0.1
+                if torch.allclose(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max() + 1e-6)):
+                    kept.append(candidate)
+        candidates = kept
+    if not candidates:
+        raise PackError(
+            f"{name}: {type(layer).__name__} does not compute a zero-padded convolution of its binary weights, so its "
+            f"popcounts would be wrong; keep it in float (Rule({name!r}, 'keep'))"
+        )
+    return candidates[0]
+
+
+def _affine(layer: BinaryLayer, weight_scale: Tensor | None, spec: LayerSpec, name: str) -> tuple[Tensor, Tensor]:
+    """(C_out,) scale and bias with BatchNorm folded, computed in float64."""
+    device = layer.latent_weight.device
+    one = torch.ones(spec.out_channels, dtype=torch.float64, device=device)
+    scale = one if weight_scale is None else weight_scale.detach().double().flatten()
+    bias = getattr(layer, "bias", None)
+    shift = torch.zeros_like(one) if bias is None else bias.detach().double()
+    norm: Any = layer.norm
+    if norm is None:
+        return scale, shift
+    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
+        raise PackError(
+            f"{name}: its norm {type(norm).__name__} has no running statistics to fold; use BatchNorm with "
+            "track_running_stats=True"
+        )
+    gain = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().double()
+    moved = (shift - norm.running_mean.double()) * gain
+    if norm.bias is not None:
+        moved = moved + norm.bias.detach().double()
+    return scale * gain, moved
+
+
+def _thresholds(layer: BinaryLayer, spec: LayerSpec, parts: dict[str, Tensor]) -> tuple[LayerSpec, nn.Module | None]:
+    binarizer = layer.binarizer
+    if type(binarizer) is SignBinarizer:
+        return spec, None
+    if type(binarizer) is DistributionAdaptiveBinarizer:
+        parts.update(k=binarizer.k, b=binarizer.b)
+        alpha = binarizer.act_scale == "per_tensor"
+        if alpha:
+            parts["a"] = binarizer.a
+        return replace(spec, mean_threshold=True, shift=True, alpha=alpha), None
+    return replace(spec, custom=True), binarizer
+
+
+def _bypass(layer: BinaryLayer, spec: LayerSpec) -> tuple[LayerSpec, nn.Module | None]:
+    bypass = layer.bypass
+    if bypass is None:
+        return spec, None
+    same_channels = (bypass.in_channels, bypass.out_channels) == (spec.in_channels, spec.out_channels)
+    plain = type(bypass) is Bypass and bypass.grouping == "interleaved" and same_channels
+    if plain and spec.kind == "linear":
+        return replace(spec, bypass=True), None
+    geometry = (bypass.kernel_size, bypass.stride, bypass.dilation, bypass.transposed)
+    if plain and geometry == (spec.kernel, spec.stride, spec.dilation, spec.kind == "conv_transpose"):
+        ph, pw = bypass.padding
+        return replace(spec, bypass=True, bypass_padding=(ph, pw)), None
+    return spec, bypass
+
+
+def _activation(layer: BinaryLayer, spec: LayerSpec, parts: dict[str, Tensor]) -> tuple[LayerSpec, nn.Module | None]:
+    activation = layer.activation
+    channels = spec.out_channels
+    like = parts["bias"]
+    if type(activation) is nn.Identity:
+        return spec, None
+    if type(activation) is RPReLU:
+        # The first shift is added where the bias is.
+        parts["bias"] = parts["bias"] + activation.bias_in.detach().double()
+        parts.update(slope=activation.slope, post=activation.bias_out)
+        return replace(spec, slope=True, post=True), None
+    slope: Tensor | None = None
+    if type(activation) is nn.ReLU:
+        slope = torch.zeros(channels, device=like.device)
+    elif type(activation) is nn.LeakyReLU:
+        slope = torch.full((channels,), activation.negative_slope, device=like.device)
+    elif type(activation) is nn.PReLU and spec.kind != "linear":
+        slope = activation.weight.detach().expand(channels)
+    if slope is None:
+        return spec, activation
+    parts["slope"] = slope
+    return replace(spec, slope=True), None

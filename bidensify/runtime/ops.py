@@ -1,0 +1,92 @@
+"""The ``torch.library`` operator behind packed layers: one name over the native kernels and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bidensify.errors import ConfigError
+from bidensify.runtime import native
+from bidensify.runtime.reference import packed_reference
+from bidensify.runtime.spec import LayerSpec
+
+__all__ = ["KERNELS", "check_kernel"]
+
+KERNELS = ("auto", "reference", "portable", "avx2", "avx512", "neon")
+
+_SCHEMA = (
+    "packed_conv2d(Tensor x, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds, Tensor? levels, "
+    "Tensor? residual, str kernel) -> Tensor"
+)
+
+
+def check_kernel(kernel: str) -> str:
+    """Returns ``kernel``.
+
+    Raises:
+        ConfigError: there is no kernel of this name.
+    """
+    if kernel not in KERNELS:
+        raise ConfigError(f"kernel={kernel!r} must be one of {list(KERNELS)}")
+    return kernel
+
+
+def _reference(
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    y = packed_reference(x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _cpu(
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    tier = native.tier(kernel)
+    if tier is None or x.dtype not in (torch.float32, torch.bfloat16):
+        return _reference(x, tiles, side, spec, thresholds, levels, residual, kernel)
+    return native.run(tier, x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
+
+
+def _fake(
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    layer = LayerSpec.from_ints(spec)
+    height, width = layer.output_size(x.shape[2], x.shape[3])
+    return torch.empty(
+        (x.shape[0], layer.out_channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+_library = torch.library.Library("bidensify", "DEF")
+_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("packed_conv2d", _cpu, "CPU")
+_library.impl("packed_conv2d", _reference, "CUDA")
+for _key in ("MPS", "XPU"):
+    _library.impl("packed_conv2d", _reference, _key)
+torch.library.register_fake("bidensify::packed_conv2d", _fake, lib=_library)

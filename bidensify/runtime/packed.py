@@ -1,0 +1,261 @@
+"""Packed layers: 1-bit weights held as bits, with BatchNorm folded into one scale and one bias per output channel.
+
+y = activation(scale * alpha * dot + bias + bypass(x)), where dot is an exact integer (BiDense, arXiv 2411.10346, eq. 1-6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.errors import ConfigError, FormatError
+from bidensify.nn import BinaryLayer
+from bidensify.runtime import ops
+from bidensify.runtime.bits import signs_from_tiles, tiles_from_bits
+from bidensify.runtime.spec import LayerSpec
+
+__all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedLayer", "PackedLinear", "packed_layers"]
+
+
+class PackedLayer(nn.Module):
+    """Base of packed layers. Made by ``from_layer`` or, empty, by ``from_meta``.
+
+    Attributes:
+        spec: geometry and contents.
+        bits: (ceil(weights / 8),) uint8, the signs of the weights in the order C_out, C_in / groups, kh, kw.
+        side: (spec.side_length,) float32: thresholds, scale, bias and activation parameters in ``spec.layout``'s order.
+        kernel: which kernel runs ("auto", "reference", "portable", "avx2", "avx512", "neon").
+        binarizer: a method's own binarizer where its thresholds are not of DAB's form, else None.
+        bypass: a bypass that kernels do not compute, else None.
+        activation: an activation that kernels do not compute, else None.
+    """
+
+    bits: Tensor
+    side: Tensor
+    tiles: Tensor
+    kind = ""
+
+    def __init__(self, spec: LayerSpec, kernel: str = "auto", device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if spec.kind != self.kind:
+            raise ConfigError(f"{type(self).__name__} holds a {self.kind!r} layer, got a spec of kind {spec.kind!r}")
+        self.spec = spec
+        self._ints = spec.to_ints()
+        self.kernel = ops.check_kernel(kernel)
+        self.binarizer: nn.Module | None = None
+        self.bypass: nn.Module | None = None
+        self.activation: nn.Module | None = None
+        self.register_buffer("bits", torch.zeros(-(-spec.bits // 8), dtype=torch.uint8, device=device))
+        self.register_buffer("side", torch.zeros(spec.side_length, device=device))
+        tiles = torch.zeros(spec.tiles_shape, dtype=torch.int32, device=device)
+        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_load_state_dict_post_hook(_arrange)
+
+    @classmethod
+    def from_layer(cls, layer: BinaryLayer, *, kernel: str = "auto", name: str = "layer") -> PackedLayer:
+        """Packs one latent layer's evaluation behaviour.
+
+        Args:
+            layer: a binary convolution, transposed convolution or linear layer.
+            kernel: see ``pack``.
+            name: what errors call the layer.
+
+        Raises:
+            PackError: the layer cannot be frozen to bits exactly.
+        """
+        from bidensify.runtime.freeze import freeze
+
+        return freeze(layer, kernel, name)
+
+    @classmethod
+    def from_meta(
+        cls, meta: Mapping[str, Any], *, like: BinaryLayer | None = None, kernel: str = "auto", name: str = "layer"
+    ) -> PackedLayer:
+        """An empty layer from ``meta()``'s data, to be filled by ``load_state_dict``.
+
+        Args:
+            meta: what ``meta`` gave, from JSON.
+            like: the latent layer at the same place of the rebuilt model; needed by layers with a module of the
+                method's own (a custom binarizer, bypass or activation).
+            kernel: see ``pack``.
+            name: what errors call the layer.
+
+        Raises:
+            FormatError: ``meta`` is damaged, or ``like`` is another layer.
+        """
+        from bidensify.runtime.freeze import empty_from_meta
+
+        return empty_from_meta(meta, like, kernel, name)
+
+    def meta(self) -> dict[str, Any]:
+        """What ``from_meta`` needs, JSON-able."""
+        own = [name for name in ("binarizer", "bypass", "activation") if getattr(self, name) is not None]
+        data: dict[str, Any] = {"type": type(self).__name__, "spec": self.spec.to_dict()}
+        return {**data, "own": own} if own else data
+
+    def arrange(self) -> None:
+        """Brings the stored bits into the order that kernels read; called after every load."""
+        if self.bits.device.type == "meta":
+            return
+        self.tiles = tiles_from_bits(self.bits, self.spec)
+
+    def part(self, name: str) -> Tensor:
+        """The side parameter ``name`` ("k", "b", "a", "levels", "scale", "bias", "slope", "post"): a view."""
+        start, length = self.spec.layout[name]
+        return self.side[start : start + length]
+
+    @property
+    def weight(self) -> Tensor:
+        """The unpacked signs, (C_out, C_in / groups, kh, kw) of -1 and +1; a new tensor at every read."""
+        return signs_from_tiles(self.tiles, self.spec)
+
+    @property
+    def in_channels(self) -> int:
+        """C_in."""
+        return self.spec.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """C_out."""
+        return self.spec.out_channels
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
+        # The side parameters are a few floats per channel: `.to(bfloat16)` moves them but keeps their precision.
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _run(self, x: Tensor, ints: list[int]) -> Tensor:
+        """x: (N, C_in, H, W) -> (N, C_out, H', W')."""
+        thresholds = levels = residual = None
+        if self.binarizer is not None:
+            thresholds, levels = self._codes(x)
+        if self.bypass is not None:
+            residual = self.bypass(x, LayerSpec.from_ints(ints).output_size(x.shape[2], x.shape[3]))
+        y: Tensor = torch.ops.bidensify.packed_conv2d(
+            x, self.tiles, self.side, ints, thresholds, levels, residual, self.kernel
+        )
+        return y if self.activation is None else self.activation(y)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The custom binarizer's thresholds (N, C_in) and levels (N, 2)."""
+        assert self.binarizer is not None
+        with torch.no_grad():
+            beta, low, high = self.binarizer.codes(x)
+        n, c = x.shape[:2]
+        thresholds = _per_channel(beta, n, c)
+        levels = torch.stack([_per_sample(low, n), _per_sample(high, n)], 1).float()
+        return thresholds.float().contiguous(), levels.contiguous()
+
+    def _check_input(self, x: Tensor, dims: tuple[int, ...], channel_dim: int) -> None:
+        if x.dim() not in dims or x.shape[channel_dim] != self.spec.in_channels:
+            raise ConfigError(
+                f"{type(self).__name__}: the input has shape {tuple(x.shape)}, the layer takes {self.spec.in_channels} "
+                f"channels on dimension {channel_dim}"
+            )
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        text = f"{s.in_channels}, {s.out_channels}"
+        if s.kind != "linear":
+            text += f", kernel_size={s.kernel}, stride={s.stride}, padding={'same' if s.same else s.padding}"
+            text += f", dilation={s.dilation}, groups={s.groups}"
+        return f"{text}, bits={s.bits}, kernel={self.kernel!r}"
+
+
+def _arrange(module: nn.Module, incompatible: Any) -> None:
+    if isinstance(module, PackedLayer):
+        if tuple(module.bits.shape) != (-(-module.spec.bits // 8),) or module.bits.dtype != torch.uint8:
+            raise FormatError(
+                f"bits of shape {tuple(module.bits.shape)} and dtype {module.bits.dtype} do not hold {module.spec.bits} weights"
+            )
+        module.arrange()
+
+
+def _per_channel(beta: Tensor, n: int, c: int) -> Tensor:
+    if beta.dim() == 4 and (beta.shape[2] != 1 or beta.shape[3] != 1):
+        raise ConfigError(f"a threshold of shape {tuple(beta.shape)} varies over space; packed layers take one per channel")
+    flat = beta.reshape(beta.shape[0], -1) if beta.dim() == 4 else beta.reshape(1, -1)
+    return flat.expand(n, c)
+
+
+def _per_sample(value: Tensor, n: int) -> Tensor:
+    flat = value.reshape(-1)
+    if flat.numel() not in (1, n):
+        raise ConfigError(f"an activation value of shape {tuple(value.shape)} is not one per sample; it cannot be packed")
+    return flat.expand(n)
+
+
+class PackedConv2d(PackedLayer):
+    """(N, C_in, H, W) -> (N, C_out, H', W'), channels_last inside; see ``PackedLayer``."""
+
+    kind = "conv"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C_in, H, W), float32, bfloat16 or float16; the result has its dtype."""
+        self._check_input(x, (4,), 1)
+        return self._run(x, self._ints)
+
+
+class PackedConvTranspose2d(PackedLayer):
+    """(N, C_in, H, W) -> (N, C_out, H', W') of a transposed convolution; see ``PackedLayer``."""
+
+    kind = "conv_transpose"
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x: (N, C_in, H, W); ``output_size`` = (H', W') picks among the sizes that the stride allows, as in torch."""
+        self._check_input(x, (4,), 1)
+        if output_size is None:
+            return self._run(x, self._ints)
+        wanted = list(output_size)[-2:]
+        least = replace(self.spec, output_padding=(0, 0)).output_size(x.shape[2], x.shape[3])
+        extra = (wanted[0] - least[0], wanted[1] - least[1])
+        if not all(0 <= e < max(s, d) for e, s, d in zip(extra, self.spec.stride, self.spec.dilation)):
+            raise ConfigError(f"output_size={wanted} is not reachable from {tuple(x.shape[2:])}; the least is {list(least)}")
+        return self._run(x, replace(self.spec, output_padding=extra).to_ints())
+
+
+class PackedLinear(PackedLayer):
+    """(N, ..., C_in) -> (N, ..., C_out); the statistics run over all tokens of a sample; see ``PackedLayer``."""
+
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        """C_in."""
+        return self.spec.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """C_out."""
+        return self.spec.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, tokens..., C_in); the result has its dtype."""
+        self._check_input(x, tuple(range(2, 9)), -1)
+        shape = x.shape
+        tokens = x.reshape(shape[0], -1, 1, shape[-1]).permute(0, 3, 1, 2)
+        y = self._run(tokens, self._ints)
+        return y.permute(0, 2, 3, 1).reshape(*shape[:-1], self.spec.out_channels)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.binarizer is not None
+        with torch.no_grad():
+            beta, low, high = self.binarizer.codes(x.permute(0, 2, 3, 1).flatten(1, 2))
+        thresholds = beta.reshape(-1, beta.shape[-1] if beta.dim() else 1).expand(x.shape[0], x.shape[1])
+        levels = torch.stack([_per_sample(low, x.shape[0]), _per_sample(high, x.shape[0])], 1).float()
+        return thresholds.float().contiguous(), levels.contiguous()
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Path -> packed layer, each once, in ``named_modules`` order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
