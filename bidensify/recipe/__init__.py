@@ -1,1 +1,45 @@
-"""TODO."""
+"""Recipes (YAML) and the training loop that runs them: a teacher, then the 1-bit student distilled from it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bidensify.recipe.evaluation import evaluate
+    from bidensify.recipe.load import load_recipe
+    from bidensify.recipe.loop import RunResult, finetune
+    from bidensify.recipe.run import build_student, build_teacher, load_run, run_recipe
+    from bidensify.recipe.schema import Recipe
+
+_PUBLIC = {
+    "Recipe": "bidensify.recipe.schema",
+    "RunResult": "bidensify.recipe.loop",
+    "build_student": "bidensify.recipe.run",
+    "build_teacher": "bidensify.recipe.run",
+    "evaluate": "bidensify.recipe.evaluation",
+    "finetune": "bidensify.recipe.loop",
+    "load_recipe": "bidensify.recipe.load",
+    "load_run": "bidensify.recipe.run",
+    "run_recipe": "bidensify.recipe.run",
+}
+
+__all__ = [
+    "Recipe",
+    "RunResult",
+    "build_student",
+    "build_teacher",
+    "evaluate",
+    "finetune",
+    "load_recipe",
+    "load_run",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'bidensify.recipe' has no attribute {name!r}")

@@ -1,0 +1,89 @@
+"""Builds what a recipe names: model, data sets, task, and the recipe of the teacher's run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bidensify.errors import ConfigError
+from bidensify.recipe.schema import DatasetSection, Recipe
+
+if TYPE_CHECKING:
+    from bidensify.data import DataInfo, DenseDataset
+    from bidensify.tasks import Task
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """Returns the recipe of the teacher's run; see :meth:`Recipe.for_teacher`.
+
+    Raises:
+        ConfigError: the recipe does not say how to train its teacher.
+    """
+    teacher = recipe.teacher
+    if teacher is None or not teacher.stages:
+        raise ConfigError(f"recipe {recipe.name!r} has no teacher.stages; add them to train its teacher")
+    changes: dict[str, Any] = {"stages": teacher.stages, "teacher": None, "name": f"{recipe.name}_teacher", "binarize": {}}
+    for key in ("optimizer", "ema", "evaluate"):
+        if key in teacher.model_fields_set:
+            value = getattr(teacher, key)
+            changes[key] = Recipe.model_fields[key].get_default() if value is None else value
+    if teacher.augment is not None:
+        changes["data"] = recipe.data.model_copy(update={"augment": teacher.augment})
+    return recipe.model_copy(update=changes)
+
+
+def build_model(recipe: Recipe) -> torch.nn.Module:
+    """Builds the full-precision network of a recipe; fresh weights depend on the recipe's seed alone."""
+    from bidensify.models import build_model as build
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return build(recipe.model.source, **recipe.model.options)
+
+
+def _dataset(recipe: Recipe, section: DatasetSection, transforms: Any) -> DenseDataset:
+    from bidensify.data import build_dataset
+
+    options = section.options
+    if recipe.data.root is not None:
+        options.setdefault("root", recipe.data.root)
+    if section.name == "scenes":
+        options.setdefault("size", recipe.data.size)
+    elif section.name == "image_mask_folder" and "root" not in options:
+        raise ConfigError(f"recipe {recipe.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER")
+    return build_dataset(section.name, section.split, transforms=transforms, **options)
+
+
+def build_datasets(recipe: Recipe) -> tuple[DenseDataset, DenseDataset]:
+    """Builds (training, validation) data sets; normalisation is the recipe's, else the data set's own."""
+    from bidensify.data import build_transforms
+
+    data = recipe.data
+    pair = []
+    for section, training in ((data.train, True), (data.val, False)):
+        info = _dataset(recipe, section, None).info
+        kwargs: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
+        if training:
+            augment = data.augment
+            kwargs |= {"hflip": augment.hflip, "scale": augment.scale, "color_jitter": augment.color_jitter}
+        else:
+            kwargs["keep_target_size"] = data.keep_target_size
+        transforms = build_transforms(training, data.size, ignore_index=info.ignore_index, **kwargs)
+        pair.append(_dataset(recipe, section, transforms))
+    return pair[0], pair[1]
+
+
+def build_task(recipe: Recipe, info: DataInfo | None = None) -> Task:
+    """Builds the task; see :meth:`Recipe.build_task`."""
+    from bidensify.tasks import build_task as build
+
+    options = recipe.task.options
+    if recipe.task.name == "segmentation":
+        if info is None:
+            info = _dataset(recipe, recipe.data.val, None).info
+        options.setdefault("num_classes", info.num_classes)
+        options.setdefault("ignore_index", info.ignore_index)
+        options.setdefault("class_names", info.class_names)
+        options.setdefault("palette", info.palette)
+    return build(recipe.task.name, **options)

@@ -1,0 +1,70 @@
+"""Batches of samples: collation, loaders whose content depends on (seed, epoch) alone, transfer to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from bidensify.errors import ConfigError
+from bidensify.recipe.distributed import GlobalBatches
+from bidensify.recipe.schema import Recipe
+
+Sample = dict[str, Tensor]
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> Sample:
+    """Stacks the tensors of samples; tv_tensors become plain tensors, and what is not a tensor (a file name) is left out."""
+    plain = [{k: v.as_subclass(Tensor) for k, v in s.items() if isinstance(v, Tensor)} for s in samples]
+    batch: Sample = default_collate(plain)
+    return batch
+
+
+def to_device(batch: Sample, device: torch.device, channels_last: bool) -> Sample:
+    """Moves a batch; images take the memory format."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    if channels_last and moved["image"].ndim == 4:
+        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def training_loader(
+    dataset: Dataset[Sample], recipe: Recipe, epoch: int, accelerator: Accelerator | None = None, *, skip: int = 0
+) -> DataLoader[Sample]:
+    """Returns this process's share of the epoch's batches, from batch ``skip`` on.
+
+    Without ``accelerator`` every process gets the whole global batches (for calibration).
+
+    Raises:
+        ConfigError: there are fewer samples than a batch needs.
+    """
+    length = len(dataset)  # type: ignore[arg-type]
+    if length < recipe.data.batch_size:
+        raise ConfigError(
+            f"data.batch_size is {recipe.data.batch_size} and the training set has {length} samples; use a smaller batch"
+        )
+    set_epoch = getattr(dataset, "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
+    batches = GlobalBatches(
+        length,
+        recipe.data.batch_size,
+        seed=recipe.seed,
+        epoch=epoch,
+        skip=skip,
+        rank=accelerator.process_index if accelerator is not None else 0,
+        processes=accelerator.num_processes if accelerator is not None else 1,
+    )
+    # Its own generator: making an iterator must not draw from the run's, which a resumed run restores.
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=recipe.data.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available() and recipe.device != "cpu",
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,119 @@
+"""Whole runs from a recipe: build teacher and student, train, and read a finished run back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from bidensify.errors import ConfigError
+from bidensify.recipe.checkpoint import load_weights
+from bidensify.recipe.load import load_recipe
+from bidensify.recipe.loop import RunResult, finetune
+from bidensify.recipe.schema import Recipe
+
+
+def build_teacher(recipe: Recipe, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """Builds the recipe's full-precision network and loads its trained weights.
+
+    Args:
+        recipe: a student's recipe.
+        weights: a .safetensors file or a teacher's run folder; by default ``teacher.weights`` of the recipe.
+
+    Raises:
+        ConfigError: no weights are named anywhere.
+        FormatError: the weights cannot be read or are of another model.
+    """
+    source = weights if weights is not None else recipe.teacher.weights if recipe.teacher is not None else None
+    if source is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r} names no teacher.weights; train the teacher first, then give its run folder, e.g. "
+            "--set teacher.weights=runs/teacher"
+        )
+    model = recipe.build_model()
+    load_weights(model, source)
+    return model.eval()
+
+
+def build_student(recipe: Recipe, teacher: nn.Module | None = None) -> nn.Module:
+    """Rewrites the recipe's network to its 1-bit form.
+
+    Args:
+        recipe: a student's recipe; section ``binarize`` configures the rewrite.
+        teacher: the network whose weights the student starts from; not changed. Without it, or with
+            ``teacher.init_student: false`` in the recipe, the student starts from a freshly built model.
+    """
+    import torch
+
+    from bidensify.rewrite import bidensify
+
+    fresh = teacher is None or (recipe.teacher is not None and not recipe.teacher.init_student)
+    base = recipe.build_model() if fresh or teacher is None else teacher
+    height, width = recipe.data.size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return bidensify(base, recipe.config(), example_inputs=torch.zeros(2, 3, height, width), inplace=fresh)
+
+
+def run_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    run_dir: str | os.PathLike[str],
+    *,
+    role: Literal["student", "teacher"] = "student",
+    teacher_weights: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Trains the teacher or the student that a recipe describes, from nothing but the recipe.
+
+    Args:
+        recipe: a recipe, its file, or its mapping.
+        run_dir: folder of the run.
+        role: "teacher" runs ``teacher.stages`` on the full-precision network, "student" the recipe's own stages.
+        teacher_weights: of the student's teacher; by default ``teacher.weights`` of the recipe.
+        resume: go on with a run that was stopped.
+        quiet: print nothing.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    teacher: nn.Module | None = None
+    if role == "teacher":
+        loaded = loaded.for_teacher()
+        model = loaded.build_model()
+    else:
+        if teacher_weights is not None or loaded.teacher is not None:
+            teacher = build_teacher(loaded, teacher_weights)
+        model = build_student(loaded, teacher)
+    train, val = loaded.build_datasets()
+    return finetune(
+        model, teacher=teacher, recipe=loaded, train=train, val=val, run_dir=run_dir, resume=resume, quiet=quiet
+    )
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
+    """Rebuilds a finished run's model, binarized if it was, with its weights; in eval mode.
+
+    Returns:
+        The model and the run's recipe.
+
+    Raises:
+        ConfigError: the folder is not that of a finished run.
+        FormatError: the weights are truncated or of another model.
+    """
+    folder = Path(run_dir)
+    if not (folder / "recipe.yaml").is_file():
+        raise ConfigError(f"{str(folder)!r} is not a run folder: it has no recipe.yaml")
+    if not (folder / "model.safetensors").is_file():
+        raise ConfigError(f"the run in {str(folder)!r} is not finished (it has no model.safetensors); resume it first")
+    recipe = load_recipe(folder / "recipe.yaml")
+    model = recipe.build_model()
+    if (folder / "plan.json").is_file():
+        from bidensify.rewrite import Plan, apply_plan
+
+        plan = Plan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        model = apply_plan(model, plan)
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), recipe

@@ -1,0 +1,92 @@
+"""The stages of a run: what each binarizes, its optimizer, and calibration at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bidensify.errors import ConfigError
+from bidensify.nn import binary_layers, calibrate, set_binarization
+from bidensify.recipe.loaders import to_device, training_loader
+from bidensify.recipe.schema import Recipe, StageSection
+
+_MODES = {"none": (False, False), "activations": (True, False), "all": (True, True)}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of the run.
+
+    Attributes:
+        index: number over the whole run, from 0.
+        stage: its stage's number.
+        within: number within the stage, from 0.
+    """
+
+    index: int
+    stage: int
+    within: int
+
+
+def epochs(stages: Sequence[StageSection]) -> list[Epoch]:
+    """Returns all epochs of a run in order."""
+    plan: list[Epoch] = []
+    for number, stage in enumerate(stages):
+        plan += [Epoch(len(plan) + i, number, i) for i in range(stage.epochs)]
+    return plan
+
+
+def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> None:
+    """Checks that the stages fit the models.
+
+    Raises:
+        ConfigError: a stage binarizes a model that has no binary layers, leaves binary ones off in the end, or distils
+            without a teacher.
+    """
+    binary = any(True for _ in binary_layers(student))
+    for stage in recipe.stages:
+        if stage.binarize != "none" and not binary:
+            raise ConfigError(
+                f"stage {stage.name!r} binarizes {stage.binarize}, but the model has no binary layers; rewrite it with "
+                "bidensify.bidensify(model, recipe.config()), or train the teacher with recipe.for_teacher()"
+            )
+        if stage.losses.distils and teacher is None:
+            raise ConfigError(f"stage {stage.name!r} distils, but no teacher was given; pass teacher=, or drop those losses")
+    last = recipe.stages[-1]
+    if binary and last.binarize != "all":
+        raise ConfigError(
+            f"the last stage {last.name!r} has binarize: {last.binarize}, so the result would not be the 1-bit network; "
+            "end with a stage that has binarize: all"
+        )
+
+
+def set_mode(student: nn.Module, stage: StageSection) -> None:
+    """Switches the binary layers to what the stage binarizes."""
+    activations, weights = _MODES[stage.binarize]
+    set_binarization(student, activations=activations, weights=weights)
+
+
+def calibration_batches(
+    train: Dataset[dict[str, Tensor]], recipe: Recipe, device: torch.device, count: int, epoch: int
+) -> list[Tensor]:
+    """Returns images (N, 3, H, W) of the first ``count`` global batches of an epoch, the same on every process."""
+    loader = training_loader(train, recipe, epoch)
+    return [to_device(batch, device, recipe.channels_last)["image"] for batch in islice(loader, count)]
+
+
+def calibrate_start(
+    student: nn.Module, train: Dataset[dict[str, Tensor]], recipe: Recipe, accelerator: Accelerator, epoch: Epoch
+) -> None:
+    """Calibrates a student at the start of a stage: thresholds and norms of the first, norms of later ones."""
+    first = epoch.stage == 0
+    if recipe.calibrate.batches == 0 or not any(True for _ in binary_layers(student)):
+        return
+    if first or recipe.calibrate.each_stage:
+        batches = calibration_batches(train, recipe, accelerator.device, recipe.calibrate.batches, epoch.index)
+        calibrate(student, batches, thresholds=first, norms=True)
