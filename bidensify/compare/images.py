@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,10 +26,3 @@ def png(picture: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undoes (x - mean) / std on a float image (3, H, W) and returns uint8 (3, H, W)."""
-    scale = torch.tensor(std, dtype=image.dtype).view(3, 1, 1)
-    shift = torch.tensor(mean, dtype=image.dtype).view(3, 1, 1)
-    return ((image.cpu() * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bidensify.compare.images import denormalize, png
+from bidensify.compare.images import png
 from bidensify.compare.plots import Panel, colour_of, curves
 from bidensify.compare.report import Card, Check, Facts, ImageGrid, Report, Table, render, write_report
 
@@ -122,11 +122,3 @@ def test_a_row_of_another_length_is_refused() -> None:
 def test_a_picture_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 4\).*uint8 \(3, H, W\)"):
         png(torch.zeros(1, 4, 4, dtype=torch.uint8))
-
-
-def test_denormalize_inverts_normalization() -> None:
-    original = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-    scaled = original.float() / 255
-    normalized = (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.equal(denormalize(normalized, mean, std), original)

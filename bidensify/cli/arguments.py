@@ -1,0 +1,137 @@
+"""Turns what was typed into objects: values, models, configurations, weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bidensify.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bidensify.config import BidensifyConfig
+
+
+def parse_assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """Reads ``["a=1", "b.c=[2, 3]"]`` as ``{"a": 1, "b.c": [2, 3]}``; values are YAML, so ``null`` is None.
+
+    Raises:
+        ConfigError: a text without ``=``, an empty name, or a value that is not YAML.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{option} {text!r} is not NAME=VALUE; write for example {option} width=16")
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{option} {text!r}: {value!r} is not a YAML value ({error}); quote texts") from None
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML (or JSON) file whose top level is a mapping.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds {type(content).__name__}, not a mapping of names to values")
+    return content
+
+
+def make_config(config: Path | None, method: str | None, keep: Sequence[str]) -> BidensifyConfig:
+    """Builds the configuration from a file, a method name and globs of layers to keep, later ones adding to earlier."""
+    from bidensify.config import BidensifyConfig
+
+    fields = read_yaml(config) if config is not None else {}
+    if method is not None:
+        fields["method"] = method
+    if keep:
+        fields["rules"] = [*(fields.get("rules") or []), *({"match": glob, "action": "keep"} for glob in keep)]
+    return BidensifyConfig.from_dict(fields)
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """Reads ``"1x3x128x160"`` (also ``"3x128x160"`` and ``"128x160"``) as an image shape (N, C, H, W).
+
+    Raises:
+        ConfigError: another form, or a size below 1.
+    """
+    try:
+        sizes = [int(part) for part in text.lower().replace(",", "x").split("x")]
+    except ValueError:
+        sizes = []
+    defaults = (1, 3)
+    if not 2 <= len(sizes) <= 4 or min(sizes) < 1:
+        raise ConfigError(f"--input {text!r} is no shape; write [[N]xC]xHxW, for example 3x128x160")
+    shape = [*defaults[: 4 - len(sizes)], *sizes]
+    return shape[0], shape[1], shape[2], shape[3]
+
+
+def make_model(spec: str, options: Sequence[str], weights: Path | None) -> nn.Module:
+    """Builds ``spec`` and loads full-precision ``weights`` (a safetensors file) into it, if given."""
+    from bidensify.models import build_model
+
+    model = build_model(spec, **parse_assignments(options, "--option"))
+    if weights is not None:
+        load_weights(model, read_weights(weights), str(weights))
+    return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        FormatError: the file is no safetensors file, or is cut short.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{str(path)!r} is not a whole safetensors file ({error}); bidensify reads weights from safetensors only: "
+            f"write yours with safetensors.torch.save_file(model.state_dict(), path)"
+        ) from None
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads ``state`` into ``model``, every key or none.
+
+    Raises:
+        FormatError: keys or shapes differ; the message lists the first few of each kind.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        shown = "\n".join(line.strip()[:300] for line in lines[1:5])
+        raise FormatError(
+            f"{source!r} does not fit {type(model).__name__}:\n{shown}\n"
+            f"give the model spec and options that the weights were trained with"
+        ) from None
+
+
+def to_json(value: Any) -> str:
+    """Returns ``value`` as JSON text for standard output."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises :class:`ConfigError` when ``out`` exists and holds anything: nothing of the user's is overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty; give a new folder, or remove that one first")
