@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bidensify.recipe.evaluation import evaluate
+    from bidensify.recipe.folder import RunResult
     from bidensify.recipe.load import load_recipe
-    from bidensify.recipe.loop import RunResult, finetune
+    from bidensify.recipe.loop import finetune
     from bidensify.recipe.run import build_student, build_teacher, load_run, run_recipe
     from bidensify.recipe.schema import Recipe
 
 _PUBLIC = {
     "Recipe": "bidensify.recipe.schema",
-    "RunResult": "bidensify.recipe.loop",
+    "RunResult": "bidensify.recipe.folder",
     "build_student": "bidensify.recipe.run",
     "build_teacher": "bidensify.recipe.run",
     "evaluate": "bidensify.recipe.evaluation",

@@ -23,7 +23,12 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     teacher = recipe.teacher
     if teacher is None or not teacher.stages:
         raise ConfigError(f"recipe {recipe.name!r} has no teacher.stages; add them to train its teacher")
-    changes: dict[str, Any] = {"stages": teacher.stages, "teacher": None, "name": f"{recipe.name}_teacher", "binarize": {}}
+    changes: dict[str, Any] = {
+        "stages": teacher.stages,
+        "teacher": None,
+        "name": f"{recipe.name}_teacher",
+        "binarize": {},
+    }
     for key in ("optimizer", "ema", "evaluate"):
         if key in teacher.model_fields_set:
             value = getattr(teacher, key)

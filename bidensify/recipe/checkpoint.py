@@ -1,4 +1,4 @@
-"""A run's own checkpoints: everything that a killed run needs to go on to the same result, written whole or not at all."""
+"""Weights and checkpoints: all that a killed run needs to go on to the same result, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"weights {str(file)!r} cannot be read ({error}); the file is truncated or not safetensors") from error
+        raise FormatError(
+            f"weights {str(file)!r} cannot be read ({error}); the file is truncated or not safetensors"
+        ) from error
     check_state(model, state, f"weights {str(file)!r}")
     model.load_state_dict(state)
 
@@ -76,7 +78,13 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     version, words, gauss_next = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss_next],
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
@@ -110,7 +118,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise FormatError(f"checkpoint {str(path)!r} cannot be read: {error}; remove it to start the run anew") from error
+        raise FormatError(
+            f"checkpoint {str(path)!r} cannot be read: {error}; remove it to start the run anew"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise FormatError(f"checkpoint {str(path)!r} has format {found!r}, this version reads {FORMAT}")

@@ -1,4 +1,4 @@
-"""Several processes compute what one would: global batch statistics, global means, the same samples in the same order."""
+"""Several processes compute what one would: global batch statistics, global means, the same samples in order."""
 
 from __future__ import annotations
 
@@ -50,8 +50,17 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def gather_objects(own: Any) -> list[Any]:
+    """Returns each process's object, by rank, on every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
 class GlobalBatches(Sampler[list[int]]):
-    """Batches of sample indices: the permutation depends on (seed, epoch) alone, each process takes its slice of a batch.
+    """Batches of sample indices: the order depends on (seed, epoch) alone, each process takes its slice of a batch.
 
     The last, incomplete batch is left out, as in every epoch other samples fall into it.
     """
@@ -101,7 +110,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return xhat.to(x.dtype), merged, merged_var, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
         xhat, inverse = ctx.saved_tensors
         wide = grad.float()
         sums = torch.stack([wide.sum(ctx.dims), (wide * xhat).sum(ctx.dims)]).double()
@@ -134,14 +143,15 @@ def sync_batch_norm(
         y = y * weight.view(shape)
     if bias is not None:
         y = y + bias.view(shape)
-    return y.to(x.dtype)
+    result: Tensor = y.to(x.dtype)
+    return result
 
 
 class SyncedNorms(TorchFunctionMode):
     """Within this mode every training-mode ``F.batch_norm`` takes its statistics over all processes.
 
-    It reaches each norm whatever its class (BatchNorm2d, timm's fused norms, the norms of binary layers) without exchanging
-    modules, and works with gloo on the CPU, where torch's SyncBatchNorm does not.
+    It reaches each norm whatever its class (BatchNorm2d, timm's fused norms, the norms of binary layers) without
+    exchanging modules, and works with gloo on the CPU, where torch's SyncBatchNorm does not.
     """
 
     def __torch_function__(
@@ -161,5 +171,3 @@ def forward_context(accelerator: Accelerator) -> Iterator[None]:
                 yield
         else:
             yield
-
-

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from bidensify.recipe.loaders import collate, to_device
 from bidensify.tasks import Task
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode for the time of the block; each module's own flag returns afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 @torch.no_grad()
@@ -48,7 +60,9 @@ def evaluate(
     """
     if device is None:
         tensors = [*model.parameters(), *model.buffers()]
-        device = accelerator.device if accelerator is not None else tensors[0].device if tensors else torch.device("cpu")
+        device = (
+            accelerator.device if accelerator is not None else tensors[0].device if tensors else torch.device("cpu")
+        )
     place = torch.device(device)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     length = len(dataset)  # type: ignore[arg-type]
@@ -62,10 +76,8 @@ def evaluate(
         generator=torch.Generator(),
     )
     metrics = task.metrics().to(place)
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
     done = 0
-    try:
+    with eval_mode(model):
         for batch in loader:
             batch = to_device(batch, place, channels_last)
             with torch.autocast(place.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
@@ -75,6 +87,3 @@ def evaluate(
             if on_batch is not None:
                 on_batch(done, len(own))
         return {name: float(value) for name, value in metrics.compute().items()}
-    finally:
-        for module, flag in flags.items():
-            module.training = flag

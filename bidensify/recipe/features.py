@@ -41,7 +41,8 @@ class Features:
             hits = [path for path in self._modules if path == pattern or fnmatch.fnmatchcase(path, pattern)]
             if not hits:
                 raise ConfigError(
-                    f"the layer {pattern!r} matches nothing in the {self._role}; {suggest(pattern, list(self._modules))}"
+                    f"the layer {pattern!r} matches nothing in the {self._role}; "
+                    f"{suggest(pattern, list(self._modules))}"
                 )
             chosen.update(hits)
         return [path for path in self._modules if path in chosen]

@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (list, dict)) or key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             line = key_node.start_mark.line + 1
@@ -50,11 +50,11 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, ove
 
     Args:
         source: path of a YAML file, a mapping of the same structure, or a recipe (to apply overrides to it).
-        overrides: strings ``"path=value"``, for example ``"data.batch_size=4"`` or ``"stages[1].lr=1e-3"``; the value is
-            read as YAML.
+        overrides: strings ``"path=value"``, for example ``"data.batch_size=4"`` or ``"stages[1].lr=1e-3"``; the value
+            is read as YAML.
 
     Raises:
-        ConfigError: the file cannot be read, or the recipe has mistakes; the message lists them all, each with its path.
+        ConfigError: the file cannot be read, or the recipe has mistakes; the message lists all, each with its path.
     """
     mistakes: list[str] = []
     if isinstance(source, Recipe):
@@ -91,11 +91,11 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
         raise ConfigError(f"recipe {str(path)!r} cannot be read as text: {error}") from error
     loader = _Loader(text)
     try:
-        data = loader.get_single_data()  # type: ignore[no-untyped-call]
+        data = loader.get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     mistakes += loader.duplicates
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {str(path)!r} must hold a mapping of sections, got {type(data).__name__}")
@@ -119,7 +119,7 @@ def _override(data: dict[str, Any], override: str, mistakes: list[str]) -> None:
         return
     loader = _Loader(text)
     try:
-        value = loader.get_single_data()  # type: ignore[no-untyped-call]
+        value = loader.get_single_data()
     except yaml.YAMLError as error:
         mistakes.append(f"override {override!r}: the value is not valid YAML: {error}")
         return

@@ -18,7 +18,7 @@ Sample = dict[str, Tensor]
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Sample:
-    """Stacks the tensors of samples; tv_tensors become plain tensors, and what is not a tensor (a file name) is left out."""
+    """Stacks the tensors of samples; tv_tensors become plain ones, what is no tensor (a file name) is left out."""
     plain = [{k: v.as_subclass(Tensor) for k, v in s.items() if isinstance(v, Tensor)} for s in samples]
     batch: Sample = default_collate(plain)
     return batch
@@ -45,7 +45,7 @@ def training_loader(
     length = len(dataset)  # type: ignore[arg-type]
     if length < recipe.data.batch_size:
         raise ConfigError(
-            f"data.batch_size is {recipe.data.batch_size} and the training set has {length} samples; use a smaller batch"
+            f"data.batch_size is {recipe.data.batch_size}, the training set has {length} samples; use a smaller batch"
         )
     set_epoch = getattr(dataset, "set_epoch", None)
     if callable(set_epoch):

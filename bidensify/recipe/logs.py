@@ -48,7 +48,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Returns the versions of Python and packages, and the git revision of bidensify's checkout (None outside of one)."""
+    """Returns versions of Python and packages, and the git revision of bidensify's checkout (None outside of one)."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv}
     for package in (*_PACKAGES, *_MODELS):
         try:
@@ -67,12 +67,13 @@ class RunLog:
         folder: the run folder.
         recipe: gives name and log options.
         main: whether this is the main process.
-        position: bytes of log.jsonl to keep (those that the resumed checkpoint knows of).
-        step: first global step of this process's life; TensorBoard drops later ones.
+        position: bytes of log.jsonl to keep: those that the resumed checkpoint knows of.
+        step: steps done; TensorBoard drops what it has of later ones.
+        quiet: print nothing.
     """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, main: bool, *, position: int = 0, step: int = 0, quiet: bool = False
+        self, folder: Path, recipe: Recipe, main: bool, position: int = 0, step: int = 0, quiet: bool = False
     ) -> None:
         self._main, self._recipe = main, recipe
         self._console = Console(quiet=quiet or not main)
@@ -87,7 +88,7 @@ class RunLog:
         if recipe.log.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if self._console.is_terminal and not self._console.quiet:
             columns = [
                 TextColumn("{task.description}"),
@@ -125,27 +126,25 @@ class RunLog:
             self._file.write(json.dumps({"kind": kind, **plain(record)}).encode() + b"\n")
             self._file.flush()
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Adds scalars to TensorBoard."""
+    def scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        """Adds scalars ``group/name`` to TensorBoard."""
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
     def say(self, text: str) -> None:
         """Prints a line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def start_bar(self, total: int, done: int, title: str) -> None:
+    def start_bar(self, total: int, done: int) -> None:
         """Shows the run's progress in steps."""
         if self._progress is not None:
-            self._bar = self._progress.add_task(title, total=total, completed=done, loss="-", metric="", rate="-")
+            self._bar = self._progress.add_task("", total=total, completed=done, loss="-", metric="", rate="-")
 
     def advance(self, step: int, title: str, loss: float, rate: float) -> None:
         """Moves the display to ``step`` steps done."""
         if self._progress is not None and self._bar is not None:
-            self._progress.update(
-                self._bar, completed=step, description=title, loss=f"{loss:.4f}", rate=f"{rate:.1f}"
-            )
+            self._progress.update(self._bar, completed=step, description=title, loss=f"{loss:.4f}", rate=f"{rate:.1f}")
 
     def metric(self, text: str) -> None:
         """Shows the latest metric beside the progress."""

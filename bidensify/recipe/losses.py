@@ -1,7 +1,7 @@
 """Loss terms of a stage: the task's own and distillation from a full-precision teacher.
 
-Every term is a mean; :meth:`Term.weight` gives the number of things it is a mean over, so that micro-batches and processes
-add up to the mean over the global batch.
+Every term is a mean; :meth:`Losses.weights` tells over how many things, so that micro-batches and processes add up to
+the mean over the global batch.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
 def feature_loss(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:
     """Distance of two feature maps (N, C, *) whose scales do not matter.
 
-    "mse": squared distance of the channel vectors, each divided by its length, averaged over samples and positions, which is
-    2 (1 - cosine). "attention": attention transfer (Zagoruyko and Komodakis, arXiv 1612.03928, with p = 2): squared distance
-    of the maps sum_c x_c^2, each divided by its length, averaged over samples.
+    "mse": squared distance of the channel vectors, each divided by its length, averaged over samples and positions,
+    which is 2 (1 - cosine). "attention": attention transfer (Zagoruyko and Komodakis, arXiv 1612.03928, with p = 2):
+    squared distance of the maps sum_c x_c^2, each divided by its length, averaged over samples.
     """
     a, b = student.float().flatten(2), teacher.float().flatten(2)
     if kind == "attention":
@@ -67,7 +67,7 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:
 
 
 def depth_l1(student: Tensor, teacher: Tensor, log: bool = True) -> Tensor:
-    """Mean absolute difference of two depth maps (any equal shape, positive, metres), or of their natural logarithms."""
+    """Mean absolute difference of two depth maps (any equal shape, positive), or of their natural logarithms."""
     if log:
         student, teacher = student.float().clamp(min=1e-6).log(), teacher.float().clamp(min=1e-6).log()
     return (student.float() - teacher.float()).abs().mean()
@@ -176,9 +176,9 @@ class Losses:
 def loss_weight(task: Task, target: Sample) -> Tensor:
     """Returns how much of a task's loss is in ``target``: what local means are weighted with for a global mean.
 
-    A task may say so itself (method ``loss_weight(target) -> Tensor``). Else it is, for masks, the labelled pixels, each
-    times its class weight (as in the cross-entropy; a Dice part is not a mean over pixels and is only approximated), and,
-    for depth, the images with a valid pixel (as in SILog).
+    A task may say so itself (method ``loss_weight(target) -> Tensor``). Else it is, for masks, the labelled pixels,
+    each times its class weight (as in the cross-entropy; a Dice part is not a mean over pixels, and is taken per
+    process), and, for depth, the images with a valid pixel (as in SILog).
     """
     own = getattr(task, "loss_weight", None)
     if callable(own):

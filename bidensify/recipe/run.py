@@ -12,8 +12,9 @@ from torch import nn
 
 from bidensify.errors import ConfigError
 from bidensify.recipe.checkpoint import load_weights
+from bidensify.recipe.folder import RunResult
 from bidensify.recipe.load import load_recipe
-from bidensify.recipe.loop import RunResult, finetune
+from bidensify.recipe.loop import finetune
 from bidensify.recipe.schema import Recipe
 
 

@@ -1,8 +1,8 @@
 """What a recipe may say: one pydantic model per section, unknown keys forbidden.
 
-A recipe describes two runs that share model, data and task: the full-precision teacher (section ``teacher``) and the 1-bit
-student (``binarize`` and ``stages``). ``Recipe.for_teacher()`` is the recipe of the first run, the recipe itself that of
-the second.
+A recipe describes two runs that share model, data and task: the full-precision teacher (section ``teacher``) and the
+1-bit student (``binarize`` and ``stages``). ``Recipe.for_teacher()`` is the recipe of the first run, the recipe itself
+that of the second.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AugmentSection(Section):
 
     hflip: bool = True
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
-    color_jitter: float = Field(0.0, ge=0, lt=1)
+    color_jitter: float = Field(default=0.0, ge=0, lt=1)
 
 
 class DataSection(Section):
@@ -76,10 +76,10 @@ class DataSection(Section):
     val: DatasetSection
     root: str | None = None
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    batch_size: int = Field(8, ge=1)
-    eval_batch_size: int | None = Field(None, ge=1)
-    accumulate: int = Field(1, ge=1)
-    workers: int = Field(0, ge=0)
+    batch_size: int = Field(default=8, ge=1)
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    workers: int = Field(default=0, ge=0)
     augment: AugmentSection = AugmentSection()
     keep_target_size: bool = False
     mean: tuple[float, ...] | None = None
@@ -101,20 +101,20 @@ class TaskSection(Options):
 class Weighted(Section):
     """A loss term with a weight."""
 
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class KlLoss(Weighted):
     """KL(teacher || student) of the class distributions per pixel, times temperature squared."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     ignore: bool = False
 
 
 class CwdLoss(Weighted):
     """Channel-wise distillation (arXiv 2011.13256) of the logits, or of the named ``layers``."""
 
-    temperature: float = Field(4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0)
     layers: list[str] = []
 
 
@@ -145,6 +145,11 @@ class LossesSection(Section):
         """Whether a teacher is needed."""
         return any(term is not None for term in (self.kl, self.cwd, self.features, self.kd_l1))
 
+    @property
+    def layers(self) -> list[str]:
+        """Patterns of the layers whose outputs are compared."""
+        return [*(self.cwd.layers if self.cwd else ()), *(self.features.layers if self.features else ())]
+
     @model_validator(mode="after")
     def _something(self) -> LossesSection:
         if self.task is None and not self.distils:
@@ -160,61 +165,65 @@ class StageSection(Section):
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
     schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
-    warmup: float = Field(0.1, ge=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
     losses: LossesSection = LossesSection()
-    weight_decay: float | None = Field(None, ge=0)
-    latent_weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    latent_weight_decay: float | None = Field(default=None, ge=0)
 
 
 class OptimizerSection(Section):
     """AdamW. Weight decay leaves out norms, biases, thresholds and activations' parameters.
 
-    ``latent_weight_decay`` is that of the latent weights of binary layers; null means 0 where weights are binarized (their
-    scale carries no information that decay should shrink) and ``weight_decay`` elsewhere. ``lr_scale`` maps globs of
-    parameter names to factors, for a pretrained encoder for example.
+    ``latent_weight_decay`` is that of the latent weights of binary layers; null means 0 where weights are binarized
+    and ``weight_decay`` elsewhere. ``lr_scale`` maps globs of parameter names to factors, for a pretrained encoder for
+    example.
     """
 
-    weight_decay: float = Field(0.01, ge=0)
-    latent_weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    latent_weight_decay: float | None = Field(default=None, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(None, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class EmaSection(Section):
     """Exponential moving average of the weights; it is what is evaluated and saved."""
 
-    decay: float = Field(0.999, gt=0, lt=1)
+    decay: float = Field(default=0.999, gt=0, lt=1)
     buffers: Literal["average", "copy"] = "average"
 
 
 class CalibrateSection(Section):
     """Batches for thresholds and norm statistics at the start of the student, and for norm statistics at the end."""
 
-    batches: int = Field(8, ge=0)
+    batches: int = Field(default=8, ge=0)
     each_stage: bool = True
     at_end: bool = True
 
 
 class EvaluateSection(Section):
-    """Evaluation on the validation split every ``every`` epochs, and which epoch's weights are the result."""
+    """Evaluation on the validation split every ``every`` epochs, and which epoch's weights are the result.
 
-    every: int = Field(1, ge=1)
+    "best" is by the task's primary metric. ``teacher`` measures the teacher too, once at the start.
+    """
+
+    every: int = Field(default=1, ge=1)
     select: Literal["best", "last"] = "best"
+    teacher: bool = True
 
 
 class CheckpointSection(Section):
     """A checkpoint is written at the end of each ``every``-th epoch and, if given, every ``steps`` steps."""
 
-    every: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)
+    every: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1)
 
 
 class LogSection(Section):
     """A line of log.jsonl every ``every`` steps; TensorBoard on or off."""
 
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     tensorboard: bool = True
 
 
@@ -247,7 +256,7 @@ class Recipe(Section):
     """A whole recipe. Load one with :func:`bidensify.recipe.load_recipe`."""
 
     name: str
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     model: ModelSection
     data: DataSection
     task: TaskSection

@@ -57,12 +57,14 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
                 "bidensify.bidensify(model, recipe.config()), or train the teacher with recipe.for_teacher()"
             )
         if stage.losses.distils and teacher is None:
-            raise ConfigError(f"stage {stage.name!r} distils, but no teacher was given; pass teacher=, or drop those losses")
+            raise ConfigError(
+                f"stage {stage.name!r} distils, but no teacher was given; pass teacher=, or drop those losses"
+            )
     last = recipe.stages[-1]
     if binary and last.binarize != "all":
         raise ConfigError(
-            f"the last stage {last.name!r} has binarize: {last.binarize}, so the result would not be the 1-bit network; "
-            "end with a stage that has binarize: all"
+            f"the last stage {last.name!r} has binarize: {last.binarize}, so the result would not be 1-bit; "
+            "end with a stage of binarize: all"
         )
 
 
