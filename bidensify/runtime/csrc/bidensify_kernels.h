@@ -1,0 +1,67 @@
+// The C interface of the kernels: plain pointers and sizes, no torch, no Python.
+#ifndef BIDENSIFY_KERNELS_H
+#define BIDENSIFY_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define BD_API __declspec(dllexport)
+#else
+#define BD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever bd_conv_args or a function's meaning changes; the Python side refuses another number.
+#define BD_ABI_VERSION 1
+
+enum bd_tier { BD_PORTABLE = 0, BD_AVX2 = 1, BD_AVX512 = 2, BD_NEON = 3, BD_TIERS = 4 };
+enum bd_dtype { BD_FLOAT32 = 0, BD_BFLOAT16 = 1 };
+enum bd_bypass { BD_BYPASS_NONE = 0, BD_BYPASS_INDEX = 1, BD_BYPASS_AVERAGE = 2 };
+enum bd_status { BD_OK = 0, BD_BAD_ARGUMENT = 1, BD_NO_MEMORY = 2, BD_NO_TIER = 3 };
+
+// One packed layer on one input. All tensors are dense NHWC; pointers may be null where a comment says so.
+typedef struct bd_conv_args {
+  int64_t n, h, w, cin, oh, ow, cout;
+  int32_t kh, kw, sh, sw, dh, dw;
+  int32_t pad_top, pad_left;
+  int32_t groups;
+  int32_t transposed;
+  int32_t depthwise;  // words run across channels (cin == cout == groups)
+  int32_t dtype;      // of x, y and residual
+  int32_t bypass;
+  int32_t bypass_pad_h, bypass_pad_w;  // of the averaging windows
+  int32_t tier;
+  int32_t threads;
+  const void* x;
+  void* y;
+  const void* residual;    // or null: added before the activation
+  const uint32_t* tiles;   // weight words: (groups, tiles, kh, kw, words, 16) or depthwise (kh, kw, words)
+  int64_t tiles_length;    // number of words, checked against the geometry
+  const float* k;          // or null: (cin)
+  const float* b;          // or null: (cin)
+  const float* a;          // or null: (1)
+  const float* levels;     // or null: (2) or, with per_sample_levels, (n, 2): low and high
+  int32_t per_sample_levels;
+  const float* thresholds; // or null: (n, cin), added to k and b's
+  const float* scale;      // (cout)
+  const float* bias;       // (cout)
+  const float* slope;      // or null: (cout)
+  const float* post;       // or null: (cout)
+  const int32_t* rows;     // (oh) source row of the bypass, for BD_BYPASS_INDEX
+  const int32_t* cols;     // (ow)
+  int32_t* dots;           // or null: (n, oh, ow, cout) receives the integer dot products instead of y (tests)
+} bd_conv_args;
+
+BD_API int32_t bd_abi_version(void);
+// Bit i is set where tier i was built and this processor runs it.
+BD_API uint32_t bd_tiers(void);
+// Runs a layer; returns a bd_status.
+BD_API int32_t bd_packed_conv2d(const bd_conv_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,71 @@
+// AVX-512 with VPOPCNTDQ: 16 output channels per register, a broadcast activation word against them.
+#include <immintrin.h>
+
+#include "inner_common.h"
+
+namespace bd {
+namespace {
+
+inline uint32_t at_least(vf a, vf b) { return (uint32_t)_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+
+inline vi add_where(vi acc, uint32_t mask, int32_t value) {
+  return (vi)_mm512_mask_add_epi32((__m512i)acc, (__mmask16)mask, (__m512i)acc, _mm512_set1_epi32(value));
+}
+
+template <int P, int V>
+void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
+           int32_t* counts, int64_t count_step) {
+  __m512i acc[P][V];
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) acc[p][v] = _mm512_setzero_si512();
+  for (int64_t s = 0; s < n; ++s) {
+    const uint32_t* ap = a + segments[s].a;
+    const uint32_t* wp = w + segments[s].w;
+    for (int64_t t = 0; t < segments[s].n; ++t, wp += kLanes) {
+      __m512i weights[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512(wp + v * tile_step);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const __m512i word = _mm512_set1_epi32((int)ap[p * a_step + t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+          acc[p][v] = _mm512_add_epi32(acc[p][v], _mm512_popcnt_epi32(_mm512_xor_si512(word, weights[v])));
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) _mm512_storeu_si512(counts + p * count_step + v * kLanes, acc[p][v]);
+}
+
+template <int V>
+void blocks(int pixels, const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step,
+            int32_t* counts, int64_t count_step) {
+  switch (pixels) {
+    case 1: return block<1, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return block<2, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 3: return block<3, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 4: return block<4, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 5: return block<5, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    default: return block<6, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+  }
+}
+
+void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
+          int tiles, int32_t* counts, int64_t count_step) {
+  switch (tiles) {
+    case 1: return blocks<1>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return blocks<2>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
+    case 3: return blocks<3>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
+    default: return blocks<4>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
+  }
+}
+
+const Inner kInner = {6, 4, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+                      average_pixels, fuse_pixel, accumulate_row};
+
+}  // namespace
+
+const Inner* avx512_inner() { return &kInner; }
+
+}  // namespace bd

@@ -1,0 +1,390 @@
+// Float passes and the bit-sliced depthwise count, written once on 16-lane vectors. Each instruction set compiles its own
+// copy (everything is in an unnamed namespace, so that no copy leaks into another's object file). Sums run in the same
+// order everywhere: a layer gives the same bits on every instruction set.
+#ifndef BIDENSIFY_INNER_COMMON_H
+#define BIDENSIFY_INNER_COMMON_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace bd {
+namespace {
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+inline vf splat(float v) { return vf{} + v; }
+
+inline vf load_f32(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline vf widen(vh h) {
+  vu u = __builtin_convertvector(h, vu) << 16;
+  vf v;
+  memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+// Round to nearest even, as torch does; a NaN stays one.
+inline vh narrow(vf v) {
+  vu u;
+  memcpy(&u, &v, sizeof u);
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (u >> 16) | 0x40u;
+  const vu is_nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), vh);
+}
+
+template <int D>
+struct Type;
+template <>
+struct Type<BD_FLOAT32> {
+  typedef float T;
+  static vf load(const float* p) { return load_f32(p); }
+  static vf load(const float* p, int n) {
+    if (n >= kLanes) return load_f32(p);
+    float t[kLanes] = {};
+    memcpy(t, p, sizeof(float) * (size_t)n);
+    return load_f32(t);
+  }
+  static void store(float* p, vf v, int n) {
+    if (n >= kLanes) {
+      memcpy(p, &v, sizeof v);
+    } else {
+      memcpy(p, &v, sizeof(float) * (size_t)n);
+    }
+  }
+};
+template <>
+struct Type<BD_BFLOAT16> {
+  typedef uint16_t T;
+  static vf load(const uint16_t* p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return widen(h);
+  }
+  static vf load(const uint16_t* p, int n) {
+    if (n >= kLanes) return load(p);
+    uint16_t t[kLanes] = {};
+    memcpy(t, p, sizeof(uint16_t) * (size_t)n);
+    return load(t);
+  }
+  static void store(uint16_t* p, vf v, int n) {
+    const vh h = narrow(v);
+    if (n >= kLanes) {
+      memcpy(p, &h, sizeof h);
+    } else {
+      memcpy(p, &h, sizeof(uint16_t) * (size_t)n);
+    }
+  }
+};
+
+inline int lanes_at(int64_t c, int64_t at) { return c - at < kLanes ? (int)(c - at) : kLanes; }
+
+template <int D>
+void sum_typed(const void* data, int64_t pixels, int64_t c, float* acc) {
+  typedef Type<D> Ty;
+  const typename Ty::T* x = (const typename Ty::T*)data;
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4) {
+    const typename Ty::T *x0 = x + p * c, *x1 = x0 + c, *x2 = x1 + c, *x3 = x2 + c;
+    int64_t i = 0;
+    for (; i + kLanes <= c; i += kLanes) {
+      const vf s = (Ty::load(x0 + i) + Ty::load(x1 + i)) + (Ty::load(x2 + i) + Ty::load(x3 + i));
+      const vf t = load_f32(acc + i) + s;
+      memcpy(acc + i, &t, sizeof t);
+    }
+    if (i < c) {
+      const int n = lanes_at(c, i);
+      const vf s = (Ty::load(x0 + i, n) + Ty::load(x1 + i, n)) + (Ty::load(x2 + i, n) + Ty::load(x3 + i, n));
+      Type<BD_FLOAT32>::store(acc + i, Type<BD_FLOAT32>::load(acc + i, n) + s, n);
+    }
+  }
+  for (; p < pixels; ++p) {
+    const typename Ty::T* x0 = x + p * c;
+    for (int64_t i = 0; i < c; i += kLanes) {
+      const int n = lanes_at(c, i);
+      Type<BD_FLOAT32>::store(acc + i, Type<BD_FLOAT32>::load(acc + i, n) + Ty::load(x0 + i, n), n);
+    }
+  }
+}
+
+void sum_pixels(const void* x, int dtype, int64_t pixels, int64_t c, float* acc) {
+  if (dtype == BD_FLOAT32) {
+    sum_typed<BD_FLOAT32>(x, pixels, c, acc);
+  } else {
+    sum_typed<BD_BFLOAT16>(x, pixels, c, acc);
+  }
+}
+
+inline vf absolute(vf v) {
+  vu u;
+  memcpy(&u, &v, sizeof u);
+  u &= 0x7fffffffu;
+  memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+inline double lane_sum(vf v) {
+  float t[kLanes];
+  memcpy(t, &v, sizeof t);
+  double s = 0;
+  for (int i = 0; i < kLanes; ++i) s += t[i];
+  return s;
+}
+
+// Bits of (a >= b), defined by each instruction set.
+inline uint32_t at_least(vf a, vf b);
+
+template <int D, bool Distance>
+double pack_typed(const void* data, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
+                  const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step) {
+  typedef Type<D> Ty;
+  const typename Ty::T* x = (const typename Ty::T*)data;
+  double total = 0;
+  vf d0 = {}, d1 = {};
+  for (int64_t p = 0; p < pixels; ++p) {
+    const typename Ty::T* xp = x + p * x_step;
+    uint32_t* to = out + (pixel_offset ? pixel_offset[p] : p * pixel_step);
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= c; i += 2 * kLanes, to += word_step) {
+      const vf v0 = Ty::load(xp + i), v1 = Ty::load(xp + i + kLanes);
+      const vf b0 = load_f32(beta + i), b1 = load_f32(beta + i + kLanes);
+      *to = at_least(v0, b0) | (at_least(v1, b1) << 16);
+      if (Distance) {
+        d0 += absolute(v0 - b0);
+        d1 += absolute(v1 - b1);
+      }
+    }
+    if (i < c) {
+      uint32_t word = 0;
+      for (int half = 0; half < 2 && i < c; ++half, i += kLanes) {
+        const int n = lanes_at(c, i);
+        const vf v = Ty::load(xp + i, n), b = Type<BD_FLOAT32>::load(beta + i, n);
+        word |= (at_least(v, b) & (n == kLanes ? 0xffffu : (1u << n) - 1u)) << (16 * half);
+        if (Distance) d0 += absolute(v - b);
+      }
+      *to = word;
+    }
+    if (Distance && (p & 15) == 15) {
+      total += lane_sum(d0 + d1);
+      d0 = vf{};
+      d1 = vf{};
+    }
+  }
+  return Distance ? total + lane_sum(d0 + d1) : 0;
+}
+
+double pack_pixels(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
+                   const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, bool distance) {
+  if (dtype == BD_FLOAT32) {
+    if (distance) return pack_typed<BD_FLOAT32, true>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+    return pack_typed<BD_FLOAT32, false>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+  }
+  if (distance) return pack_typed<BD_BFLOAT16, true>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+  return pack_typed<BD_BFLOAT16, false>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+}
+
+template <int D, bool Full>
+inline void finish_lanes(const int32_t* counts, int64_t count_step, int pixels, const Epilogue& e, int at, int n) {
+  typedef Type<D> Ty;
+  typedef typename Ty::T T;
+  typedef Type<BD_FLOAT32> F;
+  if (Full) n = kLanes;
+  // Everything the loop reads is copied first: the compiler must assume that a store to y changes what e points to.
+  const vf scale = F::load(e.scale + at, n), bias = F::load(e.bias + at, n);
+  const vf slope = e.slope ? F::load(e.slope + at, n) : vf{};
+  const vf post = e.post ? F::load(e.post + at, n) : vf{};
+  const bool has_slope = e.slope != nullptr, has_post = e.post != nullptr;
+  const void* const* const source = e.source;
+  const float* const buffer = e.buffer;
+  const int64_t members = e.source_sum, stride = e.source_stride, buffer_step = e.buffer_step, y_step = e.y_step;
+  const int64_t from = members == 1 ? (e.source_channel + at) % e.source_wrap : e.source_channel + at;
+  const vf divisor = splat((float)members);
+  const int32_t* const kvalid = e.kvalid;
+  const int kvalid_step = e.kvalid_step;
+  T* y = (T*)e.y + at;
+  for (int p = 0; p < pixels; ++p, y += y_step) {
+    vi count;
+    memcpy(&count, counts + p * count_step + at, sizeof count);
+    const vi dot = kvalid[p * kvalid_step] - (count << 1);
+    vf v = __builtin_convertvector(dot, vf) * scale + bias;
+    if (source) {
+      const T* x = (const T*)source[p] + from;
+      vf s = Ty::load(x, n);
+      if (members > 1) {
+        for (int64_t j = 1; j < members; ++j) s += Ty::load(x + j * stride, n);
+        s = s / divisor;
+      }
+      v += s;
+    }
+    if (buffer) v += F::load(buffer + p * buffer_step + at, n);
+    if (has_slope) v = v > 0 ? v : v * slope;
+    if (has_post) v += post;
+    Ty::store(y, v, n);
+  }
+}
+
+template <int D>
+void finish_typed(const int32_t* counts, int64_t count_step, int pixels, const Epilogue& e) {
+  int at = 0;
+  for (; at + kLanes <= e.channels; at += kLanes) finish_lanes<D, true>(counts, count_step, pixels, e, at, kLanes);
+  if (at < e.channels) finish_lanes<D, false>(counts, count_step, pixels, e, at, e.channels - at);
+}
+
+void finish_block(const int32_t* counts, int64_t count_step, int pixels, const Epilogue& e) {
+  if (e.dtype == BD_FLOAT32) {
+    finish_typed<BD_FLOAT32>(counts, count_step, pixels, e);
+  } else {
+    finish_typed<BD_BFLOAT16>(counts, count_step, pixels, e);
+  }
+}
+
+template <int D>
+void average_typed(const void* const* pixels, int n, int64_t c, float* out) {
+  typedef Type<D> Ty;
+  for (int64_t i = 0; i < c; i += kLanes) {
+    const int lanes = lanes_at(c, i);
+    vf s = {};
+    for (int p = 0; p < n; ++p) s += Ty::load((const typename Ty::T*)pixels[p] + i, lanes);
+    Type<BD_FLOAT32>::store(out + i, s / splat((float)(n > 0 ? n : 1)), lanes);
+  }
+}
+
+void average_pixels(const void* const* pixels, int n, int dtype, int64_t c, float* out) {
+  if (dtype == BD_FLOAT32) {
+    average_typed<BD_FLOAT32>(pixels, n, c, out);
+  } else {
+    average_typed<BD_BFLOAT16>(pixels, n, c, out);
+  }
+}
+
+// Channel i goes into group i mod m; each group is averaged.
+template <int D>
+void fuse_down(const typename Type<D>::T* x, int64_t cin, int64_t m, float* out) {
+  typedef Type<D> Ty;
+  const int64_t whole = cin / m, larger = cin % m;
+  for (int64_t i = 0; i < m;) {
+    // The first `larger` groups hold one channel more.
+    const bool more = i < larger;
+    const int64_t end = more ? larger : m;
+    const int lanes = lanes_at(end, i);
+    const int64_t members = whole + (more ? 1 : 0);
+    vf s = Ty::load(x + i, lanes);
+    for (int64_t j = 1; j < members; ++j) s += Ty::load(x + i + j * m, lanes);
+    Type<BD_FLOAT32>::store(out + i, s / splat((float)members), lanes);
+    i += lanes;
+  }
+}
+
+template <int D>
+void fuse_typed(const void* pixel, int64_t cin, int64_t cout, float* out) {
+  typedef Type<D> Ty;
+  const typename Ty::T* x = (const typename Ty::T*)pixel;
+  if (cout < cin) return fuse_down<D>(x, cin, cout, out);
+  for (int64_t copy = 0; copy < cout / cin; ++copy)
+    for (int64_t i = 0; i < cin; i += kLanes) {
+      const int lanes = lanes_at(cin, i);
+      Type<BD_FLOAT32>::store(out + copy * cin + i, Ty::load(x + i, lanes), lanes);
+    }
+  const int64_t rest = cout % cin;
+  if (rest) fuse_down<D>(x, cin, rest, out + cout - rest);
+}
+
+void fuse_pixel(const void* pixel, int dtype, int64_t cin, int64_t cout, float* out) {
+  if (dtype == BD_FLOAT32) {
+    fuse_typed<BD_FLOAT32>(pixel, cin, cout, out);
+  } else {
+    fuse_typed<BD_BFLOAT16>(pixel, cin, cout, out);
+  }
+}
+
+template <int D>
+void accumulate_typed(const void* data, const float* factor, int64_t n, float* out) {
+  typedef Type<D> Ty;
+  typedef Type<BD_FLOAT32> F;
+  const typename Ty::T* x = (const typename Ty::T*)data;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int lanes = lanes_at(n, i);
+    vf v = Ty::load(x + i, lanes);
+    if (factor) v *= F::load(factor + i, lanes);
+    F::store(out + i, F::load(out + i, lanes) + v, lanes);
+  }
+}
+
+void accumulate_row(const void* x, int dtype, const float* factor, int64_t n, float* out) {
+  if (dtype == BD_FLOAT32) {
+    accumulate_typed<BD_FLOAT32>(x, factor, n, out);
+  } else {
+    accumulate_typed<BD_BFLOAT16>(x, factor, n, out);
+  }
+}
+
+// Adds 2^bit to the lanes whose mask bit is set, defined by each instruction set.
+inline vi add_where(vi acc, uint32_t mask, int32_t value);
+
+inline vu load_words(const uint32_t* p) {
+  vu v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Bit-sliced counting (carry-save adders): one bit of 16 x 32 counters per vector. Two taps and the running sum bit go
+// through a full adder; its carries meet the same way one level up, as in the Harley-Seal population count.
+void depthwise_counts(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n,
+                      int32_t* counts) {
+  constexpr int kBits = 25;
+  vu sum[kBits] = {}, waiting[kBits] = {};
+  int top = 0;
+  for (int i = 0; i < n; i += 2) {
+    const vu a = (load_words(taps[i]) ^ weights[i]) & load_words(valid[i]);
+    vu b = {};
+    if (i + 1 < n) b = (load_words(taps[i + 1]) ^ weights[i + 1]) & load_words(valid[i + 1]);
+    vu x = a ^ b;
+    vu carry = (a & b) | (sum[0] & x);
+    sum[0] ^= x;
+    int level = 1;
+    for (int pairs = i / 2; pairs & 1; pairs >>= 1, ++level) {
+      x = carry ^ waiting[level];
+      const vu next = (carry & waiting[level]) | (sum[level] & x);
+      sum[level] ^= x;
+      carry = next;
+      waiting[level] = vu{};
+    }
+    waiting[level] = carry;
+    if (level > top) top = level;
+  }
+  for (int level = 1; level <= top; ++level) {
+    vu carry = waiting[level];
+    for (int up = level; up < kBits; ++up) {
+      const vu next = sum[up] & carry;
+      sum[up] ^= carry;
+      carry = next;
+      if (up > top + 1) break;
+    }
+  }
+  int bits = top + 2 < kBits ? top + 2 : kBits;
+  while (bits > 0 && !(n >> (bits - 1))) --bits;
+  uint32_t planes[kBits][kLanes];
+  for (int bit = 0; bit < bits; ++bit) memcpy(planes[bit], &sum[bit], sizeof planes[bit]);
+  for (int p = 0; p < kLanes; ++p) {
+    vi low = {}, high = {};
+    for (int bit = 0; bit < bits; ++bit) {
+      low = add_where(low, planes[bit][p] & 0xffffu, 1 << bit);
+      high = add_where(high, planes[bit][p] >> 16, 1 << bit);
+    }
+    memcpy(counts + p * 2 * kLanes, &low, sizeof low);
+    memcpy(counts + p * 2 * kLanes + kLanes, &high, sizeof high);
+  }
+}
+
+}  // namespace
+}  // namespace bd
+#endif

@@ -1,0 +1,78 @@
+// NEON (aarch64): population counts per byte, widened before they overflow.
+#include <arm_neon.h>
+
+#include "inner_common.h"
+
+namespace bd {
+namespace {
+
+inline uint32_t at_least(vf a, vf b) {
+  float x[kLanes], y[kLanes];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  const uint32x4_t bits = {1, 2, 4, 8};
+  uint32_t mask = 0;
+  for (int q = 0; q < 4; ++q) {
+    const uint32x4_t hit = vcgeq_f32(vld1q_f32(x + 4 * q), vld1q_f32(y + 4 * q));
+    mask |= vaddvq_u32(vandq_u32(hit, bits)) << (4 * q);
+  }
+  return mask;
+}
+
+inline vi add_where(vi acc, uint32_t mask, int32_t value) {
+  const vi bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const vi chosen = (((int32_t)mask & bits) == bits);
+  return acc + (chosen & value);
+}
+
+template <int P>
+void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int32_t* counts,
+           int64_t count_step) {
+  uint32x4_t wide[P][4];
+  uint8x16_t acc[P][4];
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < 4; ++q) wide[p][q] = vdupq_n_u32(0);
+  for (int64_t s = 0; s < n; ++s) {
+    const uint32_t* ap = a + segments[s].a;
+    const uint32_t* wp = w + segments[s].w;
+    for (int64_t t = 0; t < segments[s].n;) {
+      const int64_t end = t + 31 < segments[s].n ? t + 31 : segments[s].n;
+      for (int p = 0; p < P; ++p)
+        for (int q = 0; q < 4; ++q) acc[p][q] = vdupq_n_u8(0);
+      for (; t < end; ++t, wp += kLanes) {
+        for (int q = 0; q < 4; ++q) {
+          const uint32x4_t weights = vld1q_u32(wp + 4 * q);
+          for (int p = 0; p < P; ++p) {
+            const uint32x4_t x = veorq_u32(vdupq_n_u32(ap[p * a_step + t]), weights);
+            acc[p][q] = vaddq_u8(acc[p][q], vcntq_u8(vreinterpretq_u8_u32(x)));
+          }
+        }
+      }
+      for (int p = 0; p < P; ++p)
+        for (int q = 0; q < 4; ++q) wide[p][q] = vpadalq_u16(wide[p][q], vpaddlq_u8(acc[p][q]));
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < 4; ++q) vst1q_u32((uint32_t*)counts + p * count_step + 4 * q, wide[p][q]);
+}
+
+void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
+          int tiles, int32_t* counts, int64_t count_step) {
+  for (int v = 0; v < tiles; ++v, w += tile_step, counts += kLanes) {
+    switch (pixels) {
+      case 1: block<1>(a, a_step, s, n, w, counts, count_step); break;
+      case 2: block<2>(a, a_step, s, n, w, counts, count_step); break;
+      case 3: block<3>(a, a_step, s, n, w, counts, count_step); break;
+      default: block<4>(a, a_step, s, n, w, counts, count_step); break;
+    }
+  }
+}
+
+const Inner kInner = {4, 4, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+                      average_pixels, fuse_pixel, accumulate_row};
+
+}  // namespace
+
+const Inner* neon_inner() { return &kInner; }
+
+}  // namespace bd

@@ -1,0 +1,484 @@
+#include "layer.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "pool.h"
+
+namespace bd {
+namespace {
+
+// Samples are taken together until their input fills about this much of the cache.
+constexpr int64_t kGroupBytes = 1 << 20;
+constexpr int64_t kPointwiseRow = 64;
+constexpr int64_t kStatisticsPixels = 64;
+
+int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+float round_to(float v, int dtype) {
+  if (dtype == BD_FLOAT32) return v;
+  uint32_t u;
+  memcpy(&u, &v, sizeof u);
+  if ((u & 0x7fffffffu) <= 0x7f800000u) u += 0x7fffu + ((u >> 16) & 1u);
+  u &= 0xffff0000u;
+  memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+// Memory that a thread keeps from layer to layer.
+struct Buffer {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Buffer() { free(data); }
+  char* get(size_t wanted) {
+    if (wanted > size) {
+      free(data);
+      data = nullptr;
+      size = 0;
+      void* fresh = nullptr;
+      if (posix_memalign(&fresh, 64, wanted) != 0) throw std::bad_alloc();
+      data = static_cast<char*>(fresh);
+      size = wanted;
+    }
+    return data;
+  }
+};
+
+thread_local Buffer shared_buffer;
+thread_local Buffer row_buffer;
+
+}  // namespace
+
+struct Layer::Scratch {
+  float* buffer;               // (row pixels, cout) of the bypass and what else is added before the activation
+  float* pixel;                // (cin)
+  const void** source;         // (row pixels), in the order of the runs
+  int32_t* kvalid;             // (row pixels rounded up), depthwise
+  std::vector<Tap> rows;
+  std::vector<Segment> segments;
+  std::vector<const void*> window;
+  std::vector<const uint32_t*> taps, valid;
+  std::vector<uint32_t> weights;
+  std::vector<float> sums;
+};
+
+Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(inner) {
+  x_ = static_cast<const char*>(a_.x);
+  element_ = a_.dtype == BD_FLOAT32 ? 4 : 2;
+  in_group_ = a_.cin / a_.groups;
+  out_group_ = a_.cout / a_.groups;
+  tiles_ = (out_group_ + kLanes - 1) / kLanes;
+  words_ = a_.depthwise ? (a_.cin + 31) / 32 : (in_group_ + 31) / 32;
+  row_words_ = words_ * (a_.depthwise ? 1 : a_.groups);
+  cin_padded_ = round_up(a_.cin, kLanes) + kLanes;
+  cout_padded_ = round_up(a_.cout, kLanes) + kLanes;
+  distance_ = a_.a != nullptr;
+
+  pointwise_ = !a_.depthwise && !a_.transposed && a_.kh == 1 && a_.kw == 1 && a_.sh == 1 && a_.sw == 1 && a_.pad_top == 0 &&
+               a_.pad_left == 0 && a_.oh == a_.h && a_.ow == a_.w && a_.rows == nullptr && a_.bypass != BD_BYPASS_AVERAGE;
+  const int64_t pixels = a_.oh * a_.ow;
+  row_pixels_ = pointwise_ ? std::min(kPointwiseRow, pixels) : a_.ow;
+  rows_ = pointwise_ ? (pixels + row_pixels_ - 1) / row_pixels_ : a_.oh;
+  if (pointwise_) {
+    runs_.push_back({0, 1, row_pixels_, 1, {{0, 0}}});
+  } else {
+    runs_ = make_runs({a_.w, a_.ow, a_.kw, a_.sw, a_.dw, a_.pad_left, a_.transposed != 0});
+  }
+
+  const bool middle = a_.levels != nullptr;
+  const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
+                                              (a_.groups == 1 || a_.depthwise || out_group_ % kLanes == 0));
+  const bool whole_down = a_.cout < a_.cin && a_.cin % a_.cout == 0;
+  direct_ = a_.bypass == BD_BYPASS_INDEX && (whole_up || whole_down);
+  buffered_ = (a_.bypass != BD_BYPASS_NONE && !direct_) || a_.residual != nullptr || middle;
+
+  parts_ = std::max<int64_t>(1, std::min<int64_t>({16, a_.h, a_.h * a_.w / 128}));
+  if (pointwise_) parts_ = std::max<int64_t>(1, std::min<int64_t>(16, a_.h * a_.w / 128));
+
+  plane_ = phase_length_ = 0;
+  if (a_.depthwise) {
+    column_taps_.resize(a_.ow);
+    for (const Run& run : runs_)
+      for (int64_t i = 0; i < run.count; ++i) column_taps_[run.start + i * run.step] = (int32_t)run.taps.size();
+    // Column iw lies at (iw + pad) in padded coordinates; output ow's tap kw is at ow * sw + kw * dw there.
+    const int64_t reach = std::max(a_.w - 1 + a_.pad_left, (a_.ow - 1) * a_.sw + (int64_t)(a_.kw - 1) * a_.dw);
+    phase_length_ = reach / a_.sw + 1 + kLanes;
+    plane_ = phase_length_ * a_.sw;
+    valid_.assign(plane_, 0);
+    column_place_.resize(a_.w);
+    for (int64_t iw = 0; iw < a_.w; ++iw) {
+      const int64_t at = iw + a_.pad_left;
+      column_place_[iw] = at % a_.sw * phase_length_ + at / a_.sw;
+      valid_[column_place_[iw]] = 0xffffffffu;
+    }
+  }
+  if (middle) {
+    // Sum of the signs per tap and output channel.
+    const int64_t taps = (int64_t)a_.kh * a_.kw;
+    tap_sums_.assign(taps * a_.cout, 0);
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t o = 0; o < a_.cout; ++o) {
+        int64_t ones = 0;
+        if (a_.depthwise) {
+          ones = a_.tiles[tap * words_ + o / 32] >> (o % 32) & 1u;
+        } else {
+          const int64_t g = o / out_group_, at = o % out_group_;
+          const uint32_t* w = a_.tiles + (((g * tiles_ + at / kLanes) * taps + tap) * words_) * kLanes + at % kLanes;
+          for (int64_t t = 0; t < words_; ++t) ones += __builtin_popcount(w[t * kLanes]);
+        }
+        tap_sums_[tap * a_.cout + o] = (int32_t)(2 * ones - in_group_);
+      }
+  }
+}
+
+int64_t Layer::part_start(int64_t part) const {
+  if (pointwise_) return a_.h * a_.w * part / parts_;
+  return a_.h * part / parts_ * a_.w;
+}
+
+void Layer::run() {
+  const int64_t sample_pixels = a_.h * a_.w;
+  const int64_t group = std::max<int64_t>(1, std::min(a_.n, kGroupBytes / (sample_pixels * a_.cin * element_ + 1)));
+  const int64_t sample_words = a_.depthwise ? a_.h * words_ * plane_ : sample_pixels * row_words_;
+  size_t at = 0;
+  auto take = [&at](int64_t bytes) {
+    const size_t start = at;
+    at += (size_t)round_up(bytes, 64);
+    return start;
+  };
+  const size_t beta = take(group * cin_padded_ * 4), scale = take(group * cout_padded_ * 4), middle = take(group * 4);
+  const size_t partial = take(group * parts_ * a_.cin * 8 + 64);
+  const size_t distances = take(group * parts_ * 8);
+  const size_t bits = take(group * sample_words * 4 + 64);
+  char* memory = shared_buffer.get(at);
+  beta_ = reinterpret_cast<float*>(memory + beta);
+  scale_ = reinterpret_cast<float*>(memory + scale);
+  middle_ = reinterpret_cast<float*>(memory + middle);
+  partial_ = reinterpret_cast<double*>(memory + partial);
+  distances_ = reinterpret_cast<double*>(memory + distances);
+  bits_ = reinterpret_cast<uint32_t*>(memory + bits);
+  for (base_ = 0; base_ < a_.n; base_ += group) {
+    const int64_t n = std::min(group, a_.n - base_);
+    threshold(base_, n);
+    pack(base_, n);
+    this->scale(base_, n);
+    convolve(base_, n);
+  }
+}
+
+void Layer::threshold(int64_t first, int64_t n) {
+  const int64_t pixels = a_.h * a_.w;
+  if (a_.k != nullptr) {
+    auto unit = [&](int64_t u) {
+      const int64_t sample = first + u / parts_, part = u % parts_;
+      double* total = partial_ + u * a_.cin;
+      float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
+      for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
+      const int64_t end = part_start(part + 1);
+      for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
+        memset(acc, 0, (size_t)a_.cin * 4);
+        inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
+        for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
+      }
+    };
+    parallel_for(a_.threads, n * parts_, unit);
+  }
+  for (int64_t s = 0; s < n; ++s) {
+    float* beta = beta_ + s * cin_padded_;
+    for (int64_t c = 0; c < a_.cin; ++c) {
+      float v = a_.thresholds ? a_.thresholds[(first + s) * a_.cin + c] : 0.0f;
+      if (a_.k) {
+        double total = 0;
+        for (int64_t part = 0; part < parts_; ++part) total += partial_[(s * parts_ + part) * a_.cin + c];
+        v = a_.k[c] * (float)(total / (double)pixels);
+      }
+      if (a_.b) v = v + a_.b[c];
+      beta[c] = round_to(v, a_.dtype);
+    }
+    for (int64_t c = a_.cin; c < cin_padded_; ++c) beta[c] = 0;
+  }
+}
+
+void Layer::pack_rows(int64_t sample, int64_t part) {
+  const int64_t s = sample - base_;
+  const float* beta = beta_ + s * cin_padded_;
+  const int64_t start = part_start(part), end = part_start(part + 1);
+  double distance = 0;
+  if (a_.depthwise) {
+    for (int64_t h = start / a_.w; h < end / a_.w; ++h) {
+      uint32_t* out = bits_ + (s * a_.h + h) * words_ * plane_;
+      distance += inner_.pack(pixel(sample, h * a_.w), a_.dtype, a_.w, a_.cin, a_.cin, beta, out, column_place_.data(), 0,
+                              plane_, distance_);
+    }
+  } else {
+    uint32_t* out = bits_ + s * a_.h * a_.w * row_words_;
+    for (int64_t p = start; p < end; p += 64)
+      for (int64_t g = 0; g < a_.groups; ++g)
+        distance += inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, std::min<int64_t>(64, end - p), a_.cin,
+                                in_group_, beta + g * in_group_, out + p * row_words_ + g * words_, nullptr, row_words_, 1,
+                                distance_);
+  }
+  distances_[s * parts_ + part] = distance;
+}
+
+void Layer::pack(int64_t first, int64_t n) {
+  auto unit = [&](int64_t u) { pack_rows(first + u / parts_, u % parts_); };
+  parallel_for(a_.threads, n * parts_, unit);
+}
+
+void Layer::scale(int64_t first, int64_t n) {
+  for (int64_t s = 0; s < n; ++s) {
+    float low = -1, high = 1;
+    if (a_.levels) {
+      const float* pair = a_.levels + (a_.per_sample_levels ? 2 * (first + s) : 0);
+      low = pair[0];
+      high = pair[1];
+    } else if (a_.a) {
+      double total = 0;
+      for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
+      const float mean = (float)(total / ((double)(a_.h * a_.w) * (double)a_.cin));
+      high = round_to(expf(a_.a[0] * (mean - 1.0f)), a_.dtype);
+      low = -high;
+    }
+    const float half = (high - low) / 2;
+    middle_[s] = (high + low) / 2;
+    float* scale = scale_ + s * cout_padded_;
+    for (int64_t c = 0; c < a_.cout; ++c) scale[c] = a_.scale[c] * half;
+  }
+}
+
+void Layer::convolve(int64_t first, int64_t n) {
+  const int64_t chunk = std::max<int64_t>(1, n * rows_ / (8 * (int64_t)a_.threads));
+  const int64_t rows = n * rows_;
+  auto unit = [&](int64_t u) {
+    Scratch s;
+    size_t at = 0;
+    auto take = [&at](int64_t bytes) {
+      const size_t start = at;
+      at += (size_t)round_up(bytes, 64);
+      return start;
+    };
+    const size_t buffer = take(buffered_ ? row_pixels_ * a_.cout * 4 + 64 : 0);
+    const size_t pixel = take(cin_padded_ * 4), source = take(row_pixels_ * (int64_t)sizeof(void*));
+    const size_t kvalid = take((row_pixels_ + kLanes) * 4);
+    char* memory = row_buffer.get(at);
+    s.buffer = buffered_ ? reinterpret_cast<float*>(memory + buffer) : nullptr;
+    s.pixel = reinterpret_cast<float*>(memory + pixel);
+    s.source = reinterpret_cast<const void**>(memory + source);
+    s.kvalid = reinterpret_cast<int32_t*>(memory + kvalid);
+    for (int64_t r = u * chunk; r < std::min(rows, (u + 1) * chunk); ++r) {
+      const int64_t sample = first + r / rows_;
+      if (a_.depthwise) {
+        depthwise_row(sample, r % rows_, s);
+      } else {
+        row(sample, r % rows_, s);
+      }
+    }
+  };
+  parallel_for(a_.threads, (rows + chunk - 1) / chunk, unit);
+}
+
+void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s) {
+  const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
+  if (direct_) {
+    const int64_t row = a_.rows ? a_.rows[r] : r;
+    int64_t i = 0;
+    for (const Run& run : runs_)
+      for (int64_t j = 0; j < run.count && i < pixels; ++j, ++i) {
+        const int64_t ow = run.start + j * run.step;
+        const int64_t from = pointwise_ ? place + ow : row * a_.w + (a_.cols ? a_.cols[ow] : ow);
+        s.source[i] = pixel(sample, from);
+      }
+  }
+  if (!buffered_) return;
+  if (direct_ || a_.bypass == BD_BYPASS_NONE) {
+    memset(s.buffer, 0, (size_t)(pixels * a_.cout) * 4);
+  } else {
+    for (int64_t ow = 0; ow < pixels; ++ow) {
+      float* out = s.buffer + ow * a_.cout;
+      if (a_.bypass == BD_BYPASS_INDEX) {
+        const int64_t from = pointwise_ ? place + ow
+                                        : (a_.rows ? a_.rows[r] : r) * a_.w + (a_.cols ? a_.cols[ow] : ow);
+        inner_.fuse(pixel(sample, from), a_.dtype, a_.cin, a_.cout, out);
+        continue;
+      }
+      s.window.clear();
+      const int64_t top = r * a_.sh - a_.bypass_pad_h, left = ow * a_.sw - a_.bypass_pad_w;
+      for (int64_t ih = std::max<int64_t>(0, top); ih < std::min<int64_t>(a_.h, top + a_.kh); ++ih)
+        for (int64_t iw = std::max<int64_t>(0, left); iw < std::min<int64_t>(a_.w, left + a_.kw); ++iw)
+          s.window.push_back(pixel(sample, ih * a_.w + iw));
+      if (a_.cin == a_.cout) {
+        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, out);
+      } else {
+        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, s.pixel);
+        inner_.fuse(s.pixel, BD_FLOAT32, a_.cin, a_.cout, out);
+      }
+    }
+  }
+  if (a_.residual) {
+    const char* from = static_cast<const char*>(a_.residual) + ((sample * a_.oh * a_.ow + place) * a_.cout) * element_;
+    inner_.accumulate(from, a_.dtype, nullptr, pixels * a_.cout, s.buffer);
+  }
+  if (a_.levels) add_middle(sample, r, s);
+}
+
+// Values low, high = middle -+ half: the middle meets the sum of the weights under the valid taps.
+void Layer::add_middle(int64_t sample, int64_t r, Scratch& s) {
+  const float middle = middle_[sample - base_];
+  if (middle == 0) return;
+  const int64_t pixels = pointwise_ ? std::min(row_pixels_, a_.oh * a_.ow - r * row_pixels_) : a_.ow;
+  s.sums.resize(a_.cout);
+  for (const Run& run : runs_) {
+    std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+    for (const Tap& row : s.rows)
+      for (const Tap& column : run.taps) {
+        const int32_t* sums = tap_sums_.data() + ((int64_t)row.k * a_.kw + column.k) * a_.cout;
+        for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] += (float)sums[c];
+      }
+    for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] *= middle;
+    for (int64_t j = 0; j < run.count; ++j) {
+      const int64_t ow = run.start + j * run.step;
+      if (ow < pixels) inner_.accumulate(s.sums.data(), BD_FLOAT32, a_.scale, a_.cout, s.buffer + ow * a_.cout);
+    }
+  }
+}
+
+void Layer::fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const {
+  e.dtype = a_.dtype;
+  e.scale = scale_ + (sample - base_) * cout_padded_ + first_channel;
+  e.bias = a_.bias + first_channel;
+  e.slope = a_.slope ? a_.slope + first_channel : nullptr;
+  e.post = a_.post ? a_.post + first_channel : nullptr;
+  e.source_channel = first_channel;
+  e.source_wrap = a_.cin;
+  e.source_sum = a_.cout < a_.cin ? a_.cin / a_.cout : 1;
+  e.source_stride = a_.cout;
+  e.buffer_step = a_.cout;
+  e.channels = channels;
+}
+
+void Layer::write_dots(const int32_t* counts, int64_t count_step, int pixels, int channels, const int32_t* kvalid,
+                       int kvalid_step, int64_t first, int64_t step) const {
+  for (int p = 0; p < pixels; ++p)
+    for (int c = 0; c < channels; ++c)
+      a_.dots[first + p * step + c] = kvalid[p * kvalid_step] - 2 * counts[p * count_step + c];
+}
+
+void Layer::row(int64_t sample, int64_t r, Scratch& s) {
+  const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
+  const int64_t pixels = pointwise_ ? std::min(row_pixels_, a_.oh * a_.ow - place) : a_.ow;
+  if (pointwise_) {
+    s.rows.assign(1, {0, 0});
+  } else {
+    taps_at({a_.h, a_.oh, a_.kh, a_.sh, a_.dh, a_.pad_top, a_.transposed != 0}, r, s.rows);
+  }
+  prepare_bypass(sample, r, pixels, s);
+  const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * kLanes;
+  const uint32_t* bits = bits_ + (sample - base_) * a_.h * a_.w * row_words_ + (pointwise_ ? place * row_words_ : 0);
+  int32_t counts[kMaxPixels * kMaxTiles * kLanes];
+  constexpr int64_t count_step = kMaxTiles * kLanes;
+  char* y = static_cast<char*>(a_.y);
+  int64_t before = 0;
+  for (const Run& run : runs_) {
+    const int64_t count = std::min(run.count, pointwise_ ? pixels : run.count);
+    s.segments.clear();
+    for (const Tap& row : s.rows)
+      for (const Tap& column : run.taps) {
+        const int64_t a = ((int64_t)row.at * a_.w + column.at) * row_words_;
+        const int64_t w = ((int64_t)row.k * a_.kw + column.k) * words_ * kLanes;
+        if (!s.segments.empty()) {
+          Segment& last = s.segments.back();
+          // Neighbouring taps of one row are one stretch of words.
+          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * kLanes == w) {
+            last.n += words_;
+            continue;
+          }
+        }
+        s.segments.push_back({a, w, words_});
+      }
+    const int32_t kvalid = (int32_t)(s.rows.size() * run.taps.size() * in_group_);
+    for (int64_t g = 0; g < a_.groups; ++g)
+      for (int64_t t = 0; t < tiles_; t += inner_.max_tiles) {
+        const int tiles = (int)std::min<int64_t>(inner_.max_tiles, tiles_ - t);
+        const int64_t channel = g * out_group_ + t * kLanes;
+        const int channels = (int)std::min<int64_t>(tiles * kLanes, out_group_ - t * kLanes);
+        const uint32_t* w = a_.tiles + (g * tiles_ + t) * tile_step;
+        Epilogue e;
+        fill(e, sample, channel, channels);
+        e.kvalid = &kvalid;
+        e.kvalid_step = 0;
+        e.y_step = run.step * a_.cout;
+        e.buffer_step = run.step * a_.cout;
+        for (int64_t j = 0; j < count; j += inner_.max_pixels) {
+          const int block = (int)std::min<int64_t>(inner_.max_pixels, count - j);
+          inner_.gemm(bits + g * words_ + j * run.in_step * row_words_, run.in_step * row_words_, s.segments.data(),
+                      (int64_t)s.segments.size(), w, tile_step, block, tiles, counts, count_step);
+          const int64_t ow = run.start + j * run.step;
+          const int64_t out = (sample * a_.oh * a_.ow + place + ow) * a_.cout + channel;
+          if (a_.dots) {
+            write_dots(counts, count_step, block, channels, &kvalid, 0, out, e.y_step);
+            continue;
+          }
+          e.source = direct_ ? s.source + before + j : nullptr;
+          e.buffer = buffered_ ? s.buffer + ow * a_.cout + channel : nullptr;
+          e.y = y + out * element_;
+          inner_.finish(counts, count_step, block, e);
+        }
+      }
+    before += count;
+  }
+}
+
+void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
+  taps_at({a_.h, a_.oh, a_.kh, a_.sh, a_.dh, a_.pad_top, false}, r, s.rows);
+  prepare_bypass(sample, r, a_.ow, s);
+  for (int64_t ow = 0; ow < a_.ow; ++ow) s.kvalid[ow] = (int32_t)s.rows.size() * column_taps_[ow];
+  const size_t n = s.rows.size() * (size_t)a_.kw;
+  s.taps.resize(n);
+  s.valid.resize(n);
+  s.weights.resize(n);
+  const uint32_t* bits = bits_ + (sample - base_) * a_.h * words_ * plane_;
+  int32_t counts[kLanes * 32];
+  char* y = static_cast<char*>(a_.y);
+  for (int64_t word = 0; word < words_; ++word) {
+    const int channels = (int)std::min<int64_t>(32, a_.cin - word * 32);
+    Epilogue e;
+    fill(e, sample, word * 32, channels);
+    e.kvalid_step = 1;
+    e.y_step = a_.cout;
+    size_t i = 0;
+    for (const Tap& row : s.rows)
+      for (int32_t k = 0; k < a_.kw; ++k, ++i) {
+        const int64_t shift = (int64_t)k * a_.dw;
+        const int64_t at = shift % a_.sw * phase_length_ + shift / a_.sw;
+        s.taps[i] = bits + ((int64_t)row.at * words_ + word) * plane_ + at;
+        s.valid[i] = valid_.data() + at;
+        s.weights[i] = a_.tiles[((int64_t)row.k * a_.kw + k) * words_ + word];
+      }
+    for (int64_t ow = 0; ow < a_.ow; ow += kLanes) {
+      const int block = (int)std::min<int64_t>(kLanes, a_.ow - ow);
+      inner_.depthwise(s.taps.data(), s.valid.data(), s.weights.data(), (int)n, counts);
+      for (size_t t = 0; t < n; ++t) {
+        s.taps[t] += kLanes;
+        s.valid[t] += kLanes;
+      }
+      const int64_t out = (sample * a_.oh * a_.ow + r * a_.ow + ow) * a_.cout + word * 32;
+      if (a_.dots) {
+        write_dots(counts, 32, block, channels, s.kvalid + ow, 1, out, a_.cout);
+        continue;
+      }
+      e.kvalid = s.kvalid + ow;
+      e.source = direct_ ? s.source + ow : nullptr;
+      e.buffer = buffered_ ? s.buffer + ow * a_.cout + word * 32 : nullptr;
+      e.y = y + out * element_;
+      inner_.finish(counts, 32, block, e);
+    }
+  }
+}
+
+}  // namespace bd

@@ -1,0 +1,64 @@
+// One packed layer on one input, in three passes: statistics, bits, convolution.
+#ifndef BIDENSIFY_LAYER_H
+#define BIDENSIFY_LAYER_H
+
+#include <stdint.h>
+
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace bd {
+
+class Layer {
+ public:
+  Layer(const bd_conv_args& args, const Inner& inner);
+  void run();
+
+ private:
+  struct Scratch;
+  void threshold(int64_t first, int64_t n);
+  void pack(int64_t first, int64_t n);
+  void pack_rows(int64_t sample, int64_t part);
+  void scale(int64_t first, int64_t n);
+  void convolve(int64_t first, int64_t n);
+  void row(int64_t sample, int64_t r, Scratch& s);
+  void depthwise_row(int64_t sample, int64_t r, Scratch& s);
+  void prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s);
+  void add_middle(int64_t sample, int64_t r, Scratch& s);
+  void fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const;
+  int64_t part_start(int64_t part) const;
+  const char* pixel(int64_t sample, int64_t p) const { return x_ + ((sample * a_.h * a_.w + p) * a_.cin) * element_; }
+  void write_dots(const int32_t* counts, int64_t count_step, int pixels, int channels, const int32_t* kvalid, int kvalid_step,
+                  int64_t first, int64_t step) const;
+
+  const bd_conv_args& a_;
+  const Inner& inner_;
+  const char* x_;
+  int64_t element_;
+  int64_t in_group_, out_group_, tiles_, words_, row_words_;
+  int64_t parts_;
+  int64_t cin_padded_, cout_padded_;
+  bool pointwise_, direct_, buffered_, distance_;
+  int64_t rows_, row_pixels_;
+  // Depthwise: words of one row lie in planes, one per 32 channels, split by column phase.
+  int64_t plane_, phase_length_;
+  std::vector<Run> runs_;
+  std::vector<int32_t> column_taps_;
+  std::vector<int64_t> column_place_;
+  std::vector<uint32_t> valid_;
+  std::vector<int32_t> tap_sums_;
+
+  // Of the samples in flight.
+  int64_t base_ = 0;
+  float* beta_ = nullptr;
+  float* scale_ = nullptr;
+  float* middle_ = nullptr;
+  double* partial_ = nullptr;
+  double* distances_ = nullptr;
+  uint32_t* bits_ = nullptr;
+};
+
+}  // namespace bd
+#endif
