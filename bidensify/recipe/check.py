@@ -1,23 +1,75 @@
-"""What pydantic cannot see: sections that must agree with one another, and options of code outside this package."""
+"""What pydantic cannot see: sections that must agree, and the options of data sets, tasks and the rewrite."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from bidensify.errors import BidensifyError
 from bidensify.recipe.schema import Recipe
+from bidensify.recipe.suggest import suggest
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
-    """Returns the mistakes of a recipe whose sections are each well-formed."""
-    mistakes: list[str] = []
-    if recipe.binarize:
+    """Returns the mistakes of a recipe whose sections are each well-formed, each with its path."""
+    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize), *_losses(recipe)]
+
+
+def _unknown(path: str, name: str, known: list[str]) -> str:
+    return f"{path}.{name}: unknown key; {suggest(name, known)}"
+
+
+def _data(recipe: Recipe) -> list[str]:
+    from bidensify.data import available_datasets, dataset_options
+
+    mistakes = []
+    for path, section in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
+        if section.name not in available_datasets():
+            names = available_datasets()
+            mistakes.append(f"{path}.name: there is no data set {section.name!r}; {suggest(section.name, names)}")
+            continue
+        options = dataset_options(section.name)
+        known = ["name", "split", *options]
+        mistakes += [_unknown(path, name, known) for name in section.options if name not in options]
+    return mistakes
+
+
+def _task(recipe: Recipe) -> list[str]:
+    from bidensify.tasks import available_tasks, task_options
+
+    task = recipe.task
+    if task.name not in available_tasks():
+        return [f"task.name: there is no task {task.name!r}; {suggest(task.name, available_tasks())}"]
+    options = task_options(task.name)
+    return [_unknown("task", name, ["name", *options]) for name in task.options if name not in options]
+
+
+def _binarize(section: Mapping[str, Any]) -> list[str]:
+    from bidensify.config import BidensifyConfig
+    from bidensify.methods import available_methods
+
+    known = ["version", *(item.name for item in dataclasses.fields(BidensifyConfig))]
+    mistakes = [_unknown("binarize", name, known) for name in section if name not in known]
+    method = section.get("method", "bidense")
+    if method not in available_methods():
+        mistakes.append(f"binarize.method: there is no method {method!r}; {suggest(str(method), available_methods())}")
+    if not mistakes:
         try:
-            recipe.config()
+            BidensifyConfig.from_dict(section)
         except (BidensifyError, TypeError) as error:
             mistakes.append(f"binarize: {error}")
+    return mistakes
+
+
+def _losses(recipe: Recipe) -> list[str]:
+    mistakes = []
     for index, stage in enumerate(recipe.stages):
-        depth = recipe.task.name == "depth"
-        if stage.losses.kl is not None and depth:
-            mistakes.append(f"stages[{index}].losses.kl: depth has no class distribution; use kd_l1")
-        if stage.losses.kd_l1 is not None and not depth:
-            mistakes.append(f"stages[{index}].losses.kd_l1: is for the task 'depth', not {recipe.task.name!r}; use kl")
+        path = f"stages[{index}].losses"
+        if stage.losses.kl is not None and recipe.task.name == "depth":
+            mistakes.append(f"{path}.kl: depth has no class distribution to distil; use kd_l1")
+        if stage.losses.kd_l1 is not None and recipe.task.name != "depth":
+            mistakes.append(f"{path}.kd_l1: is for the task 'depth', the recipe's is {recipe.task.name!r}; use kl")
+        if stage.losses.cwd is not None and not stage.losses.cwd.layers and recipe.task.name == "depth":
+            mistakes.append(f"{path}.cwd: a depth map is no score per class; name the layers to compare (cwd.layers)")
     return mistakes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bidensify.errors import ConfigError
-from bidensify.recipe.load import suggest
+from bidensify.recipe.suggest import suggest
 
 
 class Features:

@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bidensify.errors import ConfigError
+from bidensify.recipe.check import check_recipe
 from bidensify.recipe.schema import Recipe
+from bidensify.recipe.suggest import suggest
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,8 +73,6 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, ove
     except ValidationError as error:
         mistakes += [_describe(dict(item)) for item in error.errors()]
     if recipe is not None:
-        from bidensify.recipe.check import check_recipe
-
         mistakes += check_recipe(recipe)
     if mistakes or recipe is None:
         count = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
@@ -123,6 +123,7 @@ def _override(data: dict[str, Any], override: str, mistakes: list[str]) -> None:
     except yaml.YAMLError as error:
         mistakes.append(f"override {override!r}: the value is not valid YAML: {error}")
         return
+    mistakes += [f"override {override!r}: {duplicate}" for duplicate in loader.duplicates]
     target: Any = data
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         if isinstance(target, list):
@@ -161,14 +162,6 @@ def _describe(error: dict[str, Any]) -> str:
     if error["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """Returns "did you mean ...?" with the names near ``name``, or the list of all known names."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(repr(key) for key in near)}?"
-    return f"known: {', '.join(sorted(known))}" if known else "nothing is known here"
 
 
 def _keys(loc: tuple[str | int, ...]) -> list[str]:

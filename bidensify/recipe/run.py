@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from bidensify.errors import ConfigError
@@ -45,19 +46,17 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None) -> nn.Module
 
     Args:
         recipe: a student's recipe; section ``binarize`` configures the rewrite.
-        teacher: the network whose weights the student starts from; not changed. Without it, or with
-            ``teacher.init_student: false`` in the recipe, the student starts from a freshly built model.
+        teacher: the network whose weights the student starts from; not changed. Without it the student starts from a
+            freshly built model.
     """
-    import torch
-
     from bidensify.rewrite import bidensify
 
-    fresh = teacher is None or (recipe.teacher is not None and not recipe.teacher.init_student)
-    base = recipe.build_model() if fresh or teacher is None else teacher
+    base = recipe.build_model() if teacher is None else teacher
     height, width = recipe.data.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return bidensify(base, recipe.config(), example_inputs=torch.zeros(2, 3, height, width), inplace=fresh)
+        example = torch.zeros(2, 3, height, width)
+        return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
 
 
 def run_recipe(

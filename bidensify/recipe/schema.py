@@ -230,12 +230,10 @@ class LogSection(Section):
 class TeacherSection(Section):
     """The full-precision teacher: where its weights are (a .safetensors file or a run folder), and how it is trained.
 
-    With ``init_student`` the student starts from the teacher's weights, else from those that the model was built with.
     ``optimizer``, ``ema``, ``evaluate`` and ``augment`` default to those of the recipe.
     """
 
     weights: str | None = None
-    init_student: bool = True
     stages: list[StageSection] = []
     optimizer: OptimizerSection | None = None
     ema: EmaSection | None = None
@@ -288,7 +286,10 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe, defaults filled in, as JSON-able data that :func:`load_recipe` takes."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        if any(stage.binarize != "none" for stage in self.stages):
+            data["binarize"] = self.config().to_dict()
+        return data
 
     def build_model(self) -> torch.nn.Module:
         """Builds the full-precision network; its fresh weights depend on ``seed`` alone."""
