@@ -72,6 +72,9 @@ def fusion_down(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
         )
     if out_channels == channels:
         return x
+    if dim == 1 and x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        # Splitting the channel dimension would lose the memory format.
+        return fusion_down(x.permute(0, 2, 3, 1), out_channels, -1).permute(0, 3, 1, 2)
     whole, remainder = divmod(channels, out_channels)
     body = x.narrow(dim, 0, whole * out_channels)
     total = body.reshape(*x.shape[:dim], whole, out_channels, *x.shape[dim + 1 :]).sum(dim)
@@ -123,7 +126,8 @@ class Bypass(nn.Module):
     """CFB for any geometry: (N, C_in, H, W) -> (N, C_out, H', W') with H', W' as the layer's own output has.
 
     * stride 1 "same" (dilated too): identity in space;
-    * strided: average pooling with the convolution's kernel, stride and padding, padding not counted;
+    * strided: average pooling with the convolution's kernel, stride and padding, padding not counted (padding of at
+      most half the kernel and no dilation, as torch's pooling has it);
     * transposed: nearest upsampling, cropped or padded (edge values) to the output;
     * anything else: the centre of each window.
 
@@ -176,7 +180,7 @@ class Bypass(nn.Module):
     def _average(self, x: Tensor, height: int, width: int) -> Tensor:
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
         # torch limits pooling's padding to half the kernel, and the layer may pad more, or on one side only
-        # ("same" padding of a strided layer): such a window is cut to the image by hand.
+        # ("same" padding of a strided layer): such a window gives its centre.
         pooled_h = (x.shape[-2] + 2 * ph - kh) // sh + 1
         pooled_w = (x.shape[-1] + 2 * pw - kw) // sw + 1
         if (pooled_h, pooled_w) == (height, width) and 2 * ph <= kh and 2 * pw <= kw:

@@ -1,0 +1,66 @@
+"""RPReLU against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bidensify.nn import RPReLU
+
+
+def filled(channels: int, dim: int = 1) -> RPReLU:
+    layer = RPReLU(channels, dim)
+    with torch.no_grad():
+        layer.bias_in.normal_()
+        layer.slope.uniform_(-0.5, 1.5)
+        layer.bias_out.normal_()
+    return layer
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((2, 5, 4, 3), 1), ((2, 5), 1), ((3, 5, 7), 1), ((2, 6, 5), -1), ((4, 5), -1)])
+def test_values(shape: tuple[int, ...], dim: int) -> None:
+    layer, x = filled(5, dim), torch.randn(shape)
+    axis = [1] * len(shape)
+    axis[dim] = -1
+    bias_in, slope, bias_out = (p.detach().numpy().reshape(axis) for p in (layer.bias_in, layer.slope, layer.bias_out))
+    shifted = x.numpy() + bias_in
+    expected = np.where(shifted > 0, shifted, shifted * slope) + bias_out
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_gradients(dim: int) -> None:
+    layer = filled(3, dim).double()
+    x = torch.randn((2, 3, 4, 2) if dim == 1 else (2, 4, 3), dtype=torch.float64, requires_grad=True)
+    parameters = (layer.bias_in, layer.slope, layer.bias_out)
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(("bias_in", "slope", "bias_out"), values)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *(p.detach().clone().requires_grad_() for p in parameters)))
+
+
+def test_starts_as_a_leaky_relu_that_keeps_the_negative_side() -> None:
+    x = torch.tensor([-2.0, -0.0, 0.0, 3.0]).reshape(1, 1, 4)
+    assert RPReLU(1)(x).flatten().tolist() == [-0.5, 0.0, 0.0, 3.0]
+
+
+def test_bfloat16_and_channels_last() -> None:
+    layer = filled(4)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    half = layer(x.detach().bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), y.detach(), rtol=2e-2, atol=3e-2)
+
+
+def test_errors_quote_what_was_given() -> None:
+    with pytest.raises(ValueError, match=r"dim=2 must be 1 \(channels first\) or -1 \(channels last\)"):
+        RPReLU(3, dim=2)
+    with pytest.raises(ValueError, match=r"has 4 channels on dimension 1 \(shape \(1, 4, 2, 2\)\), .* made for 3"):
+        RPReLU(3)(torch.zeros(1, 4, 2, 2))
