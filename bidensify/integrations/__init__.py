@@ -1,1 +1,1 @@
-"""TODO."""
+"""Bridges to other libraries' weights, saving and loading."""

@@ -1,0 +1,99 @@
+"""``bidensify.plan`` and ``bidensify.bidensify``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from bidensify.config import BidensifyConfig
+from bidensify.errors import ConfigError, PlanError
+from bidensify.methods import get_method
+from bidensify.nn import BinaryLayer
+from bidensify.rewrite.apply import apply_plan
+from bidensify.rewrite.check import check, second_size
+from bidensify.rewrite.plan import Plan
+from bidensify.rewrite.planner import make_plan
+from bidensify.rewrite.record import record
+
+__all__ = ["bidensify", "plan"]
+
+
+def _config(config: BidensifyConfig | None, method: str | None) -> BidensifyConfig:
+    if config is None:
+        config = BidensifyConfig()
+    if not isinstance(config, BidensifyConfig):
+        raise ConfigError(f"config={config!r} must be a BidensifyConfig (BidensifyConfig.from_dict reads a mapping)")
+    if method is not None:
+        config = dataclasses.replace(config, method=method)
+    get_method(config.method)
+    return config
+
+
+def _refuse_binary(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, BinaryLayer):
+            raise PlanError(f"{path}: the network is binary already; give the full-precision one")
+
+
+def plan(model: nn.Module, config: BidensifyConfig | None = None, *, example_inputs: Any = None) -> Plan:
+    """What ``bidensify`` would do: every layer, its action and the reason. The model is left as it is.
+
+    Args:
+        model: any network with convolutions.
+        config: what to do; defaults to ``BidensifyConfig()``.
+        example_inputs: a tensor, a tuple or a dict; by default derived from the model.
+
+    Returns:
+        A ``Plan``; ``print`` shows it as a table, ``.to_dict()`` gives JSON-able data.
+
+    Raises:
+        PlanError: the network does not run, has no convolution, a rule matches nothing, or nothing would change.
+        ConfigError: an unknown method.
+    """
+    config = _config(config, None)
+    _refuse_binary(model)
+    return make_plan(record(model, example_inputs), model, config)
+
+
+def bidensify(
+    model: nn.Module,
+    config: BidensifyConfig | None = None,
+    *,
+    method: str | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """Rewrites a network: binary layers where convolutions were, with the full-precision signal kept.
+
+    The network keeps its class, attributes, forward signature and hooks; ``.bidensify_plan`` says what was done. Before
+    training, ``bidensify.calibrate`` (``finetune`` calls it) sets thresholds and BatchNorm statistics.
+
+    Args:
+        model: the full-precision network.
+        config: what to do; defaults to ``BidensifyConfig()``.
+        method: overrides ``config.method``.
+        example_inputs: a tensor, a tuple or a dict; by default derived from the model.
+        inplace: rewrite ``model`` itself instead of a deep copy.
+        verify: check the result (each layer is hit as recorded, a second input size runs, the output's structure, a
+            deep copy); cheap.
+
+    Raises:
+        PlanError: see ``plan``.
+        ConfigError: an unknown method.
+        CheckError: the result does not keep what a rewrite guarantees.
+    """
+    config = _config(config, method)
+    _refuse_binary(model)
+    recorded = record(model, example_inputs)
+    planned = make_plan(recorded, model, config)
+    expected = second_size(model, recorded) if verify else None
+    if not inplace:
+        model = copy.deepcopy(model)
+    result = apply_plan(model, planned)
+    if verify:
+        check(result, planned, recorded, expected)
+    return result

@@ -1,0 +1,238 @@
+"""Apply a plan in place: no data, no forward pass; the meta device is enough."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.config import BidensifyConfig
+from bidensify.errors import PlanError
+from bidensify.methods import LayerSpec, get_method
+from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, make_binary
+from bidensify.nn.layer import pretrained_spread
+from bidensify.rewrite.blocks import apply_edits
+from bidensify.rewrite.generated import become
+from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
+
+__all__ = ["StateDictAdapter", "apply_plan"]
+
+
+class StateDictAdapter:
+    """Lets a full-precision state_dict of the original network load into the rewritten one.
+
+    Attributes:
+        renamed: key of the original -> key of the rewritten network, or None for a value that it no longer holds.
+        added: keys that the rewrite added; an original state_dict has none of them, and they keep their values.
+    """
+
+    def __init__(self, renamed: Mapping[str, str | None], added: list[str]) -> None:
+        self.renamed = dict(renamed)
+        self.added = list(added)
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
+        """The pre-hook of ``load_state_dict``; it changes torch's own shallow copy of the dict."""
+        if any(prefix + key in state_dict for key in self.added):
+            return
+        for old, new in self.renamed.items():
+            if prefix + old in state_dict:
+                value = state_dict.pop(prefix + old)
+                if new is not None:
+                    state_dict[prefix + new] = value
+        own = module.state_dict()
+        for key in self.added:
+            if key in own:
+                state_dict.setdefault(prefix + key, own[key])
+
+
+def _require(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> nn.Module:
+    if path not in modules:
+        raise PlanError(
+            f"the plan of {plan.model_class} names {path!r}, which this network does not have; it is of another model: "
+            "plan again"
+        )
+    return modules[path]
+
+
+def _check_layer(layer: LayerPlan, module: nn.Module) -> None:
+    if isinstance(module, BinaryLayer):
+        raise PlanError(f"{layer.path}: is binary already; rewrite the full-precision network")
+    if isinstance(module, nn.Linear):
+        facts: tuple[Any, ...] = ("linear", module.in_features, module.out_features, (1,))
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        kind = ("conv_transpose" if transposed else "conv") + f"{len(module.kernel_size)}d"
+        facts = (kind, module.in_channels, module.out_channels, tuple(module.kernel_size))
+    else:
+        facts = (type(module).__name__,)
+    wanted = (layer.kind, layer.in_channels, layer.out_channels, tuple(layer.kernel_size))
+    if facts != wanted:
+        raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {facts}; it is of another model")
+
+
+def _taken_norm(norm: nn.Module) -> nn.BatchNorm2d:
+    """A plain BatchNorm2d that takes over the parameters and statistics of ``norm`` (a fused norm+act included)."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    taken = nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
+    )
+    taken._parameters = dict(norm._parameters)
+    taken._buffers = dict(norm._buffers)
+    taken.training = norm.training
+    return taken
+
+
+def _new_norm(layer: LayerPlan, module: nn.Module, weight: Tensor) -> nn.Module:
+    """A BatchNorm for a layer without one: it keeps the output's spread, and takes over the layer's bias."""
+    cls = BatchNormLast if layer.kind == "linear" else nn.BatchNorm2d
+    norm = cls(layer.out_channels, device=weight.device, dtype=weight.dtype)
+    spread = pretrained_spread(weight, transposed=layer.kind == "conv_transpose2d", groups=layer.groups)
+    bias = module._parameters.get("bias")
+    with torch.no_grad():
+        norm.weight.copy_(spread)
+        if bias is not None:
+            norm.bias.copy_(bias)
+    if bias is not None:
+        module._parameters["bias"] = None
+    norm.train(module.training)
+    return norm
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Module], config: BidensifyConfig) -> None:
+    module = modules[layer.path]
+    method = get_method(layer.method)
+    dim = -1 if layer.kind == "linear" else 1
+    latent = module._parameters.get("weight")
+    if latent is None:
+        raise PlanError(
+            f"{layer.path}: its weight is not a plain parameter (a parametrization such as weight_norm?); remove the "
+            "parametrization first (torch.nn.utils.parametrize.remove_parametrizations), or keep the layer by a rule"
+        )
+    if config.weights == "fresh" and latent.device.type != "meta":
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(latent, a=5**0.5)
+    spec = LayerSpec(layer.kind, layer.in_channels, layer.out_channels, layer.groups, dim)
+    parts = method.parts(spec, dataclasses.replace(config, act_scale=layer.act_scale))
+    norm: nn.Module = _taken_norm(modules[layer.norm]) if layer.norm is not None else _new_norm(layer, module, latent)
+    if layer.layer_scale is not None:
+        holder, name = _owner(model, layer.layer_scale)
+        gamma = holder._parameters[name]
+        assert gamma is not None
+        with torch.no_grad():
+            for parameter in (norm.weight, norm.bias):
+                parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
+        holder._parameters[name] = None
+    bypass = None
+    if layer.bypass:
+        grouping = config.fusion_grouping
+        if isinstance(module, nn.modules.conv._ConvNd):
+            bypass = Bypass(
+                layer.in_channels, layer.out_channels, module.kernel_size, module.stride, module.padding,
+                module.dilation, transposed=layer.kind == "conv_transpose2d", grouping=grouping,
+            )  # fmt: skip
+        else:
+            bypass = Bypass(layer.in_channels, layer.out_channels, dim=-1, grouping=grouping)
+    activation = None
+    if layer.activation and method.activation is not None:
+        activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
+    module.__class__ = make_binary(type(module))
+    assert isinstance(module, BinaryLayer)
+    module.install(
+        binarizer=parts.binarizer.to(device=latent.device, dtype=latent.dtype),
+        weight_binarizer=parts.weight_binarizer,
+        norm=norm,
+        bypass=bypass,
+        activation=activation,
+        method=layer.method,
+    )
+    for part in (module.binarizer, module.weight_binarizer, module.bypass, module.activation):
+        if part is not None:
+            part.train(module.training)
+
+
+def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> None:
+    if item.action == "replace":
+        make = get_method(item.method).activation
+        if make is None:
+            raise PlanError(f"{item.path}: method {item.method!r} has no activation; plan again")
+        become(module, make(item.channels, item.dim).to(device=like.device, dtype=like.dtype))
+    elif item.action == "absorbed":
+        become(module, nn.Identity())
+    elif item.action == "norm":
+        inner = module.act
+        assert isinstance(inner, nn.Module)
+        become(module, nn.Sequential(inner))
+    else:
+        raise PlanError(f"{item.path}: unknown action {item.action!r} in the plan")
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Rewrites ``model`` in place as ``plan`` says and returns it.
+
+    The result is the same for the same model and plan, in any process: what is drawn at random is drawn from a fixed
+    seed, and the global RNG state is left alone.
+
+    Args:
+        model: the full-precision network that the plan was made for; on any device, meta included.
+        plan: from ``bidensify.plan``, or ``Plan.from_dict``.
+
+    Raises:
+        PlanError: the plan is of another model; the message names the first path that does not fit. The model is
+            unchanged then.
+    """
+    modules = dict(model.named_modules())
+    for layer in plan.layers:
+        if layer.kind != "function":
+            module = _require(modules, layer.path, plan)
+            if layer.action == "binary":
+                _check_layer(layer, module)
+                if layer.norm is not None:
+                    _require(modules, layer.norm, plan)
+    for item in plan.activations:
+        _require(modules, item.path, plan)
+    before = set(model.state_dict())
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for block in plan.blocks:
+            module = _require(modules, block.path, plan)
+            for name, (channels, dim, method) in block.modules.items():
+                make = get_method(method).activation
+                if hasattr(module, name) or make is None:
+                    raise PlanError(f"{block.path}: cannot add an activation named {name!r}; plan again")
+                child = make(channels, dim).to(device=reference.device, dtype=reference.dtype)
+                setattr(module, name, child.train(module.training))
+            apply_edits(module, block.path, block.varying, dict(block.constants), block.edits)
+        for layer in plan.layers:
+            if layer.action == "binary":
+                _exchange(model, layer, modules, plan.config)
+        for item in plan.activations:
+            _apply_activation(item, modules[item.path], reference)
+    _adapt_state_dict(model, plan, before)
+    model.bidensify_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str]) -> None:
+    after = set(model.state_dict())
+    renamed: dict[str, str | None] = dict.fromkeys(before - after)
+    for layer in plan.binary:
+        if layer.norm is not None:
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                if f"{layer.norm}.{name}" in renamed:
+                    renamed[f"{layer.norm}.{name}"] = f"{layer.path}.norm.{name}"
+        elif f"{layer.path}.bias" in renamed and layer.layer_scale is None:
+            renamed[f"{layer.path}.bias"] = f"{layer.path}.norm.bias"
+    taken = {new for new in renamed.values() if new is not None}
+    adapter = StateDictAdapter(renamed, sorted(after - before))
+    # A norm's taken-over values come from the original's keys, so only what is really new keeps its own value.
+    assert taken <= after
+    model.register_load_state_dict_pre_hook(adapter)  # type: ignore[no-untyped-call]
