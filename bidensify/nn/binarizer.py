@@ -15,6 +15,11 @@ __all__ = ["ActivationBinarizer", "DistributionAdaptiveBinarizer", "SignBinarize
 _CALIBRATION_SAMPLES = 4096
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32 for half precision, else the dtype of ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def mixing_threshold(values: Tensor) -> Tensor:
     """Per-row thresholds that split each row's values as evenly as their ties allow.
 
@@ -165,11 +170,13 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
 
     def _mean(self, x: Tensor) -> Tensor:
         spatial = self._spatial(x)
-        return x.detach().mean(spatial, keepdim=True, dtype=torch.float32) if spatial else x.detach().float()
+        dtype = statistics_dtype(x)
+        return x.detach().mean(spatial, keepdim=True, dtype=dtype) if spatial else x.detach().to(dtype)
 
     def _threshold(self, x: Tensor) -> Tensor:
         k, b = self._shaped(self.k, x), self._shaped(self.b, x)
-        return (k.float() * self._mean(x) + b.float()).to(x.dtype)
+        mean = self._mean(x)
+        return (k.to(mean.dtype) * mean + b.to(mean.dtype)).to(x.dtype)
 
     def _scale(self, shifted: Tensor) -> Tensor:
         if self.act_scale == "none":
@@ -178,14 +185,15 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
             dims: tuple[int, ...] = tuple(range(1, shifted.dim()))
         else:
             dims = self._spatial(shifted)
+        dtype = statistics_dtype(shifted)
         if not dims:
-            distance = shifted.abs().float()
+            distance = shifted.abs().to(dtype)
         else:
             count = 1
             for d in dims:
                 count *= shifted.shape[d]
-            distance = torch.linalg.vector_norm(shifted, 1, dims, keepdim=True, dtype=torch.float32) / count
-        return torch.exp(self.a.float() * (distance - 1)).to(shifted.dtype)
+            distance = torch.linalg.vector_norm(shifted, 1, dims, keepdim=True, dtype=dtype) / count
+        return torch.exp(self.a.to(dtype) * (distance - 1)).to(shifted.dtype)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():

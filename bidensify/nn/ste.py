@@ -59,7 +59,8 @@ class _ThresholdSign(torch.autograd.Function):
             grad_x = torch.where(distance <= 1, grad, grad.new_zeros(())).mul_(alpha)
         grad_beta = None
         if ctx.needs_input_grad[1]:
-            grad_beta = grad_x.sum_to_size(beta.shape).neg_()
+            # sum_to_size gives grad_x itself where the shapes are equal: not in place.
+            grad_beta = grad_x.sum_to_size(beta.shape).neg()
         return (grad_x if ctx.needs_input_grad[0] else None), grad_beta, grad_alpha, None
 
 

@@ -18,7 +18,9 @@ def filled(channels: int, dim: int = 1) -> RPReLU:
     return layer
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((2, 5, 4, 3), 1), ((2, 5), 1), ((3, 5, 7), 1), ((2, 6, 5), -1), ((4, 5), -1)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 5, 4, 3), 1), ((2, 5), 1), ((3, 5, 7), 1), ((2, 6, 5), -1), ((4, 5), -1)]
+)
 def test_values(shape: tuple[int, ...], dim: int) -> None:
     layer, x = filled(5, dim), torch.randn(shape)
     axis = [1] * len(shape)

@@ -79,7 +79,14 @@ def average_loop(x: np.ndarray, kernel: int, stride: int, padding: int, out: tup
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "size"),
-    [(3, 2, 1, (9, 12)), (2, 2, 0, (8, 7)), (1, 2, 0, (7, 8)), (4, 4, 0, (16, 18)), (7, 2, 3, (12, 9)), (5, 3, 2, (11, 14))],
+    [
+        (3, 2, 1, (9, 12)),
+        (2, 2, 0, (8, 7)),
+        (1, 2, 0, (7, 8)),
+        (4, 4, 0, (16, 18)),
+        (7, 2, 3, (12, 9)),
+        (5, 3, 2, (11, 14)),
+    ],
 )
 def test_strided_windows_average_without_padding(kernel: int, stride: int, padding: int, size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -100,7 +107,16 @@ def test_same_size_is_the_identity(kernel, padding, dilation) -> None:  # type: 
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"),
-    [(3, 1, 0, 1), (5, 1, 0, 1), (3, 1, "valid", 2), (5, 1, 1, 1), (3, 2, 2, 2), (3, 2, 0, 3), (1, 1, 2, 1), (3, 1, 3, 1)],
+    [
+        (3, 1, 0, 1),
+        (5, 1, 0, 1),
+        (3, 1, "valid", 2),
+        (5, 1, 1, 1),
+        (3, 2, 2, 2),
+        (3, 2, 0, 3),
+        (1, 1, 2, 1),
+        (3, 1, 3, 1),
+    ],
 )
 def test_other_windows_give_their_centre(kernel, stride, padding, dilation) -> None:  # type: ignore[no-untyped-def]
     x = torch.randn(2, 2, 14, 12)
@@ -122,7 +138,9 @@ def test_kernel_equal_to_stride_is_nearest_upsampling(factor: int) -> None:
     assert torch.equal(y, x.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "extra"), [(4, 2, 1, 0), (3, 2, 1, 1), (5, 2, 2, 1), (3, 1, 1, 0)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "extra"), [(4, 2, 1, 0), (3, 2, 1, 1), (5, 2, 2, 1), (3, 1, 1, 0)]
+)
 def test_transposed_positions_come_from_an_input_that_feeds_them(
     kernel: int, stride: int, padding: int, extra: int
 ) -> None:
@@ -147,7 +165,9 @@ def test_channels_and_space_together_in_both_layouts() -> None:
         x = torch.randn(2, channels[0], 8, 8, requires_grad=True)
         bypass = Bypass(*channels, 3, 2, 1)
         y = bypass(x, (4, 4))
-        torch.testing.assert_close(y, nn.functional.avg_pool2d(fusion(x, channels[1]), 3, 2, 1, count_include_pad=False))
+        torch.testing.assert_close(
+            y, nn.functional.avg_pool2d(fusion(x, channels[1]), 3, 2, 1, count_include_pad=False)
+        )
         last = bypass(x.detach().contiguous(memory_format=torch.channels_last), (4, 4))
         torch.testing.assert_close(last, y.detach())
         assert last.is_contiguous(memory_format=torch.channels_last)
