@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,12 +29,19 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """
     # accelerate keeps the precision of a process's first Accelerator; a second run may want another one.
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
-        cpu=recipe.device == "cpu",
+        # Without this, processes on a machine that has no GPU would not know of one another.
+        cpu=recipe.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         kwargs_handlers=[ddp],
     )
+    if accelerator.num_processes == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        warnings.warn(
+            "accelerate launch --cpu starts one process, whatever --num_processes says (it leaves more to mpirun); for "
+            "several on the CPU use `accelerate launch --multi_gpu --num_processes N` with device: cpu in the recipe",
+            stacklevel=2,
+        )
     share = accelerator.num_processes * recipe.data.accumulate
     if recipe.data.batch_size % share:
         raise ConfigError(
@@ -60,26 +69,44 @@ def gather_objects(own: Any) -> list[Any]:
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """Batches of sample indices: the order depends on (seed, epoch) alone, each process takes its slice of a batch.
+    """Batches of sample indices: the order depends on (seed, epoch) alone, each process takes its part of a batch.
 
     The last, incomplete batch is left out, as in every epoch other samples fall into it.
+
+    Args:
+        length: number of samples.
+        batch_size: of the global batch; a multiple of ``processes`` x ``parts``.
+        seed, epoch: of the order.
+        skip: batches to leave out at the start.
+        rank, processes: which part, of how many.
+        parts: micro-batches in a batch; each is split over the processes, so that the samples whose batch statistics
+            are taken together do not depend on the number of processes.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int, epoch: int, skip: int = 0, rank: int = 0, processes: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        parts: int = 1,
     ) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         self.order = torch.randperm(length, generator=generator).tolist()
-        self.batch_size, self.skip, self.share = batch_size, skip, batch_size // processes
-        self.first = rank * self.share
+        self.batch_size, self.skip = batch_size, skip
+        part, share = batch_size // parts, batch_size // parts // processes
+        self._own = [p * part + rank * share + i for p in range(parts) for i in range(share)]
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size - self.skip
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.skip, len(self.order) // self.batch_size):
-            start = batch * self.batch_size + self.first
-            yield self.order[start : start + self.share]
+            yield [self.order[batch * self.batch_size + i] for i in self._own]
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -114,12 +114,12 @@ class RunFolder:
             )
         return read_checkpoint(self.last) if self.last.exists() else None
 
-    def begin(self, recipe: Recipe, student: nn.Module, fresh: bool) -> None:
-        """Writes recipe.yaml (resolved), plan.json (of a rewritten model) and versions.json."""
+    def begin(self, recipe: Recipe, student: nn.Module, fresh: bool, machine: dict[str, Any]) -> None:
+        """Writes recipe.yaml (resolved), plan.json (of a rewritten model) and versions.json (with ``machine``)."""
         self.path.mkdir(parents=True, exist_ok=True)
         # recipe.yaml goes last: its presence is what makes a folder one that can be resumed.
         if fresh:
-            write_json(self.path / "versions.json", versions())
+            write_json(self.path / "versions.json", {**versions(), **machine})
             plan = getattr(student, "bidensify_plan", None)
             if plan is not None:
                 write_json(self.path / "plan.json", plan.to_dict())

@@ -32,32 +32,39 @@ def to_device(batch: Sample, device: torch.device, channels_last: bool) -> Sampl
     return moved
 
 
-def training_loader(
-    dataset: Dataset[Sample], recipe: Recipe, epoch: int, accelerator: Accelerator | None = None, *, skip: int = 0
-) -> DataLoader[Sample]:
-    """Returns this process's share of the epoch's batches, from batch ``skip`` on.
-
-    Without ``accelerator`` every process gets the whole global batches (for calibration).
+def batches_per_epoch(dataset: Dataset[Sample], recipe: Recipe) -> int:
+    """Returns the number of whole global batches in the training set.
 
     Raises:
-        ConfigError: there are fewer samples than a batch needs.
+        ConfigError: there is not one.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if length < recipe.data.batch_size:
         raise ConfigError(
             f"data.batch_size is {recipe.data.batch_size}, the training set has {length} samples; use a smaller batch"
         )
+    return length // recipe.data.batch_size
+
+
+def training_loader(
+    dataset: Dataset[Sample], recipe: Recipe, epoch: int, accelerator: Accelerator | None = None, *, skip: int = 0
+) -> DataLoader[Sample]:
+    """Returns this process's share of the epoch's batches, from batch ``skip`` on.
+
+    Without ``accelerator`` every process gets the whole global batches (for calibration).
+    """
     set_epoch = getattr(dataset, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)
     batches = GlobalBatches(
-        length,
+        len(dataset),  # type: ignore[arg-type]
         recipe.data.batch_size,
         seed=recipe.seed,
         epoch=epoch,
         skip=skip,
         rank=accelerator.process_index if accelerator is not None else 0,
         processes=accelerator.num_processes if accelerator is not None else 1,
+        parts=recipe.data.accumulate if accelerator is not None else 1,
     )
     # Its own generator: making an iterator must not draw from the run's, which a resumed run restores.
     return DataLoader(

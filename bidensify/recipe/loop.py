@@ -32,7 +32,7 @@ from bidensify.recipe.evaluation import eval_mode, evaluate
 from bidensify.recipe.features import Features
 from bidensify.recipe.folder import RunFolder, RunResult, RunState
 from bidensify.recipe.load import load_recipe
-from bidensify.recipe.loaders import training_loader
+from bidensify.recipe.loaders import batches_per_epoch, training_loader
 from bidensify.recipe.logs import RunLog, versions
 from bidensify.recipe.losses import Losses
 from bidensify.recipe.optim import Ema, build_optimizer, lr_factor, set_lr
@@ -109,7 +109,7 @@ class _Run:
         self.device = self.accelerator.device
         self.state = RunState()
         self.plan = epochs(recipe.stages)
-        self.batches = len(self.train) // recipe.data.batch_size
+        self.batches = batches_per_epoch(self.train, recipe)
         self.ema: Ema | None = None
 
     def go(self, resume: bool) -> RunResult:
@@ -124,7 +124,8 @@ class _Run:
             self.student.eval()
             return finished
         if self.main:
-            self.folder.begin(self.recipe, self.student, fresh=checkpoint is None)
+            machine = {"device": str(self.device), "processes": self.accelerator.num_processes}
+            self.folder.begin(self.recipe, self.student, checkpoint is None, machine)
         with ExitStack() as stack:
             self._place(self.student, stack)
             if self.teacher is not None:
@@ -172,6 +173,9 @@ class _Run:
         set_mode(self.student, stage)
         if checkpoint is None:
             calibrate_start(self.student, self.train, recipe, self.accelerator, self.plan[state.epoch])
+        several = self.accelerator.num_processes > 1
+        # First of all, as it may give the parameters new memory, which the moving average reads.
+        model = self.accelerator.prepare_model(self.student) if several else self.student
         self.optimizer = build_optimizer(self.student, recipe.optimizer, stage)
         self.ema = Ema(self.student, recipe.ema) if recipe.ema is not None else None
         if checkpoint is not None:
@@ -179,8 +183,6 @@ class _Run:
             if self.ema is not None:
                 self.ema.load_state_dict(checkpoint["ema"])
         self.student.train()
-        several = self.accelerator.num_processes > 1
-        model = self.accelerator.prepare_model(self.student) if several else self.student
         layers = stage.losses.layers
         try:
             with ExitStack() as stack:

@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 
 from bidensify.errors import ConfigError
 from bidensify.nn import binary_layers, calibrate, set_binarization
+from bidensify.recipe.features import Features
 from bidensify.recipe.loaders import to_device, training_loader
+from bidensify.recipe.optim import parameter_groups
 from bidensify.recipe.schema import Recipe, StageSection
 
 _MODES = {"none": (False, False), "activations": (True, False), "all": (True, True)}
@@ -46,8 +48,8 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
     """Checks that the stages fit the models.
 
     Raises:
-        ConfigError: a stage binarizes a model that has no binary layers, leaves binary ones off in the end, or distils
-            without a teacher.
+        ConfigError: a stage binarizes a model that has no binary layers, leaves binary ones off in the end, distils
+            without a teacher, or names layers or parameters that are not there.
     """
     binary = any(True for _ in binary_layers(student))
     for stage in recipe.stages:
@@ -60,6 +62,10 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
             raise ConfigError(
                 f"stage {stage.name!r} distils, but no teacher was given; pass teacher=, or drop those losses"
             )
+        Features(student, stage.losses.layers, "student")
+        if teacher is not None:
+            Features(teacher, stage.losses.layers, "teacher")
+        parameter_groups(student, recipe.optimizer, stage)
     last = recipe.stages[-1]
     if binary and last.binarize != "all":
         raise ConfigError(

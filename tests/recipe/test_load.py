@@ -93,7 +93,12 @@ def test_file_with_duplicate_keys_and_another_mistake(tiny: ModuleType, tmp_path
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [1", "not valid YAML"), ("- 1\n", "must hold a mapping"), ("", "must hold a mapping"), ("\xff", "read as text")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n", "must hold a mapping"),
+        ("", "must hold a mapping"),
+        ("\xff", "read as text"),
+    ],
 )
 def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
     file = tmp_path / "r.yaml"

@@ -88,7 +88,11 @@ STUDENT = {
             "epochs": 2,
             "lr": 0.01,
             "schedule": "cosine",
-            "losses": {"task": 1, "kl": {"weight": 0.5, "temperature": 2, "ignore": True}, "features": {"layers": ["1"]}},
+            "losses": {
+                "task": 1,
+                "kl": {"weight": 0.5, "temperature": 2, "ignore": True},
+                "features": {"layers": ["1"]},
+            },
         },
     ],
     "ema": {"decay": 0.9},
@@ -98,7 +102,9 @@ STUDENT = {
 }
 
 
-def student_run(run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, **data: Any) -> Any:
+def student_run(
+    run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, **data: Any
+) -> Any:
     """Trains a binary network under an (untrained) teacher with :data:`STUDENT`."""
     from bidensify.recipe import finetune
 
