@@ -94,8 +94,8 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
             f"model 'transformers:{name}': it is neither a folder of saved weights nor a model type of transformers "
             f"({str(error).splitlines()[0][:200]})"
         ) from error
-    model = cls.from_config(config)
-    return model
+    built: nn.Module = cls.from_config(config)
+    return built
 
 
 def _demo(name: str, options: dict[str, Any]) -> nn.Module:
@@ -182,6 +182,9 @@ def build_model(spec: str, **options: Any) -> nn.Module:
         load_encoder(model, str(imagenet))
     if weights_file is not None:
         load_weights(model, weights_file)
+    # A saved model says with it how to build its base; weights come from the saved file itself.
+    kept = {key: value for key, value in options.items() if key not in ("weights_file", "encoder_imagenet")}
+    model.bidensify_source = {"spec": str(spec), "options": kept}  # type: ignore[assignment]
     return model
 
 

@@ -111,40 +111,13 @@ def _wrapper(base: type[nn.Module], constants: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _class_for(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    if (mixin, base) not in _made:
-        _made[mixin, base] = type(
-            f"{mixin.__name__}{base.__name__}",
-            (mixin, base),
-            {
-                "_become": (mixin, base),
-                "__reduce_ex__": _reduce_become,
-                "__module__": base.__module__,
-                "__doc__": f"A {base.__name__} that now works as {mixin.__name__}.",
-            },
-        )
-    return _made[mixin, base]
-
-
-def _rebuild_become(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
-    made = _class_for(mixin, base)
-    return made.__new__(made)
-
-
-def _reduce_become(self: nn.Module, protocol: Any) -> Any:
-    return _rebuild_become, vars(type(self))["_become"], self.__dict__
-
-
 def become(module: nn.Module, fresh: nn.Module) -> None:
     """Makes ``module`` work as ``fresh`` does, in place, so that every reference to it (plain lists too) follows.
 
-    It keeps its hooks and stays an instance of its own class; its parameters, buffers and children become those of
-    ``fresh``.
+    It keeps its hooks; its class, parameters, buffers and children become those of ``fresh``. What it no longer does it
+    no longer claims to be: code that treats every BatchNorm or ReLU in its own way passes it by.
     """
-    module.__class__ = _class_for(type(fresh), type(module))
+    module.__class__ = type(fresh)
     for name, value in fresh.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
             module.__dict__[name] = dict(value)

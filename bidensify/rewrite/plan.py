@@ -146,6 +146,7 @@ class Plan:
         blocks: blocks whose code changes.
         notes: what could not be done, and why.
         inputs: the example inputs, as text.
+        fingerprint: of the full-precision network (names and shapes of its state_dict).
     """
 
     model_class: str
@@ -156,6 +157,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     rule_matches: dict[str, int] = field(default_factory=dict)
     inputs: str = ""
+    fingerprint: str = ""
 
     @property
     def binary(self) -> list[LayerPlan]:
@@ -179,6 +181,7 @@ class Plan:
             "version": PLAN_VERSION,
             "model_class": self.model_class,
             "inputs": self.inputs,
+            "fingerprint": self.fingerprint,
             "config": self.config.to_dict(),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "activations": [dataclasses.asdict(item) for item in self.activations],
@@ -229,6 +232,7 @@ class Plan:
                 notes=list(data.get("notes", ())),
                 rule_matches=dict(data.get("rule_matches", {})),
                 inputs=str(data.get("inputs", "")),
+                fingerprint=str(data.get("fingerprint", "")),
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise PlanError(f"the plan is not whole ({type(error).__name__}: {error}); plan again") from error

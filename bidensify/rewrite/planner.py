@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from bidensify._fingerprint import fingerprint
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
@@ -330,6 +331,7 @@ class Planner:
             notes=self.notes,
             rule_matches=self.rule_matches,
             inputs=self.record.inputs_text,
+            fingerprint=fingerprint(self.model),
         )
 
     def _fused(self, norm: str) -> bool:

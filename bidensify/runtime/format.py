@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import bidensify
 from bidensify._files import atomic_write
+from bidensify._fingerprint import fingerprint
 from bidensify.errors import FormatError
 from bidensify.runtime.packed import packed_layers
 from bidensify.runtime.spec import LayerSpec
@@ -44,12 +45,6 @@ TENSORS = "model.safetensors"
 _LARGEST_HEADER = 64 << 20
 _FLOAT_DTYPES = (None, "float32", "bfloat16", "float16")
 _TYPES = {"PackedConv2d": "conv", "PackedConvTranspose2d": "conv_transpose", "PackedLinear": "linear"}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and shapes of the model's state_dict: two models of one architecture share it."""
-    entries = sorted((name, list(value.shape)) for name, value in model.state_dict().items() if isinstance(value, Tensor))
-    return hashlib.sha256(_canonical(entries)).hexdigest()
 
 
 def check_fingerprint(header: Mapping[str, Any], model: nn.Module, where: str = "the packed file") -> None:
