@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -47,7 +47,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         return build(recipe.model.source, **recipe.model.options)
 
 
-def _dataset(recipe: Recipe, section: DatasetSection, transforms: Any) -> DenseDataset:
+def _dataset(recipe: Recipe, section: DatasetSection) -> DenseDataset:
     from bidensify.data import build_dataset
 
     options = section.options
@@ -57,26 +57,30 @@ def _dataset(recipe: Recipe, section: DatasetSection, transforms: Any) -> DenseD
         options.setdefault("size", recipe.data.size)
     elif section.name == "image_mask_folder" and "root" not in options:
         raise ConfigError(f"recipe {recipe.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER")
-    return build_dataset(section.name, section.split, transforms=transforms, **options)
+    return build_dataset(section.name, section.split, **options)
 
 
 def build_datasets(recipe: Recipe) -> tuple[DenseDataset, DenseDataset]:
     """Builds (training, validation) data sets; normalisation is the recipe's, else the data set's own."""
+    return build_split(recipe, "train"), build_split(recipe, "val")
+
+
+def build_split(recipe: Recipe, which: Literal["train", "val"]) -> DenseDataset:
+    """Builds one of the two data sets, with its transforms; see :func:`build_datasets`."""
     from bidensify.data import build_transforms
 
     data = recipe.data
-    pair = []
-    for section, training in ((data.train, True), (data.val, False)):
-        info = _dataset(recipe, section, None).info
-        kwargs: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
-        if training:
-            augment = data.augment
-            kwargs |= {"hflip": augment.hflip, "scale": augment.scale, "color_jitter": augment.color_jitter}
-        else:
-            kwargs["keep_target_size"] = data.keep_target_size
-        transforms = build_transforms(training, data.size, ignore_index=info.ignore_index, **kwargs)
-        pair.append(_dataset(recipe, section, transforms))
-    return pair[0], pair[1]
+    # The transforms need what the data set says about itself, so they come second.
+    dataset = _dataset(recipe, data.train if which == "train" else data.val)
+    info = dataset.info
+    options: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
+    if which == "train":
+        options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter")}
+    else:
+        options["keep_target_size"] = data.keep_target_size
+    size = data.train_size or data.size if which == "train" else data.size
+    dataset.transforms = build_transforms(which == "train", size, ignore_index=info.ignore_index, **options)
+    return dataset
 
 
 def build_task(recipe: Recipe, info: DataInfo | None = None) -> Task:
@@ -86,7 +90,7 @@ def build_task(recipe: Recipe, info: DataInfo | None = None) -> Task:
     options = recipe.task.options
     if recipe.task.name == "segmentation":
         if info is None:
-            info = _dataset(recipe, recipe.data.val, None).info
+            info = _dataset(recipe, recipe.data.val).info
         options.setdefault("num_classes", info.num_classes)
         options.setdefault("ignore_index", info.ignore_index)
         options.setdefault("class_names", info.class_names)

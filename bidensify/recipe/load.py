@@ -29,9 +29,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)) or key_node.tag == "tag:yaml.org,2002:merge":
+            # Only scalars can be equal keys here, and a merge key (<<) is no key of the mapping.
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 continue
+            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if key in seen:
                 self.duplicates.append(f"line {line}: the key {key!r} was given in line {seen[key]} already; keep one")

@@ -133,7 +133,7 @@ class Losses:
             if name == "task":
                 values.append(self.task.loss(output, target))
             elif name == "kd_l1":
-                values.append(self._depth(output, teacher_output, target))
+                values.append(self._depth(output, teacher_output))
             elif name == "features" or (name == "cwd" and self.section.cwd is not None and self.section.cwd.layers):
                 values.append(self._features(name))
             else:
@@ -166,11 +166,16 @@ class Losses:
                 total.append(feature_loss(student, teacher, self.section.features.kind))
         return torch.stack(total).mean()
 
-    def _depth(self, output: Any, teacher_output: Any, target: Sample) -> Tensor:
+    def _depth(self, output: Any, teacher_output: Any) -> Tensor:
         assert self.section.kd_l1 is not None
-        size = (target["image"].shape[-2], target["image"].shape[-1])
-        student, teacher = self.task.predict(output, size), self.task.predict(teacher_output, size)
-        return depth_l1(student, teacher, self.section.kd_l1.log)
+        student, teacher = self.task.logits(output), self.task.logits(teacher_output)
+        _same_shape("kd_l1", student, teacher)
+        log_depth = getattr(self.task, "log_depth", None)
+        if self.section.kd_l1.log and callable(log_depth):
+            # Unlike a prediction, which is clamped to the depths that count, it has a gradient everywhere.
+            difference: Tensor = log_depth(student) - log_depth(teacher)
+            return difference.abs().mean()
+        return depth_l1(self.task.predict(output), self.task.predict(teacher_output), self.section.kd_l1.log)
 
 
 def loss_weight(task: Task, target: Sample) -> Tensor:

@@ -16,7 +16,7 @@ from bidensify.recipe.checkpoint import load_weights
 from bidensify.recipe.folder import RunResult
 from bidensify.recipe.load import load_recipe
 from bidensify.recipe.loop import finetune
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe.schema import ModelSection, Recipe
 
 
 def build_teacher(recipe: Recipe, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -109,7 +109,11 @@ def load_run(run_dir: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
     if not (folder / "model.safetensors").is_file():
         raise ConfigError(f"the run in {str(folder)!r} is not finished (it has no model.safetensors); resume it first")
     recipe = load_recipe(folder / "recipe.yaml")
-    model = recipe.build_model()
+    # The run's own weights replace those that the network started from, which need not be here any more.
+    options = {
+        key: value for key, value in recipe.model.options.items() if key not in ("weights_file", "encoder_imagenet")
+    }
+    model = recipe.model_copy(update={"model": ModelSection(source=recipe.model.source, options=options)}).build_model()
     if (folder / "plan.json").is_file():
         from bidensify.rewrite import Plan, apply_plan
 

@@ -68,6 +68,9 @@ class AugmentSection(Section):
 class DataSection(Section):
     """Data of both runs. ``batch_size`` is global: over all processes and all accumulated micro-batches.
 
+    Validation images are resized to ``size``; training crops have ``train_size``, by default the same: smaller crops
+    of images at the scale of ``size`` make cheaper steps. ``augment.scale`` is relative to the image.
+
     ``keep_target_size`` measures validation images at the size of their own masks or depth maps instead of ``size``.
     ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's.
     """
@@ -76,6 +79,7 @@ class DataSection(Section):
     val: DatasetSection
     root: str | None = None
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    train_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     batch_size: int = Field(default=8, ge=1)
     eval_batch_size: int | None = Field(default=None, ge=1)
     accumulate: int = Field(default=1, ge=1)

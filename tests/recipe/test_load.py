@@ -107,6 +107,17 @@ def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
         load_recipe(file)
 
 
+def test_merge_keys_are_no_duplicates(tiny: ModuleType, tmp_path: Path) -> None:
+    data = tiny.recipe()
+    data.pop("data")
+    file = tmp_path / "r.yaml"
+    text = "data:\n  train: &t {name: scenes, split: train, length: 3}\n  val: {<<: *t, split: val}\n  size: [16, 16]\n"
+    file.write_text(yaml.safe_dump(data) + text)
+    recipe = load_recipe(file)
+    assert recipe.data.val.split == "val"
+    assert recipe.data.val.options == {"length": 3}
+
+
 def test_yaml_never_builds_objects(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("name: !!python/object/apply:os.getcwd []\n")
