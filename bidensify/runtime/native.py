@@ -87,7 +87,32 @@ def load() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+    _share_threads(library)
     return library
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Hands torch's own OpenMP threads to the kernels (Linux): one team serves both, and none waits for a busy core.
+
+    Elsewhere the library starts a pool of its own of the same size, whose threads sleep between layers.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps.splitlines() if "omp" in line)
+    torch_first = sorted(paths, key=lambda path: "/torch/" not in path)
+    for path in torch_first:
+        if not Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            continue
+        try:
+            entry = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+        library.bd_set_parallel.argtypes = [ctypes.c_void_p]
+        library.bd_set_parallel.restype = None
+        library.bd_set_parallel(entry)
+        return
 
 
 def _find() -> Path | None:

@@ -4,6 +4,7 @@
 #include "bidensify_kernels.h"
 #include "kernels.h"
 #include "layer.h"
+#include "pool.h"
 
 namespace {
 
@@ -71,6 +72,8 @@ uint32_t bd_tiers(void) {
   }();
   return tiers;
 }
+
+void bd_set_parallel(bd_parallel parallel) { bd::set_runtime(parallel); }
 
 int32_t bd_packed_conv2d(const bd_conv_args* args) {
   if (args == nullptr || !sound(*args)) return BD_BAD_ARGUMENT;

@@ -58,6 +58,10 @@ typedef struct bd_conv_args {
 BD_API int32_t bd_abi_version(void);
 // Bit i is set where tier i was built and this processor runs it.
 BD_API uint32_t bd_tiers(void);
+// Lets layers run on an OpenMP runtime that is already in the process (torch's own), through its GOMP_parallel: the same
+// threads then serve both. Null goes back to the library's own pool.
+typedef void (*bd_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+BD_API void bd_set_parallel(bd_parallel parallel);
 // Runs a layer; returns a bd_status.
 BD_API int32_t bd_packed_conv2d(const bd_conv_args* args);
 

@@ -1,6 +1,24 @@
 // AVX-512 with VPOPCNTDQ: 16 output channels per register, a broadcast activation word against them.
 #include <immintrin.h>
 
+#define BD_OWN_ADDER 1
+
+#include "lanes.h"
+
+namespace bd {
+namespace {
+
+inline vu majority(vu a, vu b, vu c) {
+  return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0xe8);
+}
+inline vu parity(vu a, vu b, vu c) { return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0x96); }
+inline vu differ(vu a, vu b, vu valid) {
+  return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)valid, 0x28);
+}
+
+}  // namespace
+}  // namespace bd
+
 #include "inner_common.h"
 
 namespace bd {
@@ -8,8 +26,20 @@ namespace {
 
 inline uint32_t at_least(vf a, vf b) { return (uint32_t)_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 
-inline vi add_where(vi acc, uint32_t mask, int32_t value) {
-  return (vi)_mm512_mask_add_epi32((__m512i)acc, (__mmask16)mask, (__m512i)acc, _mm512_set1_epi32(value));
+// 64 counters at a time: the words of two neighbouring pixels are the mask of a byte addition.
+inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32_t* counts) {
+  for (int p = 0; p < kLanes; p += 2, counts += 4 * kLanes) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int bit = 0; bit < bits; ++bit) {
+      uint64_t mask;
+      memcpy(&mask, planes[bit] + p, sizeof mask);
+      sum = _mm512_mask_add_epi8(sum, (__mmask64)mask, sum, _mm512_set1_epi8((char)(1 << bit)));
+    }
+    _mm512_storeu_si512(counts, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(sum)));
+    _mm512_storeu_si512(counts + kLanes, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(sum, 1)));
+    _mm512_storeu_si512(counts + 2 * kLanes, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(sum, 2)));
+    _mm512_storeu_si512(counts + 3 * kLanes, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(sum, 3)));
+  }
 }
 
 template <int P, int V>
@@ -61,7 +91,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   }
 }
 
-const Inner kInner = {6, 4, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {6, 4, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

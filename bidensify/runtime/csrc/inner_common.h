@@ -8,39 +8,12 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace bd {
 namespace {
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-
-inline vf splat(float v) { return vf{} + v; }
-
-inline vf load_f32(const float* p) {
-  vf v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline vf widen(vh h) {
-  vu u = __builtin_convertvector(h, vu) << 16;
-  vf v;
-  memcpy(&v, &u, sizeof v);
-  return v;
-}
-
-// Round to nearest even, as torch does; a NaN stays one.
-inline vh narrow(vf v) {
-  vu u;
-  memcpy(&u, &v, sizeof u);
-  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vu nan = (u >> 16) | 0x40u;
-  const vu is_nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), vh);
-}
+inline vf load_f32(const float* p) { return Memory<vf>::load(p); }
 
 template <int D>
 struct Type;
@@ -56,20 +29,18 @@ struct Type<BD_FLOAT32> {
   }
   static void store(float* p, vf v, int n) {
     if (n >= kLanes) {
-      memcpy(p, &v, sizeof v);
+      Memory<vf>::store(p, v);
     } else {
-      memcpy(p, &v, sizeof(float) * (size_t)n);
+      float t[kLanes];
+      Memory<vf>::store(t, v);
+      memcpy(p, t, sizeof(float) * (size_t)n);
     }
   }
 };
 template <>
 struct Type<BD_BFLOAT16> {
   typedef uint16_t T;
-  static vf load(const uint16_t* p) {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    return widen(h);
-  }
+  static vf load(const uint16_t* p) { return widen(Memory<vh>::load(p)); }
   static vf load(const uint16_t* p, int n) {
     if (n >= kLanes) return load(p);
     uint16_t t[kLanes] = {};
@@ -79,9 +50,11 @@ struct Type<BD_BFLOAT16> {
   static void store(uint16_t* p, vf v, int n) {
     const vh h = narrow(v);
     if (n >= kLanes) {
-      memcpy(p, &h, sizeof h);
+      Memory<vh>::store(p, h);
     } else {
-      memcpy(p, &h, sizeof(uint16_t) * (size_t)n);
+      uint16_t t[kLanes];
+      Memory<vh>::store(t, h);
+      memcpy(p, t, sizeof(uint16_t) * (size_t)n);
     }
   }
 };
@@ -98,8 +71,7 @@ void sum_typed(const void* data, int64_t pixels, int64_t c, float* acc) {
     int64_t i = 0;
     for (; i + kLanes <= c; i += kLanes) {
       const vf s = (Ty::load(x0 + i) + Ty::load(x1 + i)) + (Ty::load(x2 + i) + Ty::load(x3 + i));
-      const vf t = load_f32(acc + i) + s;
-      memcpy(acc + i, &t, sizeof t);
+      Memory<vf>::store(acc + i, load_f32(acc + i) + s);
     }
     if (i < c) {
       const int n = lanes_at(c, i);
@@ -124,17 +96,9 @@ void sum_pixels(const void* x, int dtype, int64_t pixels, int64_t c, float* acc)
   }
 }
 
-inline vf absolute(vf v) {
-  vu u;
-  memcpy(&u, &v, sizeof u);
-  u &= 0x7fffffffu;
-  memcpy(&v, &u, sizeof v);
-  return v;
-}
-
 inline double lane_sum(vf v) {
   float t[kLanes];
-  memcpy(t, &v, sizeof t);
+  Memory<vf>::store(t, v);
   double s = 0;
   for (int i = 0; i < kLanes; ++i) s += t[i];
   return s;
@@ -212,10 +176,9 @@ inline void finish_lanes(const int32_t* counts, int64_t count_step, int pixels, 
   const int kvalid_step = e.kvalid_step;
   T* y = (T*)e.y + at;
   for (int p = 0; p < pixels; ++p, y += y_step) {
-    vi count;
-    memcpy(&count, counts + p * count_step + at, sizeof count);
-    const vi dot = kvalid[p * kvalid_step] - (count << 1);
-    vf v = __builtin_convertvector(dot, vf) * scale + bias;
+    const vi count = Memory<vi>::load(counts + p * count_step + at);
+    const vi dot = splat(kvalid[p * kvalid_step]) - (count << 1);
+    vf v = to_float(dot) * scale + bias;
     if (source) {
       const T* x = (const T*)source[p] + from;
       vf s = Ty::load(x, n);
@@ -226,7 +189,7 @@ inline void finish_lanes(const int32_t* counts, int64_t count_step, int pixels, 
       v += s;
     }
     if (buffer) v += F::load(buffer + p * buffer_step + at, n);
-    if (has_slope) v = v > 0 ? v : v * slope;
+    if (has_slope) v = choose_positive(v, v * slope);
     if (has_post) v += post;
     Ty::store(y, v, n);
   }
@@ -327,62 +290,93 @@ void accumulate_row(const void* x, int dtype, const float* factor, int64_t n, fl
   }
 }
 
-// Adds 2^bit to the lanes whose mask bit is set, defined by each instruction set.
-inline vi add_where(vi acc, uint32_t mask, int32_t value);
+inline vu load_words(const uint32_t* p) { return Memory<vu>::load(p); }
 
-inline vu load_words(const uint32_t* p) {
-  vu v;
-  memcpy(&v, p, sizeof v);
-  return v;
+// Sum and carry of three bits per position; instruction sets with a three-input operation have their own.
+#if !defined(BD_OWN_ADDER)
+inline vu majority(vu a, vu b, vu c) { return (a & b) | (c & (a ^ b)); }
+inline vu parity(vu a, vu b, vu c) { return a ^ b ^ c; }
+inline vu differ(vu a, vu b, vu valid) { return (a ^ b) & valid; }
+#endif
+
+// Counters of 16 pixels x 32 channels from their bit planes: counts[pixel * 32 + channel], defined by each instruction set.
+inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32_t* counts);
+
+// Any number of planes: adds 2^bit where the channel's bit is set.
+inline void counts_from_many_planes(const uint32_t (*planes)[kLanes], int bits, int32_t* counts) {
+  static const int32_t kBit[kLanes] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const vi mask = Memory<vi>::load(kBit);
+  for (int half = 0; half < 2; ++half)
+    for (int p = 0; p < kLanes; ++p) {
+      vi sum = splat((int32_t)0);
+      for (int bit = 0; bit < bits; ++bit) {
+        const vi word = splat((int32_t)(planes[bit][p] >> (16 * half) & 0xffffu));
+        sum += equal(word & mask, mask) & splat((int32_t)1 << bit);
+      }
+      Memory<vi>::store(counts + p * 2 * kLanes + half * kLanes, sum);
+    }
 }
 
-// Bit-sliced counting (carry-save adders): one bit of 16 x 32 counters per vector. Two taps and the running sum bit go
-// through a full adder; its carries meet the same way one level up, as in the Harley-Seal population count.
-void depthwise_counts(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n,
+// Seven taps give three bits per position (four full adders), which are added to the running counters: bit-sliced
+// counting as in the carry-save population count of Harley and Seal.
+template <bool Masked, int Bits>
+void depthwise_planes(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n, int used,
                       int32_t* counts) {
-  constexpr int kBits = 25;
-  vu sum[kBits] = {}, waiting[kBits] = {};
-  int top = 0;
-  for (int i = 0; i < n; i += 2) {
-    const vu a = (load_words(taps[i]) ^ weights[i]) & load_words(valid[i]);
-    vu b = {};
-    if (i + 1 < n) b = (load_words(taps[i + 1]) ^ weights[i + 1]) & load_words(valid[i + 1]);
-    vu x = a ^ b;
-    vu carry = (a & b) | (sum[0] & x);
-    sum[0] ^= x;
-    int level = 1;
-    for (int pairs = i / 2; pairs & 1; pairs >>= 1, ++level) {
-      x = carry ^ waiting[level];
-      const vu next = (carry & waiting[level]) | (sum[level] & x);
-      sum[level] ^= x;
-      carry = next;
-      waiting[level] = vu{};
+  vu sum[Bits];
+  for (int i = 0; i < Bits; ++i) sum[i] = splat(0u);
+  for (int i = 0; i < n; i += 7) {
+    vu t[7];
+    const int m = n - i < 7 ? n - i : 7;
+#pragma GCC unroll 7
+    for (int j = 0; j < 7; ++j) {
+      if (j < m) {
+        const vu x = load_words(taps[i + j]), w = splat(weights[i + j]);
+        t[j] = Masked ? differ(x, w, load_words(valid[i + j])) : x ^ w;
+      } else {
+        t[j] = splat(0u);
+      }
     }
-    waiting[level] = carry;
-    if (level > top) top = level;
-  }
-  for (int level = 1; level <= top; ++level) {
-    vu carry = waiting[level];
-    for (int up = level; up < kBits; ++up) {
-      const vu next = sum[up] & carry;
-      sum[up] ^= carry;
-      carry = next;
-      if (up > top + 1) break;
+    const vu s0 = parity(t[0], t[1], t[2]), c0 = majority(t[0], t[1], t[2]);
+    const vu s1 = parity(t[3], t[4], t[5]), c1 = majority(t[3], t[4], t[5]);
+    const vu one = parity(s0, s1, t[6]), c2 = majority(s0, s1, t[6]);
+    const vu two = parity(c0, c1, c2), four = majority(c0, c1, c2);
+    vu carry = sum[0] & one;
+    sum[0] ^= one;
+    const vu next = majority(sum[1], two, carry);
+    sum[1] = parity(sum[1], two, carry);
+    carry = majority(sum[2], four, next);
+    sum[2] = parity(sum[2], four, next);
+#pragma GCC unroll 32
+    for (int bit = 3; bit < Bits; ++bit) {
+      const vu up = sum[bit] & carry;
+      sum[bit] ^= carry;
+      carry = up;
     }
   }
-  int bits = top + 2 < kBits ? top + 2 : kBits;
-  while (bits > 0 && !(n >> (bits - 1))) --bits;
-  uint32_t planes[kBits][kLanes];
-  for (int bit = 0; bit < bits; ++bit) memcpy(planes[bit], &sum[bit], sizeof planes[bit]);
-  for (int p = 0; p < kLanes; ++p) {
-    vi low = {}, high = {};
-    for (int bit = 0; bit < bits; ++bit) {
-      low = add_where(low, planes[bit][p] & 0xffffu, 1 << bit);
-      high = add_where(high, planes[bit][p] >> 16, 1 << bit);
-    }
-    memcpy(counts + p * 2 * kLanes, &low, sizeof low);
-    memcpy(counts + p * 2 * kLanes + kLanes, &high, sizeof high);
+  uint32_t planes[Bits][kLanes];
+  for (int bit = 0; bit < Bits; ++bit) Memory<vu>::store(planes[bit], sum[bit]);
+  if (Bits <= 8) {
+    counts_from_planes(planes, used, counts);
+  } else {
+    counts_from_many_planes(planes, used, counts);
   }
+}
+
+template <bool Masked>
+void depthwise_sized(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n,
+                     int32_t* counts) {
+  int bits = 1;
+  while (n >> bits) ++bits;
+  if (bits <= 4) return depthwise_planes<Masked, 4>(taps, valid, weights, n, bits, counts);
+  if (bits <= 6) return depthwise_planes<Masked, 6>(taps, valid, weights, n, bits, counts);
+  if (bits <= 8) return depthwise_planes<Masked, 8>(taps, valid, weights, n, bits, counts);
+  return depthwise_planes<Masked, 26>(taps, valid, weights, n, bits, counts);
+}
+
+void depthwise_counts(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n, bool masked,
+                      int32_t* counts) {
+  if (masked) return depthwise_sized<true>(taps, valid, weights, n, counts);
+  return depthwise_sized<false>(taps, valid, weights, n, counts);
 }
 
 }  // namespace

@@ -6,23 +6,18 @@
 namespace bd {
 namespace {
 
-inline uint32_t at_least(vf a, vf b) {
-  float x[kLanes], y[kLanes];
-  memcpy(x, &a, sizeof x);
-  memcpy(y, &b, sizeof y);
+inline uint32_t quarter(float32x4_t a, float32x4_t b) {
   const uint32x4_t bits = {1, 2, 4, 8};
-  uint32_t mask = 0;
-  for (int q = 0; q < 4; ++q) {
-    const uint32x4_t hit = vcgeq_f32(vld1q_f32(x + 4 * q), vld1q_f32(y + 4 * q));
-    mask |= vaddvq_u32(vandq_u32(hit, bits)) << (4 * q);
-  }
-  return mask;
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), bits));
 }
 
-inline vi add_where(vi acc, uint32_t mask, int32_t value) {
-  const vi bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  const vi chosen = (((int32_t)mask & bits) == bits);
-  return acc + (chosen & value);
+inline uint32_t at_least(vf a, vf b) {
+  return quarter(a.lo.lo, b.lo.lo) | quarter(a.lo.hi, b.lo.hi) << 4 | quarter(a.hi.lo, b.hi.lo) << 8 |
+         quarter(a.hi.hi, b.hi.hi) << 12;
+}
+
+inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32_t* counts) {
+  counts_from_many_planes(planes, bits, counts);
 }
 
 template <int P>
@@ -68,7 +63,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   }
 }
 
-const Inner kInner = {4, 4, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {4, 4, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

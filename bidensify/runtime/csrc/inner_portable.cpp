@@ -6,29 +6,27 @@ namespace {
 
 inline uint32_t at_least(vf a, vf b) {
   float x[kLanes], y[kLanes];
-  memcpy(x, &a, sizeof x);
-  memcpy(y, &b, sizeof y);
+  Memory<vf>::store(x, a);
+  Memory<vf>::store(y, b);
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= (uint32_t)(x[i] >= y[i]) << i;
   return mask;
 }
 
-inline vi add_where(vi acc, uint32_t mask, int32_t value) {
-  const vi bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  const vi chosen = (((int32_t)mask & bits) == bits);
-  return acc + (chosen & value);
+inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32_t* counts) {
+  counts_from_many_planes(planes, bits, counts);
 }
 
 // Counts per byte, each at most 8.
 inline vu byte_counts(vu v) {
-  v -= (v >> 1) & 0x55555555u;
-  v = (v & 0x33333333u) + ((v >> 2) & 0x33333333u);
-  return (v + (v >> 4)) & 0x0f0f0f0fu;
+  v -= (v >> 1) & splat(0x55555555u);
+  v = (v & splat(0x33333333u)) + ((v >> 2) & splat(0x33333333u));
+  return (v + (v >> 4)) & splat(0x0f0f0f0fu);
 }
 
 inline vu widen_counts(vu v) {
-  v = (v & 0x00ff00ffu) + ((v >> 8) & 0x00ff00ffu);
-  return (v & 0xffffu) + (v >> 16);
+  v = (v & splat(0x00ff00ffu)) + ((v >> 8) & splat(0x00ff00ffu));
+  return (v & splat(0xffffu)) + (v >> 16);
 }
 
 void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
@@ -42,16 +40,16 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n,
         for (int64_t t = 0; t < segments[s].n;) {
           const int64_t end = t + 31 < segments[s].n ? t + 31 : segments[s].n;
           vu acc = {};
-          for (; t < end; ++t, wp += kLanes) acc += byte_counts(load_words(wp) ^ ap[t]);
+          for (; t < end; ++t, wp += kLanes) acc += byte_counts(load_words(wp) ^ splat(ap[t]));
           wide += widen_counts(acc);
         }
       }
-      memcpy(counts + p * count_step + v * kLanes, &wide, sizeof wide);
+      Memory<vu>::store(counts + p * count_step + v * kLanes, wide);
     }
   }
 }
 
-const Inner kInner = {4, 4, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {4, 4, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

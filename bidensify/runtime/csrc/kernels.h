@@ -8,9 +8,9 @@
 
 namespace bd {
 
-constexpr int kLanes = 16;        // output channels per weight tile
+constexpr int kLanes = 16;        // output channels per stored weight tile
 constexpr int kMaxPixels = 16;    // pixels per block that any table asks for
-constexpr int kMaxTiles = 4;      // weight tiles per block
+constexpr int kMaxChannels = 64;  // output channels per block that any table asks for
 
 // A stretch of consecutive activation words and the weight words they meet.
 struct Segment {
@@ -41,16 +41,20 @@ struct Epilogue {
 
 struct Inner {
   int max_pixels, max_tiles;
+  int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
+  // Rearranges 16-lane tiles (groups, tiles, depth words, 16) to what gemm reads, or null where that is the same.
+  void (*arrange)(const uint32_t* tiles, int64_t groups, int64_t tiles_per_group, int64_t depth, uint32_t* out);
   // acc[c] += sum over pixels of x[pixel][c], x dense.
   void (*sum)(const void* x, int dtype, int64_t pixels, int64_t c, float* acc);
   // Words of (x >= beta) for one pixel row segment; returns the sum of |x - beta| where asked.
   double (*pack)(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
                  const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, bool distance);
-  // counts[p * count_step + v * 16 + lane] = popcount over all segments.
+  // counts[p * count_step + v * lanes + lane] = popcount over all segments.
   void (*gemm)(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
                int pixels, int tiles, int32_t* counts, int64_t count_step);
-  // Popcounts of 16 pixels x 32 channels over the taps: taps[i] points at 16 activation words, valid[i] at 16 masks.
-  void (*depthwise)(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n,
+  // Popcounts of 16 pixels x 32 channels over the taps: taps[i] points at 16 activation words, valid[i] at 16 masks
+  // (read only where masked: some tap of some pixel is outside the image).
+  void (*depthwise)(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n, bool masked,
                     int32_t* counts);
   void (*finish)(const int32_t* counts, int64_t count_step, int pixels, const Epilogue& e);
   // out[c] = mean over the given pixels.

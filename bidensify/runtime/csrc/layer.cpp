@@ -72,7 +72,9 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
   element_ = a_.dtype == BD_FLOAT32 ? 4 : 2;
   in_group_ = a_.cin / a_.groups;
   out_group_ = a_.cout / a_.groups;
-  tiles_ = (out_group_ + kLanes - 1) / kLanes;
+  lanes_ = inner_.lanes;
+  tiles_ = (out_group_ + lanes_ - 1) / lanes_;
+  weights_ = a_.tiles;
   words_ = a_.depthwise ? (a_.cin + 31) / 32 : (in_group_ + 31) / 32;
   row_words_ = words_ * (a_.depthwise ? 1 : a_.groups);
   cin_padded_ = round_up(a_.cin, kLanes) + kLanes;
@@ -92,7 +94,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
 
   const bool middle = a_.levels != nullptr;
   const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
-                                              (a_.groups == 1 || a_.depthwise || out_group_ % kLanes == 0));
+                                              (a_.groups == 1 || a_.depthwise || out_group_ % kMaxChannels == 0));
   const bool whole_down = a_.cout < a_.cin && a_.cin % a_.cout == 0;
   direct_ = a_.bypass == BD_BYPASS_INDEX && (whole_up || whole_down);
   buffered_ = (a_.bypass != BD_BYPASS_NONE && !direct_) || a_.residual != nullptr || middle;
@@ -116,10 +118,14 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
       column_place_[iw] = at % a_.sw * phase_length_ + at / a_.sw;
       valid_[column_place_[iw]] = 0xffffffffu;
     }
+    inside_.assign((a_.ow + kLanes - 1) / kLanes, 1);
+    for (int64_t ow = 0; ow < (int64_t)inside_.size() * kLanes; ++ow)
+      if (ow >= a_.ow || column_taps_[ow] != a_.kw) inside_[ow / kLanes] = 0;
   }
   if (middle) {
     // Sum of the signs per tap and output channel.
     const int64_t taps = (int64_t)a_.kh * a_.kw;
+    const int64_t stored = (out_group_ + kLanes - 1) / kLanes;
     tap_sums_.assign(taps * a_.cout, 0);
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t o = 0; o < a_.cout; ++o) {
@@ -128,7 +134,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
           ones = a_.tiles[tap * words_ + o / 32] >> (o % 32) & 1u;
         } else {
           const int64_t g = o / out_group_, at = o % out_group_;
-          const uint32_t* w = a_.tiles + (((g * tiles_ + at / kLanes) * taps + tap) * words_) * kLanes + at % kLanes;
+          const uint32_t* w = a_.tiles + (((g * stored + at / kLanes) * taps + tap) * words_) * kLanes + at % kLanes;
           for (int64_t t = 0; t < words_; ++t) ones += __builtin_popcount(w[t * kLanes]);
         }
         tap_sums_[tap * a_.cout + o] = (int32_t)(2 * ones - in_group_);
@@ -155,6 +161,9 @@ void Layer::run() {
   const size_t partial = take(group * parts_ * a_.cin * 8 + 64);
   const size_t distances = take(group * parts_ * 8);
   const size_t bits = take(group * sample_words * 4 + 64);
+  const int64_t depth = (int64_t)a_.kh * a_.kw * words_;
+  const bool arranged = inner_.arrange != nullptr && !a_.depthwise;
+  const size_t weights = take(arranged ? a_.groups * tiles_ * depth * lanes_ * 4 : 0);
   char* memory = shared_buffer.get(at);
   beta_ = reinterpret_cast<float*>(memory + beta);
   scale_ = reinterpret_cast<float*>(memory + scale);
@@ -162,6 +171,11 @@ void Layer::run() {
   partial_ = reinterpret_cast<double*>(memory + partial);
   distances_ = reinterpret_cast<double*>(memory + distances);
   bits_ = reinterpret_cast<uint32_t*>(memory + bits);
+  if (arranged) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(memory + weights);
+    inner_.arrange(a_.tiles, a_.groups, (out_group_ + kLanes - 1) / kLanes, depth, to);
+    weights_ = to;
+  }
   for (base_ = 0; base_ < a_.n; base_ += group) {
     const int64_t n = std::min(group, a_.n - base_);
     threshold(base_, n);
@@ -378,10 +392,10 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
     taps_at({a_.h, a_.oh, a_.kh, a_.sh, a_.dh, a_.pad_top, a_.transposed != 0}, r, s.rows);
   }
   prepare_bypass(sample, r, pixels, s);
-  const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * kLanes;
+  const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * lanes_;
   const uint32_t* bits = bits_ + (sample - base_) * a_.h * a_.w * row_words_ + (pointwise_ ? place * row_words_ : 0);
-  int32_t counts[kMaxPixels * kMaxTiles * kLanes];
-  constexpr int64_t count_step = kMaxTiles * kLanes;
+  int32_t counts[kMaxPixels * kMaxChannels];
+  constexpr int64_t count_step = kMaxChannels;
   char* y = static_cast<char*>(a_.y);
   int64_t before = 0;
   for (const Run& run : runs_) {
@@ -390,11 +404,11 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
     for (const Tap& row : s.rows)
       for (const Tap& column : run.taps) {
         const int64_t a = ((int64_t)row.at * a_.w + column.at) * row_words_;
-        const int64_t w = ((int64_t)row.k * a_.kw + column.k) * words_ * kLanes;
+        const int64_t w = ((int64_t)row.k * a_.kw + column.k) * words_ * lanes_;
         if (!s.segments.empty()) {
           Segment& last = s.segments.back();
           // Neighbouring taps of one row are one stretch of words.
-          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * kLanes == w) {
+          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * lanes_ == w) {
             last.n += words_;
             continue;
           }
@@ -405,9 +419,9 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
     for (int64_t g = 0; g < a_.groups; ++g)
       for (int64_t t = 0; t < tiles_; t += inner_.max_tiles) {
         const int tiles = (int)std::min<int64_t>(inner_.max_tiles, tiles_ - t);
-        const int64_t channel = g * out_group_ + t * kLanes;
-        const int channels = (int)std::min<int64_t>(tiles * kLanes, out_group_ - t * kLanes);
-        const uint32_t* w = a_.tiles + (g * tiles_ + t) * tile_step;
+        const int64_t channel = g * out_group_ + t * lanes_;
+        const int channels = (int)std::min<int64_t>(tiles * lanes_, out_group_ - t * lanes_);
+        const uint32_t* w = weights_ + (g * tiles_ + t) * tile_step;
         Epilogue e;
         fill(e, sample, channel, channels);
         e.kvalid = &kvalid;
@@ -462,7 +476,8 @@ void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
       }
     for (int64_t ow = 0; ow < a_.ow; ow += kLanes) {
       const int block = (int)std::min<int64_t>(kLanes, a_.ow - ow);
-      inner_.depthwise(s.taps.data(), s.valid.data(), s.weights.data(), (int)n, counts);
+      inner_.depthwise(s.taps.data(), s.valid.data(), s.weights.data(), (int)n,
+                       !inside_[ow / kLanes], counts);
       for (size_t t = 0; t < n; ++t) {
         s.taps[t] += kLanes;
         s.valid[t] += kLanes;

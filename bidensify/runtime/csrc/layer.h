@@ -37,7 +37,9 @@ class Layer {
   const Inner& inner_;
   const char* x_;
   int64_t element_;
-  int64_t in_group_, out_group_, tiles_, words_, row_words_;
+  int64_t in_group_, out_group_, lanes_, tiles_, words_, row_words_;
+  const uint32_t* weights_;
+  std::vector<char> inside_;  // depthwise: per output column block, whether every tap is inside
   int64_t parts_;
   int64_t cin_padded_, cout_padded_;
   bool pointwise_, direct_, buffered_, distance_;

@@ -98,11 +98,39 @@ class Pool {
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 Pool* pool = nullptr;
 pid_t owner = 0;
+std::atomic<Runtime> outside{nullptr};
+
+struct Shared {
+  std::atomic<int64_t> next{0};
+  int64_t units;
+  Task task;
+  void* context;
+};
+
+void share(void* data) {
+  Shared& job = *static_cast<Shared*>(data);
+  for (;;) {
+    const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
+    if (unit >= job.units) return;
+    job.task(job.context, unit);
+  }
+}
 
 }  // namespace
 
+void set_runtime(Runtime runtime) { outside.store(runtime); }
+
 void parallel(int threads, int64_t units, Task task, void* context) {
   if (threads > units) threads = (int)units;
+  const Runtime runtime = outside.load(std::memory_order_relaxed);
+  if (threads > 1 && runtime != nullptr) {
+    Shared job;
+    job.units = units;
+    job.task = task;
+    job.context = context;
+    runtime(share, &job, (unsigned)threads, 0);
+    return;
+  }
   const bool alone = threads <= 1 || busy.test_and_set(std::memory_order_acquire);
   if (alone) {
     for (int64_t i = 0; i < units; ++i) task(context, i);
