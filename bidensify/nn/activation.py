@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidensify.nn import fused, native
+
 __all__ = ["RPReLU"]
 
 
@@ -43,6 +45,8 @@ class RPReLU(nn.Module):
                 f"RPReLU: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
                 f"{tuple(x.shape)}), the layer was made for {self.channels}"
             )
+        if native.supports(x) and self.slope.dtype == torch.float32:
+            return fused.post(x, None, None, self, self.dim)
         return self.after_shift(x + self._shape(self.bias_in, x))
 
     def after_shift(self, x: Tensor) -> Tensor:

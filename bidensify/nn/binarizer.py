@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bidensify.nn import fused, native, ops
 from bidensify.nn.ste import threshold_sign
 
 __all__ = ["ActivationBinarizer", "DistributionAdaptiveBinarizer", "SignBinarizer"]
@@ -195,13 +196,37 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
             distance = torch.linalg.vector_norm(shifted, 1, dims, keepdim=True, dtype=dtype) / count
         return torch.exp(self.a.to(dtype) * (distance - 1)).to(shifted.dtype)
 
+    def native(self, x: Tensor) -> bool:
+        """Whether the training kernels compute this layer for ``x``."""
+        return native.supports(x) and self.k.dtype == torch.float32 and x.dim() > 1
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.native(x):
+            return self._native_codes(fused.dense(x, self.dim))
         with torch.no_grad():
             beta = self._threshold(x)
             alpha = self._scale(x - beta)
         return beta, -alpha, alpha
 
+    @torch.no_grad()
+    def _native_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = ops.dab_statistics(x, self.k, self.b, self.a, ops.SCALES[self.act_scale], self.dim)
+        n, ones = x.shape[0], [1] * (x.dim() - 2)
+        per_channel = (n, self.channels, *ones) if self.dim == 1 else (n, *ones, self.channels)
+        beta = statistics[1].view(per_channel).to(x.dtype)
+        if self.act_scale == "per_channel":
+            alpha = statistics[3].view(per_channel).to(x.dtype)
+        else:
+            alpha = statistics[3].flatten()[:n].view(n, 1, *ones).to(x.dtype)
+        return beta, -alpha, alpha
+
+    def split(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(binarized x, fusion-down of x to ``groups`` channels or x itself, statistics) with the training kernels."""
+        return fused.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim)
+
     def binarize(self, x: Tensor) -> Tensor:
+        if self.native(x):
+            return self.split(fused.dense(x, self.dim), 0)[0]
         beta = self._threshold(x)
         with torch.no_grad():
             shifted = x - beta

@@ -233,6 +233,10 @@ class Bypass(nn.Module):
         elif self.out_channels < self.in_channels:
             # Fewer channels first: the spatial part then reads less.
             x = fusion_down(x, self.out_channels, self.dim)
+        return self.after_fusion_down(x, size)
+
+    def after_fusion_down(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
+        """The rest of ``forward``: space, then fusion-up. x: (N, min(C_in, C_out), H, W)."""
         if size is not None:
             x = self._space(x, size)
         if self.out_channels > self.in_channels:

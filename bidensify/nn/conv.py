@@ -7,23 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
-from bidensify.nn.layer import BinaryLayer, WeightBinarizer, make_norm
+from bidensify.nn.layer import BatchNormLast, BinaryLayer, WeightBinarizer, make_norm
 
 __all__ = ["BatchNormLast", "BiDenseConv2d", "BiDenseConvTranspose2d", "BiDenseLinear"]
 
 _Size = int | tuple[int, int]
-
-
-class BatchNormLast(nn.BatchNorm1d):
-    """BatchNorm over the last dimension: (..., C), statistics over all other dimensions."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
 
 
 class BiDenseConv2d(BinaryLayer, nn.Conv2d):  # type: ignore[misc]

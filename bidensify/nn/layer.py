@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidensify.nn.binarizer import ActivationBinarizer
+from bidensify.nn import fused, native, ops
+from bidensify.nn.activation import RPReLU
+from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.ste import binarize_weight, sign
 
@@ -54,11 +56,29 @@ class WeightBinarizer(nn.Module):
         grouped = weight.abs().reshape(self.groups, -1, *weight.shape[1:])
         return grouped.mean((1, *range(3, grouped.dim()))).flatten()
 
+    def native(self, weight: Tensor) -> bool:
+        """Whether the training kernels binarize ``weight``: output channels outermost in memory, float32."""
+        return (
+            not self.transposed
+            and weight.dtype == torch.float32
+            and native.supports(weight)
+            and native.geometry(weight, 1) is not None
+        )
+
     def forward(self, weight: Tensor) -> Tensor:
+        if self.native(weight):
+            return fused.binarize_rows(weight, scaled=self.scaled)[0]
         return binarize_weight(weight, self.scale(weight))
 
     def extra_repr(self) -> str:
         return "" if self.scaled else "scaled=False"
+
+
+class BatchNormLast(nn.BatchNorm1d):
+    """BatchNorm over the last dimension: (..., C), statistics over all other dimensions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
 
 
 class BinaryLayer(nn.Module):
@@ -117,7 +137,14 @@ class BinaryLayer(nn.Module):
         # A layer under construction (or one whose weights are not binarized yet) computes with the latent weight.
         if not self.__dict__.get("binarize_weights", False):
             return latent
-        return cast(Tensor, self.weight_binarizer(latent))
+        recomputed: fused.Recomputed | None = self.__dict__.get("_recomputed")
+        binarizer = self.weight_binarizer
+        if recomputed is None or not fused.plain_module(binarizer, WeightBinarizer) or not binarizer.native(latent):
+            return cast(Tensor, binarizer(latent))
+        weight, scale = fused.binarize_rows(latent, scaled=binarizer.scaled)
+        source = latent.detach()
+        recomputed.add(weight, source, lambda: ops.weight_again(source, scale))
+        return weight
 
     def _set_weight(self, value: nn.Parameter | None) -> None:
         self.register_parameter("weight", value)
@@ -134,6 +161,8 @@ class BinaryLayer(nn.Module):
         return cast(Tensor, super().forward(a, *args, **kwargs))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if native.supports(x) and not torch.nn.modules.module._has_any_global_hook():
+            return self._fused_forward(x, *args, **kwargs)
         y = self.conv_only(self.binarizer(x), *args, **kwargs)
         if self.norm is not None:
             y = self.norm(y)
@@ -141,11 +170,88 @@ class BinaryLayer(nn.Module):
             y = y + self.bypass(x, y.shape[-2:] if self.bypass.dim == 1 else None).to(y.dtype)
         return cast(Tensor, self.activation(y))
 
+    def _fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``forward`` with whichever parts the training kernels know; the others are called as they are."""
+        binarizer, bypass, dim = self.binarizer, self.bypass, self.binarizer.dim
+        recomputed = fused.Recomputed()
+        passed = None
+        if (
+            isinstance(binarizer, DistributionAdaptiveBinarizer)
+            and fused.plain_module(binarizer, DistributionAdaptiveBinarizer)
+            and binarizer.enabled
+            and not binarizer.calibrating
+            and binarizer.native(x)
+            and x.shape[dim] == binarizer.channels
+        ):
+            x = fused.dense(x, dim)
+            groups = 0
+            if bypass is not None and fused.plain_module(bypass, Bypass) and bypass.grouping == "interleaved":
+                groups = min(bypass.out_channels, binarizer.channels)
+            a, passed, statistics = binarizer.split(x, groups)
+            passed = passed if groups else None
+            source, scale = x.detach(), ops.SCALES[binarizer.act_scale]
+            recomputed.add(a, source, lambda: ops.dab_again(source, statistics, scale, dim))
+        else:
+            a = binarizer(x)
+        self.__dict__["_recomputed"] = recomputed
+        try:
+            with recomputed.hooks():
+                y = self.conv_only(a, *args, **kwargs)
+        finally:
+            self.__dict__.pop("_recomputed", None)
+            recomputed.forget()
+        del a
+        side = None
+        if bypass is not None:
+            size = y.shape[-2:] if bypass.dim == 1 else None
+            side = bypass(x, size) if passed is None else bypass.after_fusion_down(passed, size)
+        return self._finish(y, side, dim)
+
+    def _finish(self, y: Tensor, side: Tensor | None, dim: int) -> Tensor:
+        """activation(norm(y) + side)."""
+        norm, activation = self.norm, self.activation
+        ready = native.supports(y)
+        if norm is not None and not (ready and _fusible_norm(norm, y, dim)):
+            y, norm = norm(y), None
+            ready = native.supports(y)
+        fuse_activation = (
+            ready
+            and type(activation) is RPReLU
+            and fused.plain_module(activation, RPReLU)
+            and activation.dim == dim
+            and activation.channels == y.shape[dim]
+            and activation.slope.dtype == torch.float32
+        )
+        if norm is not None or fuse_activation:
+            if side is not None and side.shape != y.shape:
+                raise RuntimeError(f"bypass gives shape {tuple(side.shape)}, the layer {tuple(y.shape)}")
+            y = fused.post(y, side, cast(Any, norm), activation if fuse_activation else None, dim)
+        elif side is not None:
+            y = y + side.to(y.dtype)
+        return y if fuse_activation else cast(Tensor, activation(y))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = type(self).__dict__.get("_made_from")
         if base is None:
             return super().__reduce_ex__(protocol)
         return _rebuild, (base,), self.__dict__
+
+
+def _fusible_norm(norm: nn.Module, y: Tensor, dim: int) -> bool:
+    """Whether ``fused.post`` does what calling ``norm`` on ``y`` would do."""
+    if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or not norm.affine or norm.weight.dtype != torch.float32:
+        return False
+    if not fused.plain_module(norm, nn.BatchNorm2d if dim == 1 else BatchNormLast):
+        return False
+    batch = norm.training or not norm.track_running_stats
+    # Gradients through running statistics, a batch of one value (an error) and modes that watch torch's functions
+    # (statistics over several processes) are left to torch.
+    return (
+        y.shape[dim] == norm.num_features
+        and (batch or not torch.is_grad_enabled())
+        and y.numel() // y.shape[dim] > 1
+        and torch._C._len_torch_function_stack() == 0
+    )
 
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}

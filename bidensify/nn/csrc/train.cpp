@@ -1,0 +1,90 @@
+// Chooses the instruction set and checks what comes from outside.
+#include "train.h"
+
+#include <new>
+
+#include "tier.h"
+
+namespace {
+
+struct Choice {
+  const bdt::Tier* tier;
+  const char* name;
+};
+
+Choice choose() {
+#if defined(BDT_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return {bdt::avx512_tier(), "avx512"};
+#endif
+#if defined(BDT_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {bdt::avx2_tier(), "avx2"};
+#endif
+  return {bdt::portable_tier(), "portable"};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+template <class F>
+int32_t guarded(F f) {
+  try {
+    f(*choice().tier);
+  } catch (const std::bad_alloc&) {
+    return 2;
+  }
+  return 0;
+}
+
+bool bad(const bdt_shape* s) { return s == nullptr || s->n < 1 || s->c < 1 || s->s < 1 || s->threads < 1; }
+
+}  // namespace
+
+int32_t bdt_abi_version(void) { return BDT_ABI_VERSION; }
+
+const char* bdt_instruction_set(void) { return choice().name; }
+
+int32_t bdt_dab_forward(const bdt_shape* shape, const bdt_dab* args) {
+  if (bad(shape) || args->groups < 0 || args->groups > shape->c) return 1;
+  return guarded([&](const bdt::Tier& t) { t.dab_forward(*shape, *args); });
+}
+
+int32_t bdt_dab_again(const bdt_shape* shape, const bdt_dab* args) {
+  if (bad(shape)) return 1;
+  return guarded([&](const bdt::Tier& t) { t.dab_again(*shape, *args); });
+}
+
+int32_t bdt_dab_backward(const bdt_shape* shape, const bdt_dab_grad* args) {
+  if (bad(shape) || args->groups < 0 || args->groups > shape->c) return 1;
+  return guarded([&](const bdt::Tier& t) { t.dab_backward(*shape, *args); });
+}
+
+int32_t bdt_moments(const bdt_shape* shape, const void* x, float* mean, float* variance) {
+  if (bad(shape)) return 1;
+  return guarded([&](const bdt::Tier& t) { t.moments(*shape, x, mean, variance); });
+}
+
+int32_t bdt_post_forward(const bdt_shape* shape, const bdt_post* args) {
+  if (bad(shape)) return 1;
+  return guarded([&](const bdt::Tier& t) { t.post_forward(*shape, *args); });
+}
+
+int32_t bdt_post_backward(const bdt_shape* shape, const bdt_post_grad* args) {
+  if (bad(shape)) return 1;
+  return guarded([&](const bdt::Tier& t) { t.post_backward(*shape, *args); });
+}
+
+int32_t bdt_weight_forward(int64_t rows, int64_t columns, int32_t threads, const float* w, int32_t measure, float* scale,
+                           float* y) {
+  if (rows < 1 || columns < 1 || threads < 1) return 1;
+  return guarded([&](const bdt::Tier& t) { t.weight_forward(rows, columns, threads, w, measure != 0, scale, y); });
+}
+
+int32_t bdt_weight_backward(int64_t rows, int64_t columns, int32_t threads, const float* w, const float* scale,
+                            const float* grad, float* grad_w) {
+  if (rows < 1 || columns < 1 || threads < 1) return 1;
+  return guarded([&](const bdt::Tier& t) { t.weight_backward(rows, columns, threads, w, scale, grad, grad_w); });
+}

@@ -1,0 +1,158 @@
+"""The shared library of training kernels: found by path, called through ctypes.
+
+Nothing here is needed: without the library (or on another device or dtype) the same equations run as torch operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Geometry", "Post", "PostGrad", "Shape", "available", "call", "geometry", "instruction_set", "supports"]
+
+_ABI = 1
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class Shape(ctypes.Structure):
+    """``bdt_shape``."""
+
+    _fields_ = [("n", _L), ("c", _L), ("s", _L), ("last", _I), ("half", _I), ("threads", _I)]
+
+
+class Dab(ctypes.Structure):
+    """``bdt_dab``."""
+
+    _fields_ = [
+        ("scale", _I),
+        ("groups", _L),
+        *((name, _P) for name in ("x", "k", "b", "a", "mean", "beta", "distance", "alpha", "y", "fused")),
+    ]
+
+
+class DabGrad(ctypes.Structure):
+    """``bdt_dab_grad``."""
+
+    _fields_ = [
+        ("scale", _I),
+        ("groups", _L),
+        *((name, _P) for name in ("x", "grad", "grad_fused", "mean", "beta", "distance", "alpha")),
+        *((name, _P) for name in ("grad_x", "grad_k", "grad_b", "grad_a")),
+    ]
+
+
+class Post(ctypes.Structure):
+    """``bdt_post``."""
+
+    _fields_ = [
+        ("eps", ctypes.c_double),
+        *((name, _P) for name in ("x", "bypass", "mean", "variance", "weight", "bias")),
+        *((name, _P) for name in ("bias_in", "slope", "bias_out", "y")),
+    ]
+
+
+class PostGrad(ctypes.Structure):
+    """``bdt_post_grad``."""
+
+    _fields_ = [
+        ("forward", Post),
+        *((name, _P) for name in ("grad", "grad_x", "grad_bypass")),
+        *((f"grad_{name}", _P) for name in ("weight", "bias", "bias_in", "slope", "bias_out")),
+    ]
+
+
+def _candidates() -> list[Path]:
+    name = "_train.so"
+    return [Path(__file__).with_name(name), Path(sysconfig.get_path("platlib")) / "bidensify" / "nn" / name]
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("BIDENSIFY_TRAIN_KERNELS", "1") == "0":
+        return None
+    for path in _candidates():
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            if library.bdt_abi_version() != _ABI:
+                continue
+        except (OSError, AttributeError):
+            continue
+        library.bdt_instruction_set.restype = ctypes.c_char_p
+        library.bdt_moments.argtypes = [_P, _P, _P, _P]
+        library.bdt_weight_forward.argtypes = [_L, _L, _I, _P, _I, _P, _P]
+        library.bdt_weight_backward.argtypes = [_L, _L, _I, _P, _P, _P, _P]
+        return library
+    return None
+
+
+def available() -> bool:
+    """Whether the library was found. BIDENSIFY_TRAIN_KERNELS=0 in the environment leaves it out."""
+    return _library() is not None
+
+
+def instruction_set() -> str:
+    """ "avx512", "avx2", "portable", or "none" where there is no library."""
+    library = _library()
+    return "none" if library is None else str(library.bdt_instruction_set().decode())
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the kernels take ``x``: float32 or bfloat16 on the CPU, outside of compilation and export."""
+    return (
+        x.device.type == "cpu"
+        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and _library() is not None
+        and x.numel() > 0
+    )
+
+
+class Geometry(NamedTuple):
+    """(N, C, S) of a dense tensor; ``last``: channels are innermost in memory."""
+
+    n: int
+    c: int
+    s: int
+    last: bool
+
+    def shape(self, x: Tensor) -> Shape:
+        """As the kernels take it."""
+        return Shape(self.n, self.c, self.s, self.last, x.dtype == torch.bfloat16, torch.get_num_threads())
+
+
+def geometry(x: Tensor, dim: int) -> Geometry | None:
+    """The geometry of ``x`` with its channels on ``dim`` (1 or -1), or None where it is not dense in a known order."""
+    if dim == -1:
+        rest = math.prod(x.shape[1:-1])
+        return Geometry(x.shape[0], x.shape[-1], rest, True) if x.dim() > 1 and x.is_contiguous() else None
+    if x.dim() < 2:
+        return None
+    if x.is_contiguous():
+        return Geometry(x.shape[0], x.shape[1], math.prod(x.shape[2:]), False)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return Geometry(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], True)
+    return None
+
+
+def call(name: str, *arguments: object) -> None:
+    """Runs a kernel.
+
+    Raises:
+        RuntimeError: the kernel refused its arguments or found no memory.
+    """
+    library = _library()
+    assert library is not None
+    status = getattr(library, name)(*arguments)
+    if status:
+        reason = "no memory" if status == 2 else f"status {status}"
+        raise RuntimeError(f"training kernel {name} failed: {reason}")
