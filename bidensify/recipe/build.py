@@ -48,7 +48,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
 
 
 def _dataset(recipe: Recipe, section: DatasetSection) -> DenseDataset:
-    from bidensify.data import build_dataset
+    from bidensify.data import build_dataset as build
 
     options = section.options
     if recipe.data.root is not None:
@@ -57,15 +57,15 @@ def _dataset(recipe: Recipe, section: DatasetSection) -> DenseDataset:
         options.setdefault("size", recipe.data.size)
     elif section.name == "image_mask_folder" and "root" not in options:
         raise ConfigError(f"recipe {recipe.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER")
-    return build_dataset(section.name, section.split, **options)
+    return build(section.name, section.split, **options)
 
 
 def build_datasets(recipe: Recipe) -> tuple[DenseDataset, DenseDataset]:
     """Builds (training, validation) data sets; normalisation is the recipe's, else the data set's own."""
-    return build_split(recipe, "train"), build_split(recipe, "val")
+    return build_dataset(recipe, "train"), build_dataset(recipe, "val")
 
 
-def build_split(recipe: Recipe, which: Literal["train", "val"]) -> DenseDataset:
+def build_dataset(recipe: Recipe, which: Literal["train", "val"]) -> DenseDataset:
     """Builds one of the two data sets, with its transforms; see :func:`build_datasets`."""
     from bidensify.data import build_transforms
 

@@ -38,13 +38,24 @@ def plain(data: Any) -> Any:
 
 
 def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def git_revision() -> dict[str, Any]:
+    """Returns the revision of bidensify's own checkout and whether files differ from it; None where there is none.
+
+    A package that is installed below some other repository (a virtual environment in a project) has no revision.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top) / "bidensify" != Path(__file__).resolve().parents[1]:
+        return {"revision": None, "modified": None}
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"revision": _git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}
 
 
 def versions() -> dict[str, Any]:
@@ -55,8 +66,7 @@ def versions() -> dict[str, Any]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    status = _git("status", "--porcelain")
-    found["git"] = {"revision": _git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}
+    found["git"] = git_revision()
     return found
 
 

@@ -307,6 +307,12 @@ class Recipe(Section):
 
         return build_datasets(self)
 
+    def build_dataset(self, which: Literal["train", "val"]) -> DenseDataset:
+        """Builds one of the two data sets with its transforms."""
+        from bidensify.recipe.build import build_dataset
+
+        return build_dataset(self, which)
+
     def build_task(self, info: DataInfo | None = None) -> Task:
         """Builds the task; classes, names and palette come from ``info`` (or from the validation data) unless given."""
         from bidensify.recipe.build import build_task
