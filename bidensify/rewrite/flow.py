@@ -94,11 +94,18 @@ class Flow:
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation of the ReLU family."""
-        return node.op in ("call_module", "call_function") and is_relu_like(self.name(node))
+        return any(is_relu_like(name) for name in self._names(node))
 
     def is_gate(self, node: fx.Node) -> bool:
         """Whether a node is a sigmoid, softmax or the like."""
-        return node.op in ("call_module", "call_function") and is_gate(self.name(node))
+        return any(is_gate(name) for name in self._names(node))
+
+    def _names(self, node: fx.Node) -> list[str]:
+        """What a node goes by: the names of its module's class and bases, or the function's."""
+        module = self.module(node)
+        if module is not None:
+            return [cls.__name__ for cls in type(module).__mro__]
+        return [self.name(node)] if node.op == "call_function" else []
 
     def is_pass(self, node: fx.Node) -> bool:
         """Whether a node hands its (single) tensor through in evaluation mode."""
@@ -144,6 +151,20 @@ class Flow:
                 shape = self.shape(other) or ()
                 if count > 1 and self.shape(node) == shape and count in (shape[-1:] + shape[1:2]):
                     return str(source.target)
+        return None
+
+    def gated(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """(data, gate) of a product whose one factor is a gate (squeeze-excite, spatial attention), or None."""
+        if node.op != "call_function" or self.name(node) != "mul" or len(self.tensors(node)) != 2:
+            return None
+        first, second = self.tensors(node)
+        for data, gate in ((first, second), (second, first)):
+            current: fx.Node | None = gate
+            while current is not None and self.shape(data) == self.shape(node):
+                if self.is_gate(current):
+                    return data, gate
+                through = self.is_pass(current) or self.is_reorder(current) or self.name(current) in ("expand", "expand_as")
+                current = self.data_input(current) if through else None
         return None
 
     # what is around it

@@ -133,10 +133,11 @@ def is_leaf(module: nn.Module) -> bool:
         nn.LayerNorm,
         nn.GroupNorm,
         nn.Embedding,
-        nn.ReLU,
         nn.Identity,
     )
     if isinstance(module, leaf_bases):
+        return True
+    if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
         return True
     name = type(module).__name__
     if name.startswith(("FrozenBatchNorm", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):

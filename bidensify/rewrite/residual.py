@@ -59,7 +59,7 @@ def _grows(flow: Flow, nodes: set[fx.Node]) -> bool:
             before = flow.shape(source)
             if shape is None or before is None or len(shape) != 4 or len(before) != 4 or source not in nodes:
                 continue
-            if flow.channels_last(node) or flow.channels_last(source):
+            if before[-2:] == (1, 1) or flow.channels_last(node) or flow.channels_last(source):
                 continue
             if shape[-1] > before[-1] or shape[-2] > before[-2]:
                 return True
@@ -111,12 +111,19 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
     current: fx.Node | None = main
     child = add
     scales: list[fx.Node] = []
+    readers: set[fx.Node] = set()
     while current is not None:
-        if flow.only_user(current) is not child:
+        # What computes a gate reads the signal that the gate multiplies; anything else that reads it is a fork.
+        if any(user is not child and user not in readers for user in current.users):
             return None
         layer = planner.binary(current)
         if layer is not None:
             return layer.path, scales
+        gated = flow.gated(current)
+        if gated is not None:
+            readers |= flow.ancestors(gated[1], scope_of(add))
+            child, current = current, gated[0]
+            continue
         if flow.layer_scale(current) is not None:
             scales.append(current)
         elif not (
