@@ -1,0 +1,94 @@
+"""The torch.library operator: opcheck, torch.compile and torch.export of packed models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
+from bidensify.runtime import PackedLayer, native, pack
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import relative, settle
+
+KERNELS = native.available_kernels()
+
+
+@pytest.mark.parametrize("kernel", [KERNELS[0], "reference"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: BiDenseConv2d(16, 24, 3, 2, 1), (2, 16, 9, 8)),
+        (lambda: BiDenseConvTranspose2d(16, 8, 2, 2), (1, 16, 4, 5)),
+        (lambda: BiDenseConv2d(16, 16, 3, padding=1, groups=16), (1, 16, 6, 6)),
+    ],
+)
+def test_opcheck(make: object, shape: tuple[int, ...], kernel: str) -> None:
+    packed = PackedLayer.from_layer(settle(make()))  # type: ignore[operator]
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    arguments = (x, packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, kernel)
+    torch.library.opcheck(torch.ops.bidensify.packed_conv2d.default, arguments)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        BiDenseConv2d(16, 24, 3, 2, 1),
+        nn.ReLU(),
+        BiDenseConvTranspose2d(24, 8, 2, 2),
+        nn.Conv2d(8, 4, 1),
+    )
+    return pack(settle(layers))
+
+
+def test_compile_agrees_with_eager() -> None:
+    packed = network()
+    x = torch.randn(1, 3, 12, 12)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative(compiled(x), packed(x)) < 1e-5
+
+
+def test_export_keeps_the_operator_and_a_dynamic_size() -> None:
+    packed = network()
+    x = torch.randn(2, 3, 16, 12)
+    height, width = torch.export.Dim("height", min=4, max=512), torch.export.Dim("width", min=4, max=512)
+    # The strided layer and the 2x2 upsampling meet again at even sizes only.
+    dynamic = {"input": {2: 2 * height, 3: 2 * width}}
+    exported = torch.export.export(packed, (x,), dynamic_shapes=dynamic)
+    calls = [node for node in exported.graph.nodes if "packed_conv2d" in str(node.target)]
+    assert len(calls) == 2
+    other = torch.randn(2, 3, 24, 20)
+    with torch.no_grad():
+        assert relative(exported.module()(x), packed(x)) < 1e-5
+        assert relative(exported.module()(other), packed(other)) < 1e-5
+
+
+def test_linear_under_compile() -> None:
+    packed = pack(settle(BiDenseLinear(16, 24)))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert relative(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), packed(x)) < 1e-5
+
+
+def test_fake_tensors_have_the_right_shape_and_order() -> None:
+    packed = network()
+    with torch.device("meta"):
+        x = torch.empty(1, 3, 10, 14)
+    y = packed.to("meta")(x)
+    assert isinstance(y, Tensor)
+    assert y.shape == (1, 4, 10, 14)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu() -> None:
+    packed = network()
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        want = packed(x)
+        assert relative(packed.cuda()(x.cuda()).cpu(), want) < 1e-3

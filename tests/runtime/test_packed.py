@@ -1,0 +1,412 @@
+"""Packed layers and models against the latent ones they were made of."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bidensify.errors import ConfigError, FormatError, PackError
+from bidensify.nn import (
+    BiDenseConv2d,
+    BiDenseConvTranspose2d,
+    BiDenseLinear,
+    BinaryLayer,
+    Bypass,
+    SignBinarizer,
+    WeightBinarizer,
+    make_binary,
+    set_binarization,
+)
+from bidensify.nn.binarizer import ActivationBinarizer
+from bidensify.runtime import (
+    LayerSpec,
+    PackedConv2d,
+    PackedConvTranspose2d,
+    PackedLayer,
+    PackedLinear,
+    native,
+    pack,
+    packed_layers,
+    replace_layers,
+    set_kernel,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import relative, settle
+
+KERNELS = native.available_kernels()
+
+LAYERS = {
+    "same 3x3": (lambda: BiDenseConv2d(20, 36, 3, padding=1), (2, 20, 9, 11)),
+    "fusion down": (lambda: BiDenseConv2d(40, 12, 3, padding=1, bias=True), (1, 40, 5, 6)),
+    "strided": (lambda: BiDenseConv2d(33, 64, 3, stride=2, padding=1), (2, 33, 9, 8)),
+    "strided valid": (lambda: BiDenseConv2d(16, 16, (2, 4), stride=(2, 3)), (1, 16, 9, 17)),
+    "dilated groups": (lambda: BiDenseConv2d(24, 48, 3, padding=4, dilation=4, groups=3), (1, 24, 13, 7)),
+    "depthwise": (lambda: BiDenseConv2d(40, 40, 7, padding=3, groups=40), (2, 40, 12, 19)),
+    "depthwise strided": (lambda: BiDenseConv2d(36, 36, 5, stride=2, padding=2, groups=36), (1, 36, 11, 18)),
+    "same even": (lambda: BiDenseConv2d(16, 20, 4, padding="same"), (1, 16, 8, 9)),
+    "pointwise": (lambda: BiDenseConv2d(48, 80, 1, act_scale="none"), (2, 48, 9, 9)),
+    "one pixel": (lambda: BiDenseConv2d(70, 30, 3, padding=1), (3, 70, 1, 1)),
+    "transposed 2x2": (lambda: BiDenseConvTranspose2d(48, 24, 2, 2), (2, 48, 5, 7)),
+    "transposed 4x4": (lambda: BiDenseConvTranspose2d(20, 20, 4, 2, 1, bias=True), (1, 20, 6, 5)),
+    "transposed groups": (
+        lambda: BiDenseConvTranspose2d(24, 36, 3, (2, 3), 1, (1, 2), groups=4, dilation=2),
+        (2, 24, 4, 5),
+    ),
+    "linear": (lambda: BiDenseLinear(40, 72, bias=True), (2, 13, 40)),
+    "linear on an image": (lambda: BiDenseLinear(36, 20), (2, 4, 5, 36)),
+    "linear on vectors": (lambda: BiDenseLinear(36, 36), (3, 36)),
+    "no activation": (lambda: BiDenseConv2d(16, 16, 3, padding=1, activation=False), (1, 16, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_packed_layer_computes_what_the_latent_one_does(case: str, kernel: str) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[case]
+    layer = settle(make())
+    assert isinstance(layer, BinaryLayer)
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    with torch.no_grad():
+        for grown in (0, 3):
+            # A layer knows no input size: another one works as well.
+            size = (shape[0], shape[1], *(s + grown for s in shape[2:])) if packed.kind != "linear" else shape
+            x = torch.randn(size) * 2
+            assert relative(packed(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_in_gives_bfloat16_out(kernel: str) -> None:
+    layer = settle(BiDenseConv2d(32, 32, 3, padding=1))
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    x = torch.randn(1, 32, 8, 8).bfloat16()
+    with torch.no_grad():
+        y = packed(x)
+        want = layer(x.float())
+    assert y.dtype == torch.bfloat16
+    assert relative(y, want) < 0.3
+    # Against the same thresholds the only error is the output's rounding.
+    with torch.no_grad():
+        assert relative(y, PackedLayer.from_layer(layer, kernel="reference")(x)) < 1e-2
+
+
+class Shifted(ActivationBinarizer):
+    """RSign of ReActNet with learned, lopsided levels: a binarizer that the package does not know."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.shift = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.2)
+        self.level = nn.Parameter(torch.tensor([-0.4, 1.1]))
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = x.detach().abs().mean((1, 2, 3), keepdim=True)
+        return self.shift, self.level[0] * size, self.level[1] * size
+
+    def binarize(self, x: Tensor) -> Tensor:
+        beta, low, high = self.codes(x)
+        return torch.where(x >= beta, high, low)
+
+
+def build(base: nn.Module, binarizer: ActivationBinarizer, **parts: object) -> nn.Module:
+    base.__class__ = make_binary(type(base))
+    assert isinstance(base, BinaryLayer)
+    transposed = isinstance(base, nn.ConvTranspose2d)
+    weights = WeightBinarizer(transposed=transposed, groups=getattr(base, "groups", 1))
+    base.install(binarizer=binarizer, weight_binarizer=weights, **{"norm": None, "bypass": None, **parts})
+    return base.eval()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", ["conv", "depthwise", "transposed", "pointwise"])
+def test_a_methods_own_binarizer_with_two_free_values(case: str, kernel: str) -> None:
+    torch.manual_seed(0)
+    base = {
+        "conv": nn.Conv2d(20, 33, 3, 2, 2, dilation=2),
+        "depthwise": nn.Conv2d(20, 20, 5, padding=2, groups=20),
+        "transposed": nn.ConvTranspose2d(20, 8, 3, 2, 1, 1, groups=2),
+        "pointwise": nn.Conv2d(20, 40, 1),
+    }[case]
+    layer = build(base, Shifted(20), norm=nn.BatchNorm2d(base.out_channels).eval())
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    x = torch.randn(2, 20, 9, 10)
+    with torch.no_grad():
+        assert relative(packed(x), layer(x)) < 1e-5
+    # Rebuilt from JSON-able data beside the latent layer, then filled.
+    again = PackedLayer.from_meta(packed.meta(), like=layer, kernel=kernel)
+    again.load_state_dict(packed.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), packed(x))
+    with pytest.raises(FormatError, match="binarizer"):
+        PackedLayer.from_meta(packed.meta())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.PReLU(24), nn.PReLU(), nn.Hardtanh(), nn.GELU()])
+def test_activations_are_fused_or_kept(activation: nn.Module, kernel: str) -> None:
+    layer = build(nn.Conv2d(16, 24, 3, padding=1), SignBinarizer(16), activation=activation, norm=nn.BatchNorm2d(24).eval())
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    assert (packed.activation is None) == (not isinstance(activation, nn.Hardtanh | nn.GELU))
+    x = torch.randn(1, 16, 7, 7)
+    with torch.no_grad():
+        assert relative(packed(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bypass_of_another_grouping_is_kept_exact(kernel: str) -> None:
+    bypass = Bypass(24, 16, 3, 1, 1, grouping="contiguous")
+    layer = build(nn.Conv2d(24, 16, 3, padding=1), SignBinarizer(24), bypass=bypass, norm=nn.BatchNorm2d(16).eval())
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    x = torch.randn(2, 24, 7, 7)
+    with torch.no_grad():
+        assert relative(packed(x), layer(x)) < 1e-5
+
+
+class DynamicSame(nn.Conv2d):
+    """TensorFlow's SAME padding, as timm and EfficientNets have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size = x.shape[2 + axis]
+            reach = (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+            total = max((-(-size // self.stride[axis]) - 1) * self.stride[axis] + reach - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class StaticSame(nn.Conv2d):
+    """Fixed, lopsided padding in a module of its own, as in efficientnet_pytorch."""
+
+    def __init__(self, *args: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)
+        self.static_padding = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.static_padding(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    """Centres its weights: with a binary weight that is no longer two opposite values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("make", [DynamicSame, StaticSame])
+def test_subclasses_with_padding_of_their_own(make: type[nn.Conv2d], kernel: str) -> None:
+    layer = build(make(16, 24, 3, stride=2), SignBinarizer(16), norm=nn.BatchNorm2d(24).eval())
+    packed = PackedLayer.from_layer(layer, kernel=kernel)
+    for size in ((1, 16, 8, 9), (1, 16, 7, 12)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert relative(packed(x), layer(x)) < 1e-5
+
+
+def test_what_is_no_zero_padded_convolution_is_refused() -> None:
+    layer = build(Standardised(16, 24, 3, padding=1), SignBinarizer(16))
+    with pytest.raises(PackError, match=r"stem\.conv: BinaryStandardised does not compute"):
+        PackedLayer.from_layer(layer, name="stem.conv")
+    reflected = build(nn.Conv2d(16, 24, 3, padding=1, padding_mode="reflect"), SignBinarizer(16))
+    with pytest.raises(PackError, match="padding_mode='reflect'"):
+        PackedLayer.from_layer(reflected)
+
+
+def test_per_channel_scales_are_refused_by_name_with_the_way_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), BiDenseConv2d(16, 16, 3), BiDenseConv2d(16, 16, 3, act_scale="per_channel"))
+    with pytest.raises(PackError, match=r'^2: act_scale="per_channel" .*act_scale="per_tensor"'):
+        pack(model)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(PackError, match=r"Sequential has no binary layer .* bidensify\(\)"):
+        pack(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    model = nn.Sequential(settle(BiDenseConv2d(16, 16, 3)))
+    with pytest.raises(ConfigError, match="kernel='sse'"):
+        pack(model, kernel="sse")
+    with pytest.raises(ConfigError, match="float_dtype"):
+        pack(model, float_dtype=torch.int8)
+    with pytest.raises(PackError, match="packed already"):
+        pack(pack(model))
+    set_binarization(model, activations=True, weights=False)
+    with pytest.raises(PackError, match="binarize_weights=False"):
+        pack(model)
+    set_binarization(model, activations=True, weights=True)
+    with torch.no_grad():
+        model[0].norm.running_var.fill_(float("nan"))
+    with pytest.raises(PackError, match="not finite"):
+        pack(model)
+    model[0].norm = nn.BatchNorm2d(16, track_running_stats=False)
+    with pytest.raises(PackError, match="running statistics"):
+        pack(model)
+
+
+class Network(nn.Module):
+    """A stem, a residual pair, a layer met twice and reached through a plain list too, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Sequential(BiDenseConv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), BiDenseConv2d(32, 32, 3, padding=1))
+        self.up = BiDenseConvTranspose2d(32, 16, 2, 2)
+        self.again = self.body[2]
+        self.plain = [self.up]
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.body(self.stem(x))
+        y = self.plain[0](self.again(y))
+        return {"out": self.head(y)}
+
+
+def trained(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    network = Network()
+    settle(network)
+    return network
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pack_keeps_paths_sharing_and_results(kernel: str) -> None:
+    network = trained().train()
+    before = copy.deepcopy(network.state_dict())
+    packed = pack(network, kernel=kernel)
+    assert network.training
+    assert not packed.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert list(packed_layers(packed)) == ["body.0", "body.2", "up"]
+    assert isinstance(packed.body[0], PackedConv2d)
+    assert isinstance(packed.up, PackedConvTranspose2d)
+    assert packed.again is packed.body[2]
+    assert packed.plain[0] is packed.up
+    assert not any(isinstance(module, BinaryLayer) for module in packed.modules())
+    x = torch.randn(2, 3, 16, 20)
+    with torch.no_grad():
+        assert relative(packed(x)["out"], network.eval()(x)["out"]) < 1e-5
+        assert torch.equal(copy.deepcopy(packed)(x)["out"], packed(x)["out"])
+
+
+def test_a_single_layer_is_a_model_too() -> None:
+    layer = settle(BiDenseLinear(16, 16))
+    assert isinstance(pack(layer), PackedLinear)
+
+
+def test_replace_layers_reaches_every_reference() -> None:
+    network, packed = trained(), pack(trained())
+    result = replace_layers(network, packed_layers(packed))
+    assert result.again is result.body[2] is packed.body[2]
+    assert result.plain[0] is result.up is packed.up
+
+
+def test_float_dtype_runs_the_rest_in_bfloat16() -> None:
+    network = trained()
+    packed = pack(network, float_dtype=torch.bfloat16)
+    assert packed.head.weight.dtype == torch.bfloat16
+    assert packed.body[0].side.dtype == torch.float32
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        y = packed(x)["out"]
+    assert y.dtype == torch.float32
+    assert torch.isfinite(y).all()
+    assert network.head.weight.dtype == torch.float32
+
+
+def test_moving_to_another_dtype_keeps_side_parameters() -> None:
+    packed = pack(trained())
+    side = packed.up.side.clone()
+    packed.to(torch.float16).float()
+    assert torch.equal(packed.up.side, side)
+    assert packed.up.bits.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_and_inference_mode(kernel: str) -> None:
+    packed = pack(trained(), kernel=kernel)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        want = packed(x)["out"]
+    with torch.inference_mode():
+        assert torch.equal(packed(x)["out"], want)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = packed(x)["out"]
+    assert y.dtype == torch.bfloat16
+    assert torch.isfinite(y).all()
+
+
+def test_output_size_of_a_transposed_layer() -> None:
+    layer = settle(BiDenseConvTranspose2d(16, 8, 3, 2, 1))
+    for kernel in KERNELS:
+        packed = PackedLayer.from_layer(layer, kernel=kernel)
+        x = torch.randn(1, 16, 5, 6)
+        with torch.no_grad():
+            for size in ([9, 11], [10, 12], [9, 12]):
+                assert relative(packed(x, output_size=size), layer(x, output_size=size)) < 1e-5
+            with pytest.raises(ConfigError, match=r"output_size=\[12, 12\]"):
+                packed(x, output_size=[12, 12])
+
+
+def test_wrong_inputs_name_the_layer_and_the_shape() -> None:
+    packed = PackedLayer.from_layer(settle(BiDenseConv2d(16, 8, 3)))
+    with pytest.raises(ConfigError, match=r"\(1, 15, 5, 5\).*16 channels"):
+        packed(torch.zeros(1, 15, 5, 5))
+    with pytest.raises(ConfigError, match="16 channels"):
+        packed(torch.zeros(16, 5, 5))
+
+
+def test_set_kernel_switches_every_layer() -> None:
+    packed = set_kernel(pack(trained()), "reference")
+    assert {layer.kernel for layer in packed_layers(packed).values()} == {"reference"}
+    with pytest.raises(ConfigError, match="kernel='fast'"):
+        set_kernel(packed, "fast")
+
+
+def test_meta_of_another_architecture_is_refused() -> None:
+    layer = settle(BiDenseConv2d(16, 8, 3))
+    meta = PackedLayer.from_layer(layer).meta()
+    with pytest.raises(FormatError, match=r"kernel: file \(3, 3\), model \(5, 5\)"):
+        PackedLayer.from_meta(meta, like=BiDenseConv2d(16, 8, 5))
+    with pytest.raises(FormatError, match="no 'spec'"):
+        PackedLayer.from_meta({"type": "PackedConv2d"})
+    with pytest.raises(ConfigError, match="'conv' layer"):
+        PackedConv2d(LayerSpec("linear", 4, 4))
+
+
+def test_weight_reads_as_signs() -> None:
+    layer = settle(BiDenseConv2d(16, 8, 3, groups=2))
+    packed = PackedLayer.from_layer(layer)
+    assert torch.equal(packed.weight, layer.binary_weight()[0])
+
+
+def test_without_a_library_one_warning_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for cached in (native.load, native.available_kernels, native._tier):
+        cached.cache_clear()
+    monkeypatch.setattr(native, "_find", lambda: None)
+    monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.delenv(native.KERNEL_VARIABLE, raising=False)
+    try:
+        layer = settle(BiDenseConv2d(16, 8, 3))
+        packed = PackedLayer.from_layer(layer)
+        x = torch.randn(1, 16, 5, 5)
+        with pytest.warns(RuntimeWarning, match="pip install") as record, torch.no_grad():
+            y = packed(x)
+            packed(x)
+            pack(nn.Sequential(layer))(x)
+        assert len(record) == 1
+        assert native.available_kernels() == ("reference",)
+        with torch.no_grad():
+            assert relative(y, layer(x)) < 1e-5
+        monkeypatch.setenv(native.LIBRARY_VARIABLE, str(tmp_path / "libnone.so"))
+        native.load.cache_clear()
+        with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+            assert native.load() is None
+    finally:
+        for cached in (native.load, native.available_kernels, native._tier):
+            cached.cache_clear()
