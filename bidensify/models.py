@@ -102,7 +102,7 @@ def _demo(name: str, options: dict[str, Any]) -> nn.Module:
     module = importlib.import_module("bidensify.demo.network")
     if name != "unet":
         raise ConfigError(f"model 'demo:{name}': the demo has one network, demo:unet")
-    model: nn.Module = module.build(**options)
+    model: nn.Module = module.unet(**options)
     return model
 
 

@@ -163,7 +163,9 @@ class Flow:
             while current is not None and self.shape(data) == self.shape(node):
                 if self.is_gate(current):
                     return data, gate
-                through = self.is_pass(current) or self.is_reorder(current) or self.name(current) in ("expand", "expand_as")
+                through = (
+                    self.is_pass(current) or self.is_reorder(current) or self.name(current) in ("expand", "expand_as")
+                )
                 current = self.data_input(current) if through else None
         return None
 

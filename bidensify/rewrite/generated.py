@@ -104,8 +104,8 @@ def _wrapper(base: type[nn.Module], constants: dict[str, Any]) -> str:
         test = f"{name} is not None" if value is None else f"{name} != _constants[{name!r}]"
         lines.append(f"    if {test}:")
         lines.append(
-            f'        raise ValueError(f"{base.__name__}: {name}={{{name}!r}} was given, but the rewrite is of '
-            f'{name}={value!r}; rewrite with example inputs that run this case")'
+            f'        raise ValueError(f"{base.__name__}: {name} was given as a {{type({name}).__name__}}, but the rewrite is '
+            f'of {name}={value!r}; rewrite with example inputs that run this case")'
         )
     lines.append(f"    return self._body({', '.join(varying)})")
     return "\n".join(lines) + "\n"

@@ -75,7 +75,9 @@ class Net(nn.Module):
         self.deep = nn.Sequential(Bottleneck(8, 16, 2), Bottleneck(16, 16))
         self.up1 = UpBlock(16, 8, 12)
         self.up2 = UpBlock(12, 0, 8)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid()
+        )
         self.head = nn.Conv2d(8, classes, 1)
         self.unused = nn.Conv2d(8, 8, 3)
 

@@ -97,7 +97,9 @@ def test_error_quotes_what_was_tried() -> None:
     assert "2×3×" in str(error.value)
 
 
-@pytest.mark.parametrize("inputs", [torch.zeros(1, 3, 32, 32), (torch.zeros(1, 3, 32, 32),), {"image": torch.zeros(1, 3, 32, 32)}])
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(1, 3, 32, 32), (torch.zeros(1, 3, 32, 32),), {"image": torch.zeros(1, 3, 32, 32)}]
+)
 def test_example_inputs_of_every_kind(inputs: object) -> None:
     assert "1×3×32×32" in record(Net(), inputs).inputs_text
 

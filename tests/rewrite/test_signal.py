@@ -58,7 +58,11 @@ def check(model: nn.Module, after: str, size: int = 64) -> None:
     silence(student)
     found = seen_by_layers(student, after, torch.randn(1, 3, size, size))
     assert found
-    wrong = {path: (x.min().item(), x.max().item()) for path, x in found.items() if not torch.allclose(x, torch.ones(()), atol=1e-3)}
+    wrong = {
+        path: (x.min().item(), x.max().item())
+        for path, x in found.items()
+        if not torch.allclose(x, torch.ones(()), atol=1e-3)
+    }
     assert not wrong
 
 

@@ -1,0 +1,128 @@
+"""save_pretrained / from_pretrained: the same outputs, and an error for every kind of damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bidensify as bd
+from bidensify.errors import FormatError, PlanError
+from bidensify.models import build_model
+
+
+def own_network(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 2, 1),
+    )
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    model = bd.bidensify(own_network())
+    bd.calibrate(model, [torch.randn(4, 3, 16, 16)])
+    return model.eval()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_round_trip_with_a_base_model(student: nn.Module, packed: bool, tmp_path: Path) -> None:
+    model = bd.pack(student) if packed else student
+    bd.save_pretrained(model, tmp_path)
+    base = own_network()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    again = bd.from_pretrained(tmp_path, base)
+    x = torch.randn(2, 3, 20, 12)
+    assert torch.equal(again(x), model(x))
+    assert not again.training
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_round_trip_by_name(packed: bool, tmp_path: Path) -> None:
+    model = bd.bidensify(build_model("demo:unet")).eval()
+    if packed:
+        model = bd.pack(model)
+    bd.save_pretrained(model, tmp_path)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(bd.from_pretrained(tmp_path)(x), model(x))
+
+
+def test_packed_file_is_small(tmp_path: Path) -> None:
+    model = bd.bidensify(build_model("demo:unet"))
+    binary = sum(layer.latent_weight.numel() for _, layer in bd.nn.binary_layers(model))
+    bd.save_pretrained(bd.pack(model), tmp_path)
+    summary = bd.summary(model, (3, 32, 32))
+    assert summary.total("binary_params") == binary
+    bound = binary / 8 + 4 * summary.total("float_params")
+    assert (tmp_path / "model.safetensors").stat().st_size <= 1.05 * bound + 16384
+
+
+@pytest.mark.parametrize("packed", [False, True])
+class TestDamage:
+    def save(self, student: nn.Module, packed: bool, folder: Path) -> Path:
+        return bd.save_pretrained(bd.pack(student) if packed else student, folder)
+
+    def test_another_base_model(self, student: nn.Module, packed: bool, tmp_path: Path) -> None:
+        self.save(student, packed, tmp_path)
+        with pytest.raises(FormatError, match="another base model"):
+            bd.from_pretrained(tmp_path, own_network(width=9))
+
+    def test_no_base_model(self, student: nn.Module, packed: bool, tmp_path: Path) -> None:
+        self.save(student, packed, tmp_path)
+        with pytest.raises(FormatError, match=r"pass the full-precision network: from_pretrained\(directory, model\)"):
+            bd.from_pretrained(tmp_path)
+
+    def test_truncated_and_empty_files(self, student: nn.Module, packed: bool, tmp_path: Path) -> None:
+        for name in ("model.safetensors", "bidensify.json"):
+            for keep in (0.0, 0.5, 0.99):
+                folder = tmp_path / f"{name}-{keep}"
+                self.save(student, packed, folder)
+                data = (folder / name).read_bytes()
+                (folder / name).write_bytes(data[: int(len(data) * keep)])
+                with pytest.raises(FormatError):
+                    bd.from_pretrained(folder, own_network())
+
+    def test_missing_files(self, student: nn.Module, packed: bool, tmp_path: Path) -> None:
+        with pytest.raises(FormatError, match="no bidensify.json"):
+            bd.from_pretrained(tmp_path, own_network())
+        self.save(student, packed, tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(FormatError):
+            bd.from_pretrained(tmp_path, own_network())
+
+    def test_unknown_version(self, student: nn.Module, packed: bool, tmp_path: Path) -> None:
+        self.save(student, packed, tmp_path)
+        header = json.loads((tmp_path / "bidensify.json").read_text())
+        header["format_version"] = 99
+        (tmp_path / "bidensify.json").write_text(json.dumps(header))
+        with pytest.raises(FormatError, match="99"):
+            bd.from_pretrained(tmp_path, own_network())
+
+
+def test_a_file_cannot_name_code_to_import(student: nn.Module, tmp_path: Path) -> None:
+    student.bidensify_source = {"spec": "os:system", "options": {}}
+    bd.save_pretrained(student, tmp_path)
+    with pytest.raises(FormatError, match="somebody's own code"):
+        bd.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_saved(student: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="carries no plan"):
+        bd.save_pretrained(own_network(), tmp_path)
+    with pytest.raises(PlanError, match="carries no plan"):
+        bd.save_pretrained(student[2], tmp_path)
+
+
+def test_a_binary_base_is_refused(student: nn.Module, tmp_path: Path) -> None:
+    bd.save_pretrained(student, tmp_path)
+    with pytest.raises(FormatError, match="binary already"):
+        bd.from_pretrained(tmp_path, student)

@@ -1,0 +1,111 @@
+"""The registry of methods, and the contract that every method keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bidensify as bd
+from bidensify.errors import ConfigError
+from bidensify.methods import LayerParts, LayerSpec, get_method
+from bidensify.methods.registry import _METHODS
+from bidensify.nn import SignBinarizer, WeightBinarizer, binary_layers
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.act = nn.ReLU()
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.act(self.up(self.body(self.stem(x)))))
+
+
+def test_both_methods_are_registered() -> None:
+    assert {"bidense", "bnn"} <= set(bd.available_methods())
+
+
+@pytest.mark.parametrize("method", bd.available_methods())
+class TestContract:
+    """What every method must give."""
+
+    def test_weights_have_two_values_per_output_channel(self, method: str) -> None:
+        student = bd.bidensify(Small(), method=method)
+        for path, layer in binary_layers(student):
+            weight = layer.weight.detach()
+            channels = weight.movedim(1, 0) if "up" in path else weight
+            assert all(row.unique().numel() <= 2 for row in channels), path
+            assert torch.equal(layer.weight.sign(), torch.where(layer.latent_weight >= 0, 1.0, -1.0))
+
+    def test_activations_have_two_values_per_sample(self, method: str) -> None:
+        student = bd.bidensify(Small(), method=method)
+        for _, layer in binary_layers(student):
+            x = torch.randn(2, layer.binarizer.channels, 6, 7)
+            beta, low, high = layer.binarizer.codes(x)
+            assert torch.allclose(layer.binarizer(x), torch.where(x >= beta, high, low))
+
+    def test_trains(self, method: str) -> None:
+        torch.manual_seed(0)
+        student = bd.bidensify(Small(), method=method)
+        x = torch.randn(4, 3, 16, 16)
+        bd.calibrate(student, [x])
+        target = (x.mean(1) > 0).long().repeat_interleave(2, 1).repeat_interleave(2, 2)
+        optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+        losses = []
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(student(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        assert all(layer.latent_weight.grad is not None for _, layer in binary_layers(student))
+
+    def test_packs_to_the_same_output(self, method: str) -> None:
+        student = bd.bidensify(Small(), method=method)
+        bd.calibrate(student, [torch.randn(4, 3, 16, 16)])
+        x = torch.randn(2, 3, 12, 20)
+        with torch.no_grad():
+            assert torch.allclose(bd.pack(student)(x), student.eval()(x), atol=1e-5)
+
+    def test_deepcopy_gives_the_same(self, method: str) -> None:
+        student = bd.bidensify(Small(), method=method).eval()
+        x = torch.randn(1, 3, 8, 8)
+        assert torch.equal(copy.deepcopy(student)(x), student(x))
+
+
+def test_a_method_of_the_users_own() -> None:
+    try:
+
+        @bd.register_method("plain-sign", citation="none")
+        def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+            return LayerParts(
+                SignBinarizer(spec.in_channels, spec.dim, polynomial=True),
+                WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
+            )
+
+        student = bd.bidensify(Small(), method="plain-sign")
+        assert {layer.method for _, layer in binary_layers(student)} == {"plain-sign"}
+        assert all(layer.bypass is None for _, layer in binary_layers(student))
+        with pytest.raises(ConfigError, match="'plain-sign' is taken"):
+            bd.register_method("plain-sign")(plain)
+    finally:
+        _METHODS.pop("plain-sign", None)
+
+
+@pytest.mark.parametrize("name", ["keep", "binarize", "a b", "", "9x"])
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a method's name"):
+        bd.register_method(name)(lambda spec, config: None)  # type: ignore[arg-type, return-value]
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ConfigError, match="unknown method 'bidence'.*Did you mean 'bidense'"):
+        get_method("bidence")

@@ -1,0 +1,72 @@
+"""Configuration: JSON round trip, and errors that quote what was given."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from torch import nn
+
+import bidensify as bd
+from bidensify.errors import ConfigError
+
+
+def test_json_round_trip() -> None:
+    config = bd.BidensifyConfig(
+        method="bnn",
+        act_scale="none",
+        residual="keep",
+        rules=(
+            bd.Rule("encoder.*", "keep"),
+            bd.Rule(nn.Conv2d, {"act_scale": "per_channel", "bypass": False}, where={"kernel_size": (None, 3)}),
+        ),
+    )
+    assert bd.BidensifyConfig.from_json(config.to_json()) == config
+    assert bd.BidensifyConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert json.loads(config.to_json())["rules"][1]["match"] == "class:Conv2d"
+
+
+def test_configurations_are_values() -> None:
+    with pytest.raises(AttributeError):
+        bd.BidensifyConfig().method = "bnn"  # type: ignore[misc]
+    assert bd.BidensifyConfig() == bd.BidensifyConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"act_scale": "per_tenser"}, r"act_scale='per_tenser' must be one of .* did you mean 'per_tensor'"),
+        ({"residual": True}, "residual=True must be one of auto, keep, double"),
+        ({"keep_first": "yes"}, "keep_first='yes' must be true or false"),
+        ({"rules": [{"match": "a", "acton": "keep"}]}, "unknown key 'acton'; did you mean 'action'"),
+        ({"rules": [{"action": "keep"}]}, "has no 'match'"),
+        ({"rules": "keep"}, "rules='keep' must be a list"),
+        ({"rules": [3]}, "must hold Rule objects, got 3"),
+        ({"metod": "bnn"}, "unknown key 'metod'; did you mean 'method'"),
+        ({"version": 7}, "version 7 is not known"),
+    ],
+)
+def test_mistakes(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bd.BidensifyConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "match=''"),
+        (("a", 3), "action=3"),
+        (("a", {"act_scal": "none"}), "unknown override 'act_scal'; did you mean 'act_scale'"),
+        (("a", {"activation": "gelu"}), "activation='gelu' must be one of rprelu, keep"),
+        (("a", "keep", {"kernel": (1, 1)}), "unknown predicate 'kernel'; did you mean 'kernel_size'"),
+        (("a", "keep", {"stride": 2}), r"where\['stride'\]=2 must be \[low, high\]"),
+    ],
+)
+def test_rule_mistakes(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bd.Rule(*arguments)  # type: ignore[arg-type]
+
+
+def test_json_that_holds_no_object() -> None:
+    with pytest.raises(ConfigError, match="got list"):
+        bd.BidensifyConfig.from_json("[]")
