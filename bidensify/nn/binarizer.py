@@ -220,9 +220,9 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
             alpha = statistics[3].flatten()[:n].view(n, 1, *ones).to(x.dtype)
         return beta, -alpha, alpha
 
-    def split(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(binarized x, fusion-down of x to ``groups`` channels or x itself, statistics) with the training kernels."""
-        return fused.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim)
+    def split(self, x: Tensor, groups: int, owned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """``fused.dab`` with this layer's parameters: (binarized x, the bypass's input, statistics)."""
+        return fused.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim, owned)
 
     def binarize(self, x: Tensor) -> Tensor:
         if self.native(x):

@@ -60,14 +60,14 @@ class _Dab(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int
+        ctx: Any, x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int, owned: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         fusing = 0 < groups < x.shape[dim]
         y, fused, statistics = ops.dab(x, k, b, a, scale, groups if fusing else 0, dim)
         if groups == x.shape[dim]:
             fused = x.view_as(x)
         ctx.save_for_backward(x, statistics)
-        ctx.scale, ctx.dim, ctx.shapes = scale, dim, (k.shape, b.shape, a.shape)
+        ctx.scale, ctx.dim, ctx.owned, ctx.shapes = scale, dim, owned, (k.shape, b.shape, a.shape)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return y, fused, statistics
@@ -76,10 +76,11 @@ class _Dab(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_fused: Tensor | None, _: Any) -> tuple[Any, ...]:
         x, statistics = ctx.saved_tensors
-        grad = torch.zeros_like(x) if grad is None else match(grad, x)
+        given, grad = grad, torch.zeros_like(x) if grad is None else match(grad, x)
+        grad_x = grad if ctx.owned or grad is not given else torch.empty_like(x)
         if grad_fused is not None:
             grad_fused = _match_last(grad_fused, x, ctx.dim)
-        grad_x, parameters = ops.dab_backward(grad, grad_fused, x, statistics, ctx.scale, ctx.dim)
+        parameters = ops.dab_backward(grad, grad_fused, x, statistics, ctx.scale, ctx.dim, grad_x)
         channels = x.shape[ctx.dim]
         k_shape, b_shape, a_shape = ctx.shapes
         return (
@@ -90,23 +91,25 @@ class _Dab(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def dab(
-    x: Tensor, k: Tensor, b: Tensor, a: Tensor, act_scale: str, groups: int, dim: int
+    x: Tensor, k: Tensor, b: Tensor, a: Tensor, act_scale: str, groups: int, dim: int, owned: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The distribution-adaptive binarizer and, with it, the bypass's view of the input.
 
     Args:
         x: (N, C, ...) with ``dim=1`` or (N, ..., C) with ``dim=-1``, dense.
         groups: 0; or C, which passes ``x`` on; or fewer, which gives ``fusion_down(x, groups)``.
+        owned: nothing else will see the binarized input's gradient: it may be overwritten.
 
     Returns:
         The binarized input, the bypass's input (empty for ``groups=0``) and the statistics (4, N, C): mean, beta,
         distance, alpha.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, ops.SCALES[act_scale], groups, dim)
+    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, ops.SCALES[act_scale], groups, dim, owned)
     return result
 
 
@@ -136,7 +139,8 @@ class _Post(torch.autograd.Function):
         kept = bypass if slope is not None else None
         ctx.save_for_backward(x, kept, moments, weight, bias, bias_in, slope, bias_out)
         ctx.set_materialize_grads(False)
-        return ops.post(x, bypass, mean, variance, weight, bias, bias_in, slope, bias_out, eps, dim)
+        y: Tensor = ops.post(x, bypass, mean, variance, weight, bias, bias_in, slope, bias_out, eps, dim)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -205,7 +209,8 @@ def post(
         return trained
     if bypass is not None:
         bypass = match(bypass, x)
-    return ops.post(x, bypass, norm.running_mean, norm.running_var, weight, bias, *parts, eps, dim)
+    y: Tensor = ops.post(x, bypass, norm.running_mean, norm.running_var, weight, bias, *parts, eps, dim)
+    return y
 
 
 def _track(norm: nn.BatchNorm1d | nn.BatchNorm2d, moments: Tensor, count: int) -> None:
@@ -226,25 +231,32 @@ class _BinarizeRows(torch.autograd.Function):
     """scale * sign(w), rows of w being output channels; the binarized weight itself is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, measure: bool, owned: bool) -> tuple[Tensor, Tensor]:
         y, scale = ops.weight(weight, measure)
         ctx.save_for_backward(weight, scale)
+        ctx.owned = owned
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
         return y, scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
         weight, scale = ctx.saved_tensors
         if grad is None:
-            return None, None
-        return ops.weight_backward(match(grad, weight), weight, scale), None
+            return None, None, None
+        given, grad = grad, match(grad, weight)
+        out = grad if ctx.owned or grad is not given else torch.empty_like(weight)
+        ops.weight_backward(grad, weight, scale, out)
+        return out, None, None
 
 
-def binarize_rows(weight: Tensor, *, scaled: bool) -> tuple[Tensor, Tensor]:
-    """(s_o * sign(weight), s_o as (C_out,)) for a dense weight whose first dimension is the output channel."""
-    result: tuple[Tensor, Tensor] = _BinarizeRows.apply(weight, scaled)
+def binarize_rows(weight: Tensor, *, scaled: bool, owned: bool = False) -> tuple[Tensor, Tensor]:
+    """(s_o * sign(weight), s_o as (C_out,)) for a dense weight whose first dimension is the output channel.
+
+    ``owned``: nothing else will see the result's gradient, which may be overwritten.
+    """
+    result: tuple[Tensor, Tensor] = _BinarizeRows.apply(weight, scaled, owned)
     return result
 
 
@@ -295,4 +307,5 @@ def _unpack(packed: Any) -> Tensor:
             f"binary layer's input or latent weight of shape {tuple(source.shape)} is at version {source._version}; "
             f"expected version {version}. Change a copy, or change it after backward()"
         )
-    return remake().as_strided(shape, stride)
+    remade: Tensor = remake().as_strided(shape, stride)
+    return remade

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -141,7 +141,7 @@ class BinaryLayer(nn.Module):
         binarizer = self.weight_binarizer
         if recomputed is None or not fused.plain_module(binarizer, WeightBinarizer) or not binarizer.native(latent):
             return cast(Tensor, binarizer(latent))
-        weight, scale = fused.binarize_rows(latent, scaled=binarizer.scaled)
+        weight, scale = fused.binarize_rows(latent, scaled=binarizer.scaled, owned=self._torch_forward())
         source = latent.detach()
         recomputed.add(weight, source, lambda: ops.weight_again(source, scale))
         return weight
@@ -161,7 +161,7 @@ class BinaryLayer(nn.Module):
         return cast(Tensor, super().forward(a, *args, **kwargs))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if native.supports(x) and not torch.nn.modules.module._has_any_global_hook():
+        if native.supports(x) and not _any_global_hook():
             return self._fused_forward(x, *args, **kwargs)
         y = self.conv_only(self.binarizer(x), *args, **kwargs)
         if self.norm is not None:
@@ -169,6 +169,12 @@ class BinaryLayer(nn.Module):
         if self.bypass is not None:
             y = y + self.bypass(x, y.shape[-2:] if self.bypass.dim == 1 else None).to(y.dtype)
         return cast(Tensor, self.activation(y))
+
+    def _torch_forward(self) -> bool:
+        """Whether ``conv_only`` is torch's own, which uses its input and weight once and hands their gradients on."""
+        function = getattr(super().forward, "__func__", None)
+        inner = getattr(type(self), "_conv_forward", None)
+        return function in _TORCH_FORWARDS and inner in (None, nn.Conv2d._conv_forward)
 
     def _fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``forward`` with whichever parts the training kernels know; the others are called as they are."""
@@ -187,7 +193,7 @@ class BinaryLayer(nn.Module):
             groups = 0
             if bypass is not None and fused.plain_module(bypass, Bypass) and bypass.grouping == "interleaved":
                 groups = min(bypass.out_channels, binarizer.channels)
-            a, passed, statistics = binarizer.split(x, groups)
+            a, passed, statistics = binarizer.split(x, groups, self._torch_forward())
             passed = passed if groups else None
             source, scale = x.detach(), ops.SCALES[binarizer.act_scale]
             recomputed.add(a, source, lambda: ops.dab_again(source, statistics, scale, dim))
@@ -235,6 +241,10 @@ class BinaryLayer(nn.Module):
         if base is None:
             return super().__reduce_ex__(protocol)
         return _rebuild, (base,), self.__dict__
+
+
+_any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+_TORCH_FORWARDS = (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
 
 
 def _fusible_norm(norm: nn.Module, y: Tensor, dim: int) -> bool:

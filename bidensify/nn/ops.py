@@ -1,11 +1,13 @@
 """``torch.library`` operators over the training kernels, so that dispatch modes (fake tensors, tracing) see them.
 
-Each works on dense tensors (``native.geometry``). Parameters are float32.
+Each works on dense tensors (``native.geometry``). Parameters are float32. ``out`` may be ``grad`` itself.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ _SCHEMAS = (
     "dab_statistics(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int dim) -> Tensor",
     "dab(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int groups, int dim) -> (Tensor, Tensor, Tensor)",
     "dab_again(Tensor x, Tensor statistics, int scale, int dim) -> Tensor",
-    "dab_backward(Tensor grad, Tensor? grad_fused, Tensor x, Tensor statistics, int scale, int dim) -> (Tensor, Tensor)",
+    "dab_backward(Tensor grad, Tensor? grad_fused, Tensor x, Tensor statistics, int scale, int dim, Tensor(a!) out) "
+    "-> Tensor",
     "moments(Tensor x, int dim) -> Tensor",
     "post(Tensor x, Tensor? bypass, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, Tensor? bias_in, "
     "Tensor? slope, Tensor? bias_out, float eps, int dim) -> Tensor",
@@ -40,7 +43,7 @@ _SCHEMAS = (
     "Tensor? bias_in, Tensor? slope, Tensor? bias_out, float eps, int dim, bool bypass_grad) -> (Tensor, Tensor, Tensor)",
     "weight(Tensor w, bool measure) -> (Tensor, Tensor)",
     "weight_again(Tensor w, Tensor scale) -> Tensor",
-    "weight_backward(Tensor grad, Tensor w, Tensor scale) -> Tensor",
+    "weight_backward(Tensor grad, Tensor w, Tensor scale, Tensor(a!) out) -> ()",
 )
 
 
@@ -113,10 +116,9 @@ def _dab_again(x: Tensor, statistics: Tensor, scale: int, dim: int) -> Tensor:
 
 
 def _dab_backward(
-    grad: Tensor, grad_fused: Tensor | None, x: Tensor, statistics: Tensor, scale: int, dim: int
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, grad_fused: Tensor | None, x: Tensor, statistics: Tensor, scale: int, dim: int, out: Tensor
+) -> Tensor:
     g = _geometry(x, dim)
-    grad_x = torch.empty_like(x)
     parameters = x.new_empty(2 * g.c + 1, dtype=torch.float32)
     first = parameters.data_ptr()
     arguments = native.DabGrad(
@@ -126,13 +128,13 @@ def _dab_backward(
         grad.data_ptr(),
         _pointer(grad_fused),
         *_statistics_arguments(statistics),
-        grad_x.data_ptr(),
+        out.data_ptr(),
         first,
         first + 4 * g.c,
         first + 8 * g.c,
     )
     native.call("bdt_dab_backward", ctypes.byref(g.shape(x)), ctypes.byref(arguments))
-    return grad_x, parameters
+    return parameters
 
 
 def _moments(x: Tensor, dim: int) -> Tensor:
@@ -227,8 +229,8 @@ def _weight_again(w: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def _weight_backward(grad: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    grad_w, rows = torch.empty_like(w), w.shape[0]
+def _weight_backward(grad: Tensor, w: Tensor, scale: Tensor, out: Tensor) -> None:
+    rows = w.shape[0]
     native.call(
         "bdt_weight_backward",
         rows,
@@ -237,9 +239,8 @@ def _weight_backward(grad: Tensor, w: Tensor, scale: Tensor) -> Tensor:
         w.data_ptr(),
         scale.data_ptr(),
         grad.data_ptr(),
-        grad_w.data_ptr(),
+        out.data_ptr(),
     )
-    return grad_w
 
 
 def _fake_dab(x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int) -> tuple[Tensor, ...]:
@@ -247,8 +248,8 @@ def _fake_dab(x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: in
     return torch.empty_like(x), fused, x.new_empty((4, x.shape[0], x.shape[dim]), dtype=torch.float32)
 
 
-_LIBRARY = torch.library.Library("bidensify", "FRAGMENT")
-_CPU = {
+_LIBRARY: Any = torch.library.Library("bidensify", "FRAGMENT")  # type: ignore[no-untyped-call]
+_CPU: dict[str, Callable[..., Any]] = {
     "dab_statistics": _dab_statistics,
     "dab": _dab,
     "dab_again": _dab_again,
@@ -260,13 +261,12 @@ _CPU = {
     "weight_again": _weight_again,
     "weight_backward": _weight_backward,
 }
-_FAKE = {
+_FAKE: dict[str, Callable[..., Any]] = {
     "dab_statistics": lambda x, k, b, a, scale, dim: x.new_empty((4, x.shape[0], x.shape[dim]), dtype=torch.float32),
     "dab": _fake_dab,
     "dab_again": lambda x, statistics, scale, dim: torch.empty_like(x),
-    "dab_backward": lambda grad, grad_fused, x, statistics, scale, dim: (
-        torch.empty_like(x),
-        x.new_empty(2 * x.shape[dim] + 1, dtype=torch.float32),
+    "dab_backward": lambda grad, grad_fused, x, statistics, scale, dim, out: x.new_empty(
+        2 * x.shape[dim] + 1, dtype=torch.float32
     ),
     "moments": lambda x, dim: x.new_empty((2, x.shape[dim]), dtype=torch.float32),
     "post": lambda x, *rest: torch.empty_like(x),
@@ -277,7 +277,7 @@ _FAKE = {
     ),
     "weight": lambda w, measure: (torch.empty_like(w), w.new_empty(w.shape[0])),
     "weight_again": lambda w, scale: torch.empty_like(w),
-    "weight_backward": lambda grad, w, scale: torch.empty_like(w),
+    "weight_backward": lambda grad, w, scale, out: None,
 }
 for _schema in _SCHEMAS:
     _name = _schema[: _schema.index("(")]
