@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bidensify.errors import ConfigError
@@ -30,6 +31,18 @@ def to_device(batch: Sample, device: torch.device, channels_last: bool) -> Sampl
     if channels_last and moved["image"].ndim == 4:
         moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
     return moved
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+    """Has a model on a device and in a memory format for the time of the block."""
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device, memory_format=memory)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def batches_per_epoch(dataset: Dataset[Sample], recipe: Recipe) -> int:

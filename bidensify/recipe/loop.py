@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 from bidensify.data import Seeded
 from bidensify.errors import TrainingError
-from bidensify.nn import calibrate
 from bidensify.recipe.checkpoint import (
     check_state,
     load_weights,
@@ -32,11 +31,12 @@ from bidensify.recipe.evaluation import eval_mode, evaluate
 from bidensify.recipe.features import Features
 from bidensify.recipe.folder import RunFolder, RunResult, RunState
 from bidensify.recipe.load import load_recipe
-from bidensify.recipe.loaders import batches_per_epoch, training_loader
+from bidensify.recipe.loaders import batches_per_epoch, placed, training_loader
 from bidensify.recipe.logs import RunLog, versions
 from bidensify.recipe.losses import Losses
 from bidensify.recipe.optim import Ema, build_optimizer, lr_factor, set_lr
 from bidensify.recipe.schema import Recipe
+from bidensify.recipe.selection import Selection
 from bidensify.recipe.stages import Epoch, calibrate_start, calibration_batches, check_stages, epochs, set_mode
 from bidensify.recipe.step import NotFiniteError, Step
 from bidensify.tasks import Task
@@ -107,6 +107,7 @@ class _Run:
         self.accelerator = make_accelerator(recipe)
         self.main = self.accelerator.is_main_process
         self.device = self.accelerator.device
+        self.selection = Selection(recipe, self.task, folder, self.main)
         self.state = RunState()
         self.plan = epochs(recipe.stages)
         self.batches = batches_per_epoch(self.train, recipe)
@@ -127,9 +128,9 @@ class _Run:
             machine = {"device": str(self.device), "processes": self.accelerator.num_processes}
             self.folder.begin(self.recipe, self.student, checkpoint is None, machine)
         with ExitStack() as stack:
-            self._place(self.student, stack)
+            stack.enter_context(placed(self.student, self.device, self.recipe.channels_last))
             if self.teacher is not None:
-                self._place(self.teacher, stack)
+                stack.enter_context(placed(self.teacher, self.device, self.recipe.channels_last))
                 stack.enter_context(eval_mode(self.teacher))
             set_seed(self.recipe.seed, device_specific=True)
             if checkpoint is not None:
@@ -141,16 +142,10 @@ class _Run:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*find_unused_parameters=True.*")
             if checkpoint is not None:
-                set_rng_state(checkpoint["rng"][self.accelerator.process_index], self.device)
+                rngs = checkpoint["rng"]  # one per process of the run that wrote it, which may have had fewer
+                set_rng_state(rngs[self.accelerator.process_index % len(rngs)], self.device)
                 self.log.write("resumed", {"step": step, "versions": versions()})
             return self._train(checkpoint)
-
-    def _place(self, model: nn.Module, stack: ExitStack) -> None:
-        """Moves a model to the run's device and memory format, and back when the run ends."""
-        home = next((p.device for p in model.parameters()), torch.device("cpu"))
-        memory = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        model.to(self.device, memory_format=memory)  # type: ignore[call-overload]
-        stack.callback(lambda: model.to(home, memory_format=torch.contiguous_format))  # type: ignore[call-overload]
 
     def _train(self, checkpoint: dict[str, Any] | None) -> RunResult:
         state = self.state
@@ -264,7 +259,8 @@ class _Run:
             text += f"  {shown}"
             self.log.metric(shown)
             self.log.scalars("val", metrics, state.step)
-            self._select(epoch, metrics, final)
+            weights = self.ema.shadow if self.ema is not None else self.student
+            self.selection.offer(weights, metrics, epoch, final, state)
         record["metrics"] = metrics
         state.history.append(record)
         self.log.write("epoch", record)
@@ -285,20 +281,6 @@ class _Run:
             channels_last=self.recipe.channels_last,
             accelerator=self.accelerator,
         )
-
-    def _better(self, value: float, than: float | None) -> bool:
-        return than is None or (value > than if self.task.higher_is_better else value < than)
-
-    def _select(self, epoch: Epoch, metrics: dict[str, float], final: bool) -> None:
-        """Keeps the weights if they are the best so far among those that are binarized as the result will be."""
-        state, stages = self.state, self.recipe.stages
-        if stages[epoch.stage].binarize != stages[-1].binarize:
-            return
-        value = metrics[self.task.primary]
-        if final if self.recipe.evaluate.select == "last" else self._better(value, state.best):
-            state.best, state.best_epoch, state.best_metrics = value, epoch.index, metrics
-            if self.main:
-                save_weights(self.ema.shadow if self.ema is not None else self.student, self.folder.best(epoch.index))
 
     def _checkpoint(self) -> None:
         rngs = gather_objects(rng_state(self.device))
@@ -327,15 +309,9 @@ class _Run:
         metrics, recalibrated = state.best_metrics, False
         if recipe.ema is not None and recipe.calibrate.at_end and recipe.calibrate.batches:
             batches = calibration_batches(self.train, recipe, self.device, recipe.calibrate.batches, len(self.plan))
-            kept = {key: value.clone() for key, value in self.student.state_dict().items()}
-            calibrate(self.student, batches, thresholds=False, norms=True)
-            again = self._measure(self.student)
-            recalibrated = self._better(again[self.task.primary], metrics[self.task.primary])
-            self.log.write("recalibration", {"before": metrics, "after": again, "kept": recalibrated})
-            if recalibrated:
-                metrics = again
-            else:
-                self.student.load_state_dict(kept)
+            metrics, record = self.selection.recalibrate(self.student, batches, metrics, self._measure)
+            self.log.write("recalibration", record)
+            recalibrated = record["kept"]
         self.student.eval()
         result = RunResult(
             self.folder.path,
