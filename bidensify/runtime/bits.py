@@ -53,9 +53,7 @@ def tiles_from_bits(bits: Tensor, spec: LayerSpec) -> Tensor:
         return _words(flags.reshape(kh, kw, -1, 32)).contiguous()
     groups, tiles, _, _, words, lanes = spec.tiles_shape
     flags = flags.view(groups, out // groups, per_group, kh, kw)
-    flags = torch.nn.functional.pad(
-        flags, (0, 0, 0, 0, 0, words * 32 - per_group, 0, tiles * lanes - out // groups)
-    )
+    flags = torch.nn.functional.pad(flags, (0, 0, 0, 0, 0, words * 32 - per_group, 0, tiles * lanes - out // groups))
     flags = flags.view(groups, tiles, lanes, words, 32, kh, kw).permute(0, 1, 5, 6, 3, 2, 4)
     return _words(flags).contiguous()
 

@@ -147,7 +147,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         raw = path.read_bytes() if size <= _LARGEST_HEADER else b""
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); give a folder that save_pretrained wrote") from error
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); give a folder that save_pretrained wrote"
+        ) from error
     if not raw:
         raise FormatError(f"{path}: {size} bytes, must be within 1..{_LARGEST_HEADER}; the file is damaged")
     try:
@@ -193,7 +195,9 @@ def _check_header(header: dict[str, Any], where: str) -> None:
     if not (header.get("plan") is None or isinstance(header["plan"], dict)):
         raise FormatError(f"{where}: 'plan' must be an object or null; the file is damaged")
     if header.get("float_dtype") not in _FLOAT_DTYPES:
-        raise FormatError(f"{where}: float_dtype={str(header['float_dtype'])[:40]!r} must be one of {list(_FLOAT_DTYPES)}")
+        raise FormatError(
+            f"{where}: float_dtype={str(header['float_dtype'])[:40]!r} must be one of {list(_FLOAT_DTYPES)}"
+        )
     if not header["layers"]:
         raise FormatError(f"{where}: 'layers' is empty; the file is damaged")
     if not all(isinstance(value, str) for value in header["aliases"].values()):
@@ -228,13 +232,17 @@ def _read_tensors(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     try:
         size = path.stat().st_size
         if size != record.get("bytes"):
-            raise FormatError(f"{path}: {size} bytes, the header says {str(record.get('bytes'))[:40]}; truncated or replaced")
+            raise FormatError(
+                f"{path}: {size} bytes, the header says {str(record.get('bytes'))[:40]}; truncated or replaced"
+            )
         if _file_digest(path) != record.get("sha256"):
             raise FormatError(f"{path}: its content does not match the header's hash; the file was edited or damaged")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); give a folder that save_pretrained wrote") from error
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); give a folder that save_pretrained wrote"
+        ) from error
     except SafetensorError as error:
         raise FormatError(f"{path}: is not a safetensors file ({str(error)[:120]})") from error
 

@@ -102,7 +102,9 @@ def _geometry(layer: nn.Module, name: str) -> LayerSpec:
     if isinstance(layer, nn.Linear):
         return LayerSpec("linear", layer.in_features, layer.out_features)
     if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        raise PackError(f"{name}: {type(layer).__name__} is neither Conv2d, ConvTranspose2d nor Linear; keep it in float")
+        raise PackError(
+            f"{name}: {type(layer).__name__} is neither Conv2d, ConvTranspose2d nor Linear; keep it in float"
+        )
     spec = LayerSpec(
         "conv_transpose" if isinstance(layer, nn.ConvTranspose2d) else "conv",
         layer.in_channels,

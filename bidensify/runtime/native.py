@@ -47,10 +47,7 @@ class _Arguments(ctypes.Structure):
         + [("tiles_length", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("k", "b", "a", "levels")]
         + [("per_sample_levels", ctypes.c_int32)]
-        + [
-            (name, ctypes.c_void_p)
-            for name in ("thresholds", "scale", "bias", "slope", "post", "rows", "cols", "dots")
-        ]
+        + [(name, ctypes.c_void_p) for name in ("thresholds", "scale", "bias", "slope", "post", "rows", "cols", "dots")]
     )
 
 
@@ -165,7 +162,7 @@ def _bypass(spec: LayerSpec, height: int, width: int) -> tuple[int, Tensor | Non
     size = spec.output_size(height, width)
     if size == (height, width):
         return 1, None, None
-    if not spec.kind == "conv_transpose" and max(spec.stride) > 1 and max(spec.dilation) == 1:
+    if spec.kind != "conv_transpose" and max(spec.stride) > 1 and max(spec.dilation) == 1:
         (kh, kw), (sh, sw), (ph, pw) = spec.kernel, spec.stride, spec.bypass_padding
         pooled = ((height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1)
         if pooled == size and 2 * ph <= kh and 2 * pw <= kw:
@@ -223,7 +220,9 @@ def run(
     if n:
         status = library.bd_packed_conv2d(ctypes.byref(arguments))
         if status:
-            raise RuntimeError(f"the packed kernel failed: {_STATUS.get(status, status)} ({spec}, input {tuple(x.shape)})")
+            raise RuntimeError(
+                f"the packed kernel failed: {_STATUS.get(status, status)} ({spec}, input {tuple(x.shape)})"
+            )
     return out.permute(0, 3, 1, 2)
 
 
@@ -252,7 +251,9 @@ def _check(
     if x.dim() != 4 or x.shape[1] != spec.in_channels:
         raise ConfigError(f"packed_conv2d: x of shape {tuple(x.shape)} must be (N, {spec.in_channels}, H, W)")
     if oh < 1 or ow < 1 or height < 1 or width < 1:
-        raise ConfigError(f"packed_conv2d: an input of {height}x{width} gives an output of {oh}x{ow}; give a larger input")
+        raise ConfigError(
+            f"packed_conv2d: an input of {height}x{width} gives an output of {oh}x{ow}; give a larger input"
+        )
     for name, tensor, shape, dtype in wanted:
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def _fake(
     )
 
 
-_library = torch.library.Library("bidensify", "DEF")
+_library: Any = torch.library.Library("bidensify", "DEF")  # type: ignore[no-untyped-call]
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("packed_conv2d", _cpu, "CPU")
 _library.impl("packed_conv2d", _reference, "CUDA")

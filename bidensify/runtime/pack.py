@@ -38,7 +38,9 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
     layers = dict(binary_layers(model))
     if not layers:
         packed_already = len(packed_layers(model))
-        state = f"it is packed already ({packed_already} layers)" if packed_already else "convert it with bidensify() first"
+        state = (
+            f"it is packed already ({packed_already} layers)" if packed_already else "convert it with bidensify() first"
+        )
         raise PackError(f"{type(model).__name__} has no binary layer to pack; {state}")
     # Packed before the copy, so that the copy never holds latent weights.
     frozen = {path: PackedLayer.from_layer(layer, kernel=kernel, name=path) for path, layer in layers.items()}
@@ -53,7 +55,7 @@ def finish(packed: nn.Module) -> nn.Module:
     """Puts the weights of float convolutions in channels_last, the order that packed layers read and write."""
     for module in packed.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, BinaryLayer):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=torch.channels_last)
     return packed
 
 

@@ -37,6 +37,7 @@ class PackedLayer(nn.Module):
     bits: Tensor
     side: Tensor
     tiles: Tensor
+    binarizer: Any
     kind = ""
 
     def __init__(self, spec: LayerSpec, kernel: str = "auto", device: torch.device | str | None = None) -> None:
@@ -46,14 +47,14 @@ class PackedLayer(nn.Module):
         self.spec = spec
         self._ints = spec.to_ints()
         self.kernel = ops.check_kernel(kernel)
-        self.binarizer: nn.Module | None = None
+        self.binarizer = None
         self.bypass: nn.Module | None = None
         self.activation: nn.Module | None = None
         self.register_buffer("bits", torch.zeros(-(-spec.bits // 8), dtype=torch.uint8, device=device))
         self.register_buffer("side", torch.zeros(spec.side_length, device=device))
         tiles = torch.zeros(spec.tiles_shape, dtype=torch.int32, device=device)
         self.register_buffer("tiles", tiles, persistent=False)
-        self.register_load_state_dict_post_hook(_arrange)
+        self.register_load_state_dict_post_hook(_arrange)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_layer(cls, layer: BinaryLayer, *, kernel: str = "auto", name: str = "layer") -> PackedLayer:
@@ -181,7 +182,9 @@ def _arrange(module: nn.Module, incompatible: Any) -> None:
 
 def _per_channel(beta: Tensor, n: int, c: int) -> Tensor:
     if beta.dim() == 4 and (beta.shape[2] != 1 or beta.shape[3] != 1):
-        raise ConfigError(f"a threshold of shape {tuple(beta.shape)} varies over space; packed layers take one per channel")
+        raise ConfigError(
+            f"a threshold of shape {tuple(beta.shape)} varies over space; packed layers take one per channel"
+        )
     flat = beta.reshape(beta.shape[0], -1) if beta.dim() == 4 else beta.reshape(1, -1)
     return flat.expand(n, c)
 
@@ -189,7 +192,9 @@ def _per_channel(beta: Tensor, n: int, c: int) -> Tensor:
 def _per_sample(value: Tensor, n: int) -> Tensor:
     flat = value.reshape(-1)
     if flat.numel() not in (1, n):
-        raise ConfigError(f"an activation value of shape {tuple(value.shape)} is not one per sample; it cannot be packed")
+        raise ConfigError(
+            f"an activation value of shape {tuple(value.shape)} is not one per sample; it cannot be packed"
+        )
     return flat.expand(n)
 
 
@@ -218,7 +223,9 @@ class PackedConvTranspose2d(PackedLayer):
         least = replace(self.spec, output_padding=(0, 0)).output_size(x.shape[2], x.shape[3])
         extra = (wanted[0] - least[0], wanted[1] - least[1])
         if not all(0 <= e < max(s, d) for e, s, d in zip(extra, self.spec.stride, self.spec.dilation)):
-            raise ConfigError(f"output_size={wanted} is not reachable from {tuple(x.shape[2:])}; the least is {list(least)}")
+            raise ConfigError(
+                f"output_size={wanted} is not reachable from {tuple(x.shape[2:])}; the least is {list(least)}"
+            )
         return self._run(x, replace(self.spec, output_padding=extra).to_ints())
 
 
@@ -257,5 +264,3 @@ class PackedLinear(PackedLayer):
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     """Path -> packed layer, each once, in ``named_modules`` order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, PackedLayer)}
-
-

@@ -181,8 +181,14 @@ class LayerSpec:
         for name in ("in_channels", "out_channels", "groups"):
             if not 1 <= getattr(self, name) <= _LARGEST:
                 raise FormatError(f"{where}: {name}={getattr(self, name)} must be within 1..{_LARGEST}")
-        for name, low in (("kernel", 1), ("stride", 1), ("dilation", 1), ("padding", 0), ("output_padding", 0),
-                          ("bypass_padding", 0)):
+        for name, low in (
+            ("kernel", 1),
+            ("stride", 1),
+            ("dilation", 1),
+            ("padding", 0),
+            ("output_padding", 0),
+            ("bypass_padding", 0),
+        ):
             value = getattr(self, name)
             if not all(low <= v <= 4096 for v in value):
                 raise FormatError(f"{where}: {name}={list(value)} must be within {low}..4096")

@@ -19,7 +19,9 @@ def specs(draw: st.DrawFn) -> LayerSpec:
     if draw(st.booleans()):
         channels = draw(st.integers(2, 70))
         return LayerSpec("conv", channels, channels, kernel, groups=channels)
-    return LayerSpec("conv", groups * draw(st.integers(1, 70)), groups * draw(st.integers(1, 40)), kernel, groups=groups)
+    return LayerSpec(
+        "conv", groups * draw(st.integers(1, 70)), groups * draw(st.integers(1, 40)), kernel, groups=groups
+    )
 
 
 @settings(max_examples=40, deadline=None)

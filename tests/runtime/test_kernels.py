@@ -185,7 +185,11 @@ def test_large_depthwise_kernels_count_past_a_byte(name: str) -> None:
 def test_arguments_that_do_not_fit_never_reach_the_kernel() -> None:
     spec = LayerSpec("conv", 8, 8, (3, 3), mean_threshold=True)
     tier = native._TIERS[NATIVE[0]]
-    x, tiles, side = torch.zeros(1, 8, 5, 5), torch.zeros(spec.tiles_shape, dtype=torch.int32), torch.zeros(spec.side_length)
+    x, tiles, side = (
+        torch.zeros(1, 8, 5, 5),
+        torch.zeros(spec.tiles_shape, dtype=torch.int32),
+        torch.zeros(spec.side_length),
+    )
 
     def run(x: Tensor = x, tiles: Tensor = tiles, side: Tensor = side, levels: Tensor | None = None) -> Tensor:
         return native.run(tier, x, tiles, side, spec, None, levels, None)
@@ -222,5 +226,7 @@ def test_a_kernel_that_this_machine_lacks_is_refused(monkeypatch: pytest.MonkeyP
 def test_an_empty_batch_gives_an_empty_result() -> None:
     spec = LayerSpec("conv", 8, 8, (3, 3))
     tiles = torch.zeros(spec.tiles_shape, dtype=torch.int32)
-    y = native.run(native._TIERS[NATIVE[0]], torch.zeros(0, 8, 5, 5), tiles, torch.zeros(spec.side_length), spec, None, None, None)
+    y = native.run(
+        native._TIERS[NATIVE[0]], torch.zeros(0, 8, 5, 5), tiles, torch.zeros(spec.side_length), spec, None, None, None
+    )
     assert y.shape == (0, 8, 3, 3)

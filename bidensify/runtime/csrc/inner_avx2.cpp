@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "inner_common.h"
+#include "inner_depthwise.h"
 
 namespace bd {
 namespace {

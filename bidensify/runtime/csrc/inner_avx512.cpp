@@ -20,6 +20,7 @@ inline vu differ(vu a, vu b, vu valid) {
 }  // namespace bd
 
 #include "inner_common.h"
+#include "inner_depthwise.h"
 
 namespace bd {
 namespace {

@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include "inner_common.h"
+#include "inner_depthwise.h"
 
 namespace bd {
 namespace {

@@ -1,5 +1,6 @@
 // No instruction beyond the compiler's baseline: population counts by masks and shifts on whole vectors.
 #include "inner_common.h"
+#include "inner_depthwise.h"
 
 namespace bd {
 namespace {

@@ -1,14 +1,11 @@
 #include "layer.h"
 
-#include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace bd {
 namespace {
@@ -16,56 +13,13 @@ namespace {
 // Samples are taken together until their input fills about this much of the cache.
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kPointwiseRow = 64;
-constexpr int64_t kStatisticsPixels = 64;
 
-int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
-
-float round_to(float v, int dtype) {
-  if (dtype == BD_FLOAT32) return v;
-  uint32_t u;
-  memcpy(&u, &v, sizeof u);
-  if ((u & 0x7fffffffu) <= 0x7f800000u) u += 0x7fffu + ((u >> 16) & 1u);
-  u &= 0xffff0000u;
-  memcpy(&v, &u, sizeof v);
-  return v;
-}
-
-// Memory that a thread keeps from layer to layer.
-struct Buffer {
-  char* data = nullptr;
-  size_t size = 0;
-  ~Buffer() { free(data); }
-  char* get(size_t wanted) {
-    if (wanted > size) {
-      free(data);
-      data = nullptr;
-      size = 0;
-      void* fresh = nullptr;
-      if (posix_memalign(&fresh, 64, wanted) != 0) throw std::bad_alloc();
-      data = static_cast<char*>(fresh);
-      size = wanted;
-    }
-    return data;
-  }
-};
-
+// Of the thread that called: words, thresholds, scales, for the length of one call.
 thread_local Buffer shared_buffer;
-thread_local Buffer row_buffer;
 
 }  // namespace
 
-struct Layer::Scratch {
-  float* buffer;               // (row pixels, cout) of the bypass and what else is added before the activation
-  float* pixel;                // (cin)
-  const void** source;         // (row pixels), in the order of the runs
-  int32_t* kvalid;             // (row pixels rounded up), depthwise
-  std::vector<Tap> rows;
-  std::vector<Segment> segments;
-  std::vector<const void*> window;
-  std::vector<const uint32_t*> taps, valid;
-  std::vector<uint32_t> weights;
-  std::vector<float> sums;
-};
+thread_local Buffer row_buffer;
 
 Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(inner) {
   x_ = static_cast<const char*>(a_.x);
@@ -185,87 +139,6 @@ void Layer::run() {
   }
 }
 
-void Layer::threshold(int64_t first, int64_t n) {
-  const int64_t pixels = a_.h * a_.w;
-  if (a_.k != nullptr) {
-    auto unit = [&](int64_t u) {
-      const int64_t sample = first + u / parts_, part = u % parts_;
-      double* total = partial_ + u * a_.cin;
-      float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
-      for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
-      const int64_t end = part_start(part + 1);
-      for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
-        memset(acc, 0, (size_t)a_.cin * 4);
-        inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
-        for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
-      }
-    };
-    parallel_for(a_.threads, n * parts_, unit);
-  }
-  for (int64_t s = 0; s < n; ++s) {
-    float* beta = beta_ + s * cin_padded_;
-    for (int64_t c = 0; c < a_.cin; ++c) {
-      float v = a_.thresholds ? a_.thresholds[(first + s) * a_.cin + c] : 0.0f;
-      if (a_.k) {
-        double total = 0;
-        for (int64_t part = 0; part < parts_; ++part) total += partial_[(s * parts_ + part) * a_.cin + c];
-        v = a_.k[c] * (float)(total / (double)pixels);
-      }
-      if (a_.b) v = v + a_.b[c];
-      beta[c] = round_to(v, a_.dtype);
-    }
-    for (int64_t c = a_.cin; c < cin_padded_; ++c) beta[c] = 0;
-  }
-}
-
-void Layer::pack_rows(int64_t sample, int64_t part) {
-  const int64_t s = sample - base_;
-  const float* beta = beta_ + s * cin_padded_;
-  const int64_t start = part_start(part), end = part_start(part + 1);
-  double distance = 0;
-  if (a_.depthwise) {
-    for (int64_t h = start / a_.w; h < end / a_.w; ++h) {
-      uint32_t* out = bits_ + (s * a_.h + h) * words_ * plane_;
-      distance += inner_.pack(pixel(sample, h * a_.w), a_.dtype, a_.w, a_.cin, a_.cin, beta, out, column_place_.data(), 0,
-                              plane_, distance_);
-    }
-  } else {
-    uint32_t* out = bits_ + s * a_.h * a_.w * row_words_;
-    for (int64_t p = start; p < end; p += 64)
-      for (int64_t g = 0; g < a_.groups; ++g)
-        distance += inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, std::min<int64_t>(64, end - p), a_.cin,
-                                in_group_, beta + g * in_group_, out + p * row_words_ + g * words_, nullptr, row_words_, 1,
-                                distance_);
-  }
-  distances_[s * parts_ + part] = distance;
-}
-
-void Layer::pack(int64_t first, int64_t n) {
-  auto unit = [&](int64_t u) { pack_rows(first + u / parts_, u % parts_); };
-  parallel_for(a_.threads, n * parts_, unit);
-}
-
-void Layer::scale(int64_t first, int64_t n) {
-  for (int64_t s = 0; s < n; ++s) {
-    float low = -1, high = 1;
-    if (a_.levels) {
-      const float* pair = a_.levels + (a_.per_sample_levels ? 2 * (first + s) : 0);
-      low = pair[0];
-      high = pair[1];
-    } else if (a_.a) {
-      double total = 0;
-      for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
-      const float mean = (float)(total / ((double)(a_.h * a_.w) * (double)a_.cin));
-      high = round_to(expf(a_.a[0] * (mean - 1.0f)), a_.dtype);
-      low = -high;
-    }
-    const float half = (high - low) / 2;
-    middle_[s] = (high + low) / 2;
-    float* scale = scale_ + s * cout_padded_;
-    for (int64_t c = 0; c < a_.cout; ++c) scale[c] = a_.scale[c] * half;
-  }
-}
-
 void Layer::convolve(int64_t first, int64_t n) {
   const int64_t chunk = std::max<int64_t>(1, n * rows_ / (8 * (int64_t)a_.threads));
   const int64_t rows = n * rows_;
@@ -295,71 +168,6 @@ void Layer::convolve(int64_t first, int64_t n) {
     }
   };
   parallel_for(a_.threads, (rows + chunk - 1) / chunk, unit);
-}
-
-void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s) {
-  const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
-  if (direct_) {
-    const int64_t row = a_.rows ? a_.rows[r] : r;
-    int64_t i = 0;
-    for (const Run& run : runs_)
-      for (int64_t j = 0; j < run.count && i < pixels; ++j, ++i) {
-        const int64_t ow = run.start + j * run.step;
-        const int64_t from = pointwise_ ? place + ow : row * a_.w + (a_.cols ? a_.cols[ow] : ow);
-        s.source[i] = pixel(sample, from);
-      }
-  }
-  if (!buffered_) return;
-  if (direct_ || a_.bypass == BD_BYPASS_NONE) {
-    memset(s.buffer, 0, (size_t)(pixels * a_.cout) * 4);
-  } else {
-    for (int64_t ow = 0; ow < pixels; ++ow) {
-      float* out = s.buffer + ow * a_.cout;
-      if (a_.bypass == BD_BYPASS_INDEX) {
-        const int64_t from = pointwise_ ? place + ow
-                                        : (a_.rows ? a_.rows[r] : r) * a_.w + (a_.cols ? a_.cols[ow] : ow);
-        inner_.fuse(pixel(sample, from), a_.dtype, a_.cin, a_.cout, out);
-        continue;
-      }
-      s.window.clear();
-      const int64_t top = r * a_.sh - a_.bypass_pad_h, left = ow * a_.sw - a_.bypass_pad_w;
-      for (int64_t ih = std::max<int64_t>(0, top); ih < std::min<int64_t>(a_.h, top + a_.kh); ++ih)
-        for (int64_t iw = std::max<int64_t>(0, left); iw < std::min<int64_t>(a_.w, left + a_.kw); ++iw)
-          s.window.push_back(pixel(sample, ih * a_.w + iw));
-      if (a_.cin == a_.cout) {
-        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, out);
-      } else {
-        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, s.pixel);
-        inner_.fuse(s.pixel, BD_FLOAT32, a_.cin, a_.cout, out);
-      }
-    }
-  }
-  if (a_.residual) {
-    const char* from = static_cast<const char*>(a_.residual) + ((sample * a_.oh * a_.ow + place) * a_.cout) * element_;
-    inner_.accumulate(from, a_.dtype, nullptr, pixels * a_.cout, s.buffer);
-  }
-  if (a_.levels) add_middle(sample, r, s);
-}
-
-// Values low, high = middle -+ half: the middle meets the sum of the weights under the valid taps.
-void Layer::add_middle(int64_t sample, int64_t r, Scratch& s) {
-  const float middle = middle_[sample - base_];
-  if (middle == 0) return;
-  const int64_t pixels = pointwise_ ? std::min(row_pixels_, a_.oh * a_.ow - r * row_pixels_) : a_.ow;
-  s.sums.resize(a_.cout);
-  for (const Run& run : runs_) {
-    std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-    for (const Tap& row : s.rows)
-      for (const Tap& column : run.taps) {
-        const int32_t* sums = tap_sums_.data() + ((int64_t)row.k * a_.kw + column.k) * a_.cout;
-        for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] += (float)sums[c];
-      }
-    for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] *= middle;
-    for (int64_t j = 0; j < run.count; ++j) {
-      const int64_t ow = run.start + j * run.step;
-      if (ow < pixels) inner_.accumulate(s.sums.data(), BD_FLOAT32, a_.scale, a_.cout, s.buffer + ow * a_.cout);
-    }
-  }
 }
 
 void Layer::fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const {

@@ -1,0 +1,76 @@
+// What is added before the activation: the bypass, a residual, the middle of lopsided activation values.
+#include <string.h>
+
+#include <algorithm>
+
+#include "layer.h"
+#include "scratch.h"
+
+namespace bd {
+
+void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s) {
+  const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
+  if (direct_) {
+    const int64_t row = a_.rows ? a_.rows[r] : r;
+    int64_t i = 0;
+    for (const Run& run : runs_)
+      for (int64_t j = 0; j < run.count && i < pixels; ++j, ++i) {
+        const int64_t ow = run.start + j * run.step;
+        const int64_t from = pointwise_ ? place + ow : row * a_.w + (a_.cols ? a_.cols[ow] : ow);
+        s.source[i] = pixel(sample, from);
+      }
+  }
+  if (!buffered_) return;
+  if (direct_ || a_.bypass == BD_BYPASS_NONE) {
+    memset(s.buffer, 0, (size_t)(pixels * a_.cout) * 4);
+  } else {
+    for (int64_t ow = 0; ow < pixels; ++ow) {
+      float* out = s.buffer + ow * a_.cout;
+      if (a_.bypass == BD_BYPASS_INDEX) {
+        const int64_t from = pointwise_ ? place + ow
+                                        : (a_.rows ? a_.rows[r] : r) * a_.w + (a_.cols ? a_.cols[ow] : ow);
+        inner_.fuse(pixel(sample, from), a_.dtype, a_.cin, a_.cout, out);
+        continue;
+      }
+      s.window.clear();
+      const int64_t top = r * a_.sh - a_.bypass_pad_h, left = ow * a_.sw - a_.bypass_pad_w;
+      for (int64_t ih = std::max<int64_t>(0, top); ih < std::min<int64_t>(a_.h, top + a_.kh); ++ih)
+        for (int64_t iw = std::max<int64_t>(0, left); iw < std::min<int64_t>(a_.w, left + a_.kw); ++iw)
+          s.window.push_back(pixel(sample, ih * a_.w + iw));
+      if (a_.cin == a_.cout) {
+        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, out);
+      } else {
+        inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, s.pixel);
+        inner_.fuse(s.pixel, BD_FLOAT32, a_.cin, a_.cout, out);
+      }
+    }
+  }
+  if (a_.residual) {
+    const char* from = static_cast<const char*>(a_.residual) + ((sample * a_.oh * a_.ow + place) * a_.cout) * element_;
+    inner_.accumulate(from, a_.dtype, nullptr, pixels * a_.cout, s.buffer);
+  }
+  if (a_.levels) add_middle(sample, r, s);
+}
+
+// Values low, high = middle -+ half: the middle meets the sum of the weights under the valid taps.
+void Layer::add_middle(int64_t sample, int64_t r, Scratch& s) {
+  const float middle = middle_[sample - base_];
+  if (middle == 0) return;
+  const int64_t pixels = pointwise_ ? std::min(row_pixels_, a_.oh * a_.ow - r * row_pixels_) : a_.ow;
+  s.sums.resize(a_.cout);
+  for (const Run& run : runs_) {
+    std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+    for (const Tap& row : s.rows)
+      for (const Tap& column : run.taps) {
+        const int32_t* sums = tap_sums_.data() + ((int64_t)row.k * a_.kw + column.k) * a_.cout;
+        for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] += (float)sums[c];
+      }
+    for (int64_t c = 0; c < a_.cout; ++c) s.sums[c] *= middle;
+    for (int64_t j = 0; j < run.count; ++j) {
+      const int64_t ow = run.start + j * run.step;
+      if (ow < pixels) inner_.accumulate(s.sums.data(), BD_FLOAT32, a_.scale, a_.cout, s.buffer + ow * a_.cout);
+    }
+  }
+}
+
+}  // namespace bd

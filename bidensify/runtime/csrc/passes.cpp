@@ -1,0 +1,109 @@
+// The passes before the convolution: means and thresholds, bits and distances, scales.
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "layer.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace bd {
+namespace {
+
+constexpr int64_t kStatisticsPixels = 64;
+
+float round_to(float v, int dtype) {
+  if (dtype == BD_FLOAT32) return v;
+  uint32_t u;
+  memcpy(&u, &v, sizeof u);
+  if ((u & 0x7fffffffu) <= 0x7f800000u) u += 0x7fffu + ((u >> 16) & 1u);
+  u &= 0xffff0000u;
+  memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+}  // namespace
+
+void Layer::threshold(int64_t first, int64_t n) {
+  const int64_t pixels = a_.h * a_.w;
+  if (a_.k != nullptr) {
+    auto unit = [&](int64_t u) {
+      const int64_t sample = first + u / parts_, part = u % parts_;
+      double* total = partial_ + u * a_.cin;
+      float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
+      for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
+      const int64_t end = part_start(part + 1);
+      for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
+        memset(acc, 0, (size_t)a_.cin * 4);
+        inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
+        for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
+      }
+    };
+    parallel_for(a_.threads, n * parts_, unit);
+  }
+  for (int64_t s = 0; s < n; ++s) {
+    float* beta = beta_ + s * cin_padded_;
+    for (int64_t c = 0; c < a_.cin; ++c) {
+      float v = a_.thresholds ? a_.thresholds[(first + s) * a_.cin + c] : 0.0f;
+      if (a_.k) {
+        double total = 0;
+        for (int64_t part = 0; part < parts_; ++part) total += partial_[(s * parts_ + part) * a_.cin + c];
+        v = a_.k[c] * (float)(total / (double)pixels);
+      }
+      if (a_.b) v = v + a_.b[c];
+      beta[c] = round_to(v, a_.dtype);
+    }
+    for (int64_t c = a_.cin; c < cin_padded_; ++c) beta[c] = 0;
+  }
+}
+
+void Layer::pack_rows(int64_t sample, int64_t part) {
+  const int64_t s = sample - base_;
+  const float* beta = beta_ + s * cin_padded_;
+  const int64_t start = part_start(part), end = part_start(part + 1);
+  double distance = 0;
+  if (a_.depthwise) {
+    for (int64_t h = start / a_.w; h < end / a_.w; ++h) {
+      uint32_t* out = bits_ + (s * a_.h + h) * words_ * plane_;
+      distance += inner_.pack(pixel(sample, h * a_.w), a_.dtype, a_.w, a_.cin, a_.cin, beta, out, column_place_.data(), 0,
+                              plane_, distance_);
+    }
+  } else {
+    uint32_t* out = bits_ + s * a_.h * a_.w * row_words_;
+    for (int64_t p = start; p < end; p += 64)
+      for (int64_t g = 0; g < a_.groups; ++g)
+        distance += inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, std::min<int64_t>(64, end - p), a_.cin,
+                                in_group_, beta + g * in_group_, out + p * row_words_ + g * words_, nullptr, row_words_, 1,
+                                distance_);
+  }
+  distances_[s * parts_ + part] = distance;
+}
+
+void Layer::pack(int64_t first, int64_t n) {
+  auto unit = [&](int64_t u) { pack_rows(first + u / parts_, u % parts_); };
+  parallel_for(a_.threads, n * parts_, unit);
+}
+
+void Layer::scale(int64_t first, int64_t n) {
+  for (int64_t s = 0; s < n; ++s) {
+    float low = -1, high = 1;
+    if (a_.levels) {
+      const float* pair = a_.levels + (a_.per_sample_levels ? 2 * (first + s) : 0);
+      low = pair[0];
+      high = pair[1];
+    } else if (a_.a) {
+      double total = 0;
+      for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
+      const float mean = (float)(total / ((double)(a_.h * a_.w) * (double)a_.cin));
+      high = round_to(expf(a_.a[0] * (mean - 1.0f)), a_.dtype);
+      low = -high;
+    }
+    const float half = (high - low) / 2;
+    middle_[s] = (high + low) / 2;
+    float* scale = scale_ + s * cout_padded_;
+    for (int64_t c = 0; c < a_.cout; ++c) scale[c] = a_.scale[c] * half;
+  }
+}
+
+}  // namespace bd
