@@ -12,15 +12,12 @@ import gc
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +26,7 @@ import bidensify
 from bidensify.errors import ConfigError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.runtime import native
+from bidensify.runtime.memory import peak_memory
 from bidensify.runtime.pack import pack
 from bidensify.runtime.packed import PackedLayer
 
@@ -259,8 +257,7 @@ def _image(size: tuple[int, int]) -> Tensor:
 
 
 def _compiled(module: nn.Module) -> nn.Module:
-    made: Any = torch.compile(module)
-    return made
+    return cast(nn.Module, torch.compile(module))
 
 
 def _layer_variants(case: Case, kernels: Sequence[str], latent: bool) -> dict[str, nn.Module]:
@@ -276,7 +273,7 @@ def _layer_variants(case: Case, kernels: Sequence[str], latent: bool) -> dict[st
 def _network_variants(
     network: nn.Module, size: tuple[int, int], kernels: Sequence[str], latent: bool, bfloat16: bool
 ) -> dict[str, nn.Module]:
-    floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
     student = network if _is_binary(network) else bidensify.bidensify(copy.deepcopy(network).eval())
     student.eval()
     variants: dict[str, nn.Module] = {} if student is network else {"float": floats}
@@ -295,62 +292,6 @@ def _is_binary(network: nn.Module) -> bool:
     from bidensify.nn import binary_layers
 
     return next(iter(binary_layers(network)), None) is not None
-
-
-_CHILD = """
-import ctypes, gc, sys, torch
-from pathlib import Path
-kind, spec, folder, height, width, threads = sys.argv[1:7]
-torch.set_num_threads(int(threads))
-import bidensify
-from bidensify.models import build_model
-if kind == "float":
-    from safetensors.torch import load_model
-    model = build_model(spec, **{options!r})
-    load_model(model, folder)
-    model = model.eval().to(memory_format=torch.channels_last)
-else:
-    model = bidensify.from_pretrained(folder, build_model(spec, **{options!r}))
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-Path("/proc/self/clear_refs").write_text("5")
-with torch.inference_mode():
-    x = torch.randn(1, 3, int(height), int(width)).contiguous(memory_format=torch.channels_last)
-    model(x)
-    model(x)
-print("peak", peak())
-"""
-
-
-def peak_memory(network: nn.Module, spec: str, size: tuple[int, int], threads: int, **options: Any) -> dict[str, float]:
-    """Peak resident MiB of an inference: "float", "packed", "packed bfloat16".
-
-    Each in a fresh process that has loaded its network before the peak is counted. Linux; elsewhere empty.
-    """
-    if not Path("/proc/self/clear_refs").exists():
-        return {}
-    from safetensors.torch import save_model
-
-    peaks: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(network, f"{folder}/float.safetensors")
-        student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
-        places = {"float": f"{folder}/float.safetensors"}
-        for key, dtype in (("packed", None), ("packed bfloat16", torch.bfloat16)):
-            places[key] = f"{folder}/{key.replace(' ', '_')}"
-            bidensify.save_pretrained(pack(student, float_dtype=dtype), places[key])
-        code = _CHILD.replace("{options!r}", repr(options))
-        for key, place in places.items():
-            command = [sys.executable, "-c", code, key.split()[0], spec, place, *map(str, size), str(threads)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = [line for line in result.stdout.splitlines() if line.startswith("peak")]
-            if result.returncode or not found:
-                raise RuntimeError(f"the memory run of {key} failed: {result.stderr[-2000:]}")
-            peaks[key] = float(found[-1].split()[1])
-    return peaks
 
 
 def render(result: dict[str, Any]) -> Table:
