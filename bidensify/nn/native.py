@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import sysconfig
+import sys
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 __all__ = ["Geometry", "Post", "PostGrad", "Shape", "available", "call", "geometry", "instruction_set", "supports"]
 
+VARIABLE = "BIDENSIFY_TRAIN_KERNELS"
 _ABI = 1
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -70,33 +72,45 @@ class PostGrad(ctypes.Structure):
 
 
 def _candidates() -> list[Path]:
-    name = "_train.so"
-    return [Path(__file__).with_name(name), Path(sysconfig.get_path("platlib")) / "bidensify" / "nn" / name]
+    folders = [Path(__file__).parent]
+    # An editable install leaves what it compiled in site-packages, and the Python files where they are.
+    folders += [Path(place) / "bidensify" / "nn" for place in sys.path if place]
+    return [folder / "_train.so" for folder in folders]
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("BIDENSIFY_TRAIN_KERNELS", "1") == "0":
+    if os.environ.get(VARIABLE, "1") == "0":
         return None
+    reason = "they were not built"
     for path in _candidates():
         if not path.is_file():
             continue
         try:
             library = ctypes.CDLL(str(path))
-            if library.bdt_abi_version() != _ABI:
-                continue
-        except (OSError, AttributeError):
+            found = library.bdt_abi_version()
+        except (OSError, AttributeError) as error:
+            reason = f"{path.name} cannot be loaded ({error})"
+            continue
+        if found != _ABI:
+            reason = f"{path.name} is of interface {found}, this package needs {_ABI}"
             continue
         library.bdt_instruction_set.restype = ctypes.c_char_p
         library.bdt_moments.argtypes = [_P, _P, _P, _P]
         library.bdt_weight_forward.argtypes = [_L, _L, _I, _P, _I, _P, _P]
         library.bdt_weight_backward.argtypes = [_L, _L, _I, _P, _P, _P, _P]
         return library
+    warnings.warn(
+        f"bidensify trains on the CPU without its kernels, about a third slower and with more memory: {reason}. To get "
+        f"them, reinstall bidensify where a C++17 compiler is on the PATH; {VARIABLE}=0 says that this is as intended",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return None
 
 
 def available() -> bool:
-    """Whether the library was found. BIDENSIFY_TRAIN_KERNELS=0 in the environment leaves it out."""
+    """Whether the library is in use. BIDENSIFY_TRAIN_KERNELS=0 in the environment leaves it out."""
     return _library() is not None
 
 
