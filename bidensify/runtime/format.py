@@ -205,11 +205,12 @@ def _check_header(header: dict[str, Any], where: str) -> None:
 
 
 def _check_layer(path: str, meta: Any, tensors: dict[str, Tensor]) -> None:
-    if not isinstance(meta, dict) or meta.get("type") not in _TYPES:
+    kind = meta.get("type") if isinstance(meta, dict) else None
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise FormatError(f"{path}: a layer's 'type' must be one of {list(_TYPES)}; the file is damaged")
     spec = LayerSpec.from_dict(meta.get("spec", {}), path)
-    if spec.kind != _TYPES[meta["type"]]:
-        raise FormatError(f"{path}: type {meta['type']!r} with kind={spec.kind!r}; the file is damaged")
+    if spec.kind != _TYPES[kind]:
+        raise FormatError(f"{path}: type {kind!r} with kind={spec.kind!r}; the file is damaged")
     prefix = f"{path}." if path else ""
     for name, shape, dtype in (
         ("bits", (-(-spec.bits // 8),), torch.uint8),

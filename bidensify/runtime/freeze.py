@@ -66,7 +66,7 @@ def empty_from_meta(meta: Mapping[str, Any], like: BinaryLayer | None, kernel: s
         raise FormatError(f"{name}: the layer's record {str(meta)[:80]!r} has no 'spec'; the file is damaged")
     spec = LayerSpec.from_dict(meta["spec"], name)
     own = meta.get("own", [])
-    if not isinstance(own, list) or not set(own) <= {"binarizer", "bypass", "activation"}:
+    if not isinstance(own, list) or not all(key in ("binarizer", "bypass", "activation") for key in own):
         raise FormatError(f"{name}: own={str(own)[:80]!r} must list 'binarizer', 'bypass' or 'activation'")
     if like is not None:
         _check_like(like, spec, name)

@@ -117,6 +117,7 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("layers", value={}), "'layers' is empty"),
         (_set("layers", value=[]), "'layers' must be an object"),
         (_set("layers", "1", "type", value="PackedPool"), "'type' must be one of"),
+        (_set("layers", "1", "type", value={}), "'type' must be one of"),
         (_set("layers", "1", "type", value="PackedLinear"), "PackedLinear"),
         (_set("layers", "1", "spec", "in_channels", value=17), "'1.bits' has shape"),
         (_set("layers", "1", "spec", "in_channels", value=-1), "in_channels=-1"),
