@@ -21,10 +21,18 @@ from bidensify.errors import FormatError
 FORMAT = 1
 
 
-def save_weights(weights: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes a state_dict as safetensors; keys that share memory are written out each."""
+def save_weights(weights: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike[str], single: bool = False) -> None:
+    """Writes a state_dict as safetensors; keys that share memory are written out each.
+
+    Args:
+        weights: a module, or its state_dict.
+        path: the file.
+        single: write float64 as float32.
+    """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in state.items()}
+    if single:
+        plain = {key: value.float() if value.dtype == torch.float64 else value for key, value in plain.items()}
     with atomic_write(path) as temporary:
         save_file(plain, temporary, metadata={"format": "pt"})
 

@@ -120,7 +120,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        wide = x.float()
+        wide = x.double() if x.dtype == torch.float64 else x.float()
         count = x.numel() / x.shape[1]
         mean = wide.mean(dims)
         # Each process's mean and variance are merged (Chan et al. 1983): E[x^2] - E[x]^2 would cancel.
@@ -129,8 +129,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         merged = sum_over_processes(mean.double() * count) / total
         within = (var.double() + (mean.double() - merged) ** 2) * count
         merged_var = sum_over_processes(within) / total
-        inverse = (merged_var + eps).rsqrt().float()
-        xhat = (wide - merged.float().view(shape)) * inverse.view(shape)
+        inverse = (merged_var + eps).rsqrt().to(wide.dtype)
+        xhat = (wide - merged.to(wide.dtype).view(shape)) * inverse.view(shape)
         ctx.save_for_backward(xhat, inverse)
         ctx.total, ctx.dims, ctx.shape, ctx.dtype = float(total), dims, shape, x.dtype
         ctx.mark_non_differentiable(merged, merged_var, total)
@@ -139,9 +139,9 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
         xhat, inverse = ctx.saved_tensors
-        wide = grad.float()
+        wide = grad.to(xhat.dtype)
         sums = torch.stack([wide.sum(ctx.dims), (wide * xhat).sum(ctx.dims)]).double()
-        means = (sum_over_processes(sums) / ctx.total).float()
+        means = (sum_over_processes(sums) / ctx.total).to(xhat.dtype)
         mean_dy, mean_dy_xhat = means[0].view(ctx.shape), means[1].view(ctx.shape)
         return ((wide - mean_dy - xhat * mean_dy_xhat) * inverse.view(ctx.shape)).to(ctx.dtype), None
 

@@ -36,7 +36,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     device: torch.device | str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32",
     channels_last: bool = False,
     accelerator: Accelerator | None = None,
     on_batch: Callable[[int, int], Any] | None = None,
@@ -50,7 +50,7 @@ def evaluate(
         batch_size: samples per forward pass of a process.
         workers: data-loading processes.
         device: where the images go; by default where the model's first parameter or buffer is.
-        precision: "bf16" runs the model under autocast.
+        precision: "bf16" runs the model under autocast; else the model's own type is what counts.
         channels_last: gives the images in that memory format.
         accelerator: a run's own; each of its processes measures its share of the samples.
         on_batch: called with (samples done, samples in all) after each batch.
@@ -79,7 +79,7 @@ def evaluate(
     done = 0
     with eval_mode(model):
         for batch in loader:
-            batch = to_device(batch, place, channels_last)
+            batch = to_device(batch, place, channels_last, model)
             with torch.autocast(place.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
                 output = model(batch["image"])
             metrics.update(output, batch)

@@ -25,24 +25,27 @@ def collate(samples: Sequence[dict[str, Any]]) -> Sample:
     return batch
 
 
-def to_device(batch: Sample, device: torch.device, channels_last: bool) -> Sample:
-    """Moves a batch; images take the memory format."""
+def to_device(batch: Sample, device: torch.device, channels_last: bool, model: nn.Module) -> Sample:
+    """Moves a batch; images take the memory format, and double precision where ``model`` has it."""
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        moved["image"] = moved["image"].double()
     if channels_last and moved["image"].ndim == 4:
         moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
     return moved
 
 
 @contextmanager
-def placed(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
-    """Has a model on a device and in a memory format for the time of the block."""
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    memory = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(device, memory_format=memory)  # type: ignore[call-overload]
+def placed(model: nn.Module, device: torch.device, recipe: Recipe) -> Iterator[None]:
+    """Has a model on a device, in the recipe's memory format and precision, for the time of the block."""
+    home, dtype = next(((p.device, p.dtype) for p in model.parameters()), (torch.device("cpu"), torch.float32))
+    memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    inside = torch.float64 if recipe.precision == "fp64" else dtype
+    model.to(device, inside, memory_format=memory)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        model.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.to(home, dtype, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def batches_per_epoch(dataset: Dataset[Sample], recipe: Recipe) -> int:

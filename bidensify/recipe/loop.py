@@ -128,9 +128,9 @@ class _Run:
             machine = {"device": str(self.device), "processes": self.accelerator.num_processes}
             self.folder.begin(self.recipe, self.student, checkpoint is None, machine)
         with ExitStack() as stack:
-            stack.enter_context(placed(self.student, self.device, self.recipe.channels_last))
+            stack.enter_context(placed(self.student, self.device, self.recipe))
             if self.teacher is not None:
-                stack.enter_context(placed(self.teacher, self.device, self.recipe.channels_last))
+                stack.enter_context(placed(self.teacher, self.device, self.recipe))
                 stack.enter_context(eval_mode(self.teacher))
             set_seed(self.recipe.seed, device_specific=True)
             if checkpoint is not None:
@@ -308,7 +308,7 @@ class _Run:
         set_mode(self.student, recipe.stages[-1])
         metrics, recalibrated = state.best_metrics, False
         if recipe.ema is not None and recipe.calibrate.at_end and recipe.calibrate.batches:
-            batches = calibration_batches(self.train, recipe, self.device, recipe.calibrate.batches, len(self.plan))
+            batches = calibration_batches(self.student, self.train, recipe, self.device, len(self.plan))
             metrics, record = self.selection.recalibrate(self.student, batches, metrics, self._measure)
             self.log.write("recalibration", record)
             recalibrated = record["kept"]
@@ -324,7 +324,7 @@ class _Run:
             state.teacher_metrics,
         )
         if self.main:
-            save_weights(self.student, self.folder.weights)
+            save_weights(self.student, self.folder.weights, single=recipe.precision == "fp64")
             self.folder.write_result(recipe.name, result)
         self.accelerator.wait_for_everyone()
         self.log.say(f"{recipe.name}: {self.task.primary} {metrics[self.task.primary]:.4f} (epoch {state.best_epoch})")

@@ -20,6 +20,11 @@ from bidensify.tasks import Task
 Sample = dict[str, Tensor]
 
 
+def widen(x: Tensor) -> Tensor:
+    """Returns half-precision tensors in float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
     """Logit distillation (Hinton et al., arXiv 1503.02531): T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
@@ -31,8 +36,8 @@ def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: T
     Returns:
         The mean over the counted pixels, a scalar; 0 if there are none.
     """
-    log_p = F.log_softmax(student.float() / temperature, dim=1)
-    log_q = F.log_softmax(teacher.float() / temperature, dim=1)
+    log_p = F.log_softmax(widen(student) / temperature, dim=1)
+    log_q = F.log_softmax(widen(teacher) / temperature, dim=1)
     per_pixel = (log_q.exp() * (log_q - log_p)).sum(1) * temperature**2
     if valid is None:
         return per_pixel.mean()
@@ -48,8 +53,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
         student, teacher: (N, C, H, W), logits or features.
         temperature: T.
     """
-    log_p = F.log_softmax(student.float().flatten(2) / temperature, dim=2)
-    log_q = F.log_softmax(teacher.float().flatten(2) / temperature, dim=2)
+    log_p = F.log_softmax(widen(student).flatten(2) / temperature, dim=2)
+    log_q = F.log_softmax(widen(teacher).flatten(2) / temperature, dim=2)
     return (log_q.exp() * (log_q - log_p)).sum(2).mean() * temperature**2
 
 
@@ -60,7 +65,7 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:
     which is 2 (1 - cosine). "attention": attention transfer (Zagoruyko and Komodakis, arXiv 1612.03928, with p = 2):
     squared distance of the maps sum_c x_c^2, each divided by its length, averaged over samples.
     """
-    a, b = student.float().flatten(2), teacher.float().flatten(2)
+    a, b = widen(student).flatten(2), widen(teacher).flatten(2)
     if kind == "attention":
         return (F.normalize(a.square().sum(1), dim=1) - F.normalize(b.square().sum(1), dim=1)).square().sum(1).mean()
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
@@ -69,8 +74,8 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:
 def depth_l1(student: Tensor, teacher: Tensor, log: bool = True) -> Tensor:
     """Mean absolute difference of two depth maps (any equal shape, positive), or of their natural logarithms."""
     if log:
-        student, teacher = student.float().clamp(min=1e-6).log(), teacher.float().clamp(min=1e-6).log()
-    return (student.float() - teacher.float()).abs().mean()
+        student, teacher = widen(student).clamp(min=1e-6).log(), widen(teacher).clamp(min=1e-6).log()
+    return (widen(student) - widen(teacher)).abs().mean()
 
 
 def _same_shape(term: str, student: Tensor, teacher: Tensor) -> None:

@@ -267,7 +267,7 @@ class Recipe(Section):
     stages: list[StageSection] = Field(min_length=1)
     optimizer: OptimizerSection = OptimizerSection()
     ema: EmaSection | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = False
     calibrate: CalibrateSection = CalibrateSection()

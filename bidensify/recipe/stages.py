@@ -81,11 +81,11 @@ def set_mode(student: nn.Module, stage: StageSection) -> None:
 
 
 def calibration_batches(
-    train: Dataset[dict[str, Tensor]], recipe: Recipe, device: torch.device, count: int, epoch: int
+    student: nn.Module, train: Dataset[dict[str, Tensor]], recipe: Recipe, device: torch.device, epoch: int
 ) -> list[Tensor]:
-    """Returns images (N, 3, H, W) of the first ``count`` global batches of an epoch, the same on every process."""
-    loader = training_loader(train, recipe, epoch)
-    return [to_device(batch, device, recipe.channels_last)["image"] for batch in islice(loader, count)]
+    """Returns images (N, 3, H, W) of the first ``calibrate.batches`` global batches of an epoch, on every process."""
+    batches = islice(training_loader(train, recipe, epoch), recipe.calibrate.batches)
+    return [to_device(batch, device, recipe.channels_last, student)["image"] for batch in batches]
 
 
 def calibrate_start(
@@ -96,5 +96,5 @@ def calibrate_start(
     if recipe.calibrate.batches == 0 or not any(True for _ in binary_layers(student)):
         return
     if first or recipe.calibrate.each_stage:
-        batches = calibration_batches(train, recipe, accelerator.device, recipe.calibrate.batches, epoch.index)
+        batches = calibration_batches(student, train, recipe, accelerator.device, epoch.index)
         calibrate(student, batches, thresholds=first, norms=True)

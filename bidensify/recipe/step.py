@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bidensify.errors import TrainingError
 from bidensify.recipe.distributed import forward_context, sum_over_processes
 from bidensify.recipe.loaders import to_device
-from bidensify.recipe.losses import Losses
+from bidensify.recipe.losses import Losses, widen
 from bidensify.recipe.optim import Ema
 from bidensify.recipe.schema import Recipe
 
@@ -64,7 +64,7 @@ class Step:
             NotFiniteError: the loss, or with clipping the gradient, is not finite.
         """
         processes = self.accelerator.num_processes
-        parts = self._parts(to_device(batch, self.accelerator.device, self.recipe.channels_last))
+        parts = self._parts(to_device(batch, self.accelerator.device, self.recipe.channels_last, self.student))
         weights = [self.losses.weights(part) for part in parts]
         total = sum_over_processes(torch.stack(weights).sum(0)).clamp(min=1e-12)
         factors = torch.tensor(list(self.losses.factors.values()), dtype=torch.float64, device=total.device)
@@ -105,7 +105,7 @@ class Step:
                 teacher_output = self.teacher(part["image"])
         with forward_context(self.accelerator):
             output = self.model(part["image"])
-        return [value.float() for value in self.losses.values(output, part, teacher_output)]
+        return [widen(value) for value in self.losses.values(output, part, teacher_output)]
 
     def _check(self, values: list[float]) -> None:
         if not all(map(math.isfinite, values)):

@@ -227,3 +227,13 @@ def test_bf16_and_channels_last(tiny: ModuleType, tmp_path: Path) -> None:
     assert other.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.05)
     assert model[0].weight.is_contiguous()
     assert model[0].weight.dtype == torch.float32
+
+
+def test_fp64_is_for_the_run_alone(tiny: ModuleType, tmp_path: Path) -> None:
+    plain = train(tiny, tmp_path / "a")
+    model = tiny.network()
+    other = train(tiny, tmp_path / "b", model, changes={"precision": "fp64"})
+    assert other.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-3)
+    assert model[0].weight.dtype == torch.float32
+    state = load_file(tmp_path / "b" / "model.safetensors")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -55,11 +55,13 @@ class Block(nn.Module):
         return x + self.norm(self.conv(x)).relu()
 
 
-def network(binary: bool = False, channels: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:
-    """A network of four layers; the middle ones are binary if asked."""
+def network(
+    binary: bool = False, channels: int = 8, dropout: float = 0.0, seed: int = 0, depth: int = 2
+) -> nn.Sequential:
+    """A first and a last layer with ``depth`` layers between them, binary if asked."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        middle = [BiDenseConv2d(channels, channels, 3, padding=1) if binary else Block(channels) for _ in range(2)]
+        middle = [BiDenseConv2d(channels, channels, 3, padding=1) if binary else Block(channels) for _ in range(depth)]
         first, last = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 3, 1)
         return nn.Sequential(first, *middle, nn.Dropout(dropout), last)
 
@@ -103,14 +105,14 @@ STUDENT = {
 
 
 def student_run(
-    run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, **data: Any
+    run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, depth: int = 2, **data: Any
 ) -> Any:
     """Trains a binary network under an (untrained) teacher with :data:`STUDENT`."""
     from bidensify.recipe import finetune
 
     return finetune(
-        network(binary=True, dropout=0.1 if os.environ.get("TINY_DROPOUT") else 0.0),
-        teacher=network(),
+        network(binary=True, dropout=0.1 if os.environ.get("TINY_DROPOUT") else 0.0, depth=depth),
+        teacher=network(depth=depth),
         recipe=recipe(**{**STUDENT, **(changes or {})}),
         train=Colours(**data),
         val=Colours(16, seed=1),
