@@ -224,7 +224,7 @@ def run_bench(
         raise ConfigError(f"threads={list(threads)} must be one or more numbers from 1 up")
     rows: list[Row] = []
     for number in threads:
-        with _threads(number), torch.inference_mode():
+        with _threads(number), torch.no_grad():
             if network is None:
                 made = [(c.name, c.target, c.input(), _layer_variants(c, chosen, latent)) for c in cases or CASES]
             else:

@@ -24,13 +24,15 @@ kind, spec, folder, height, width, threads = sys.argv[1:7]
 torch.set_num_threads(int(threads))
 import bidensify
 from bidensify.models import build_model
-if kind == "float":
+if kind in ("float", "baseline"):
     from safetensors.torch import load_model
     model = build_model(spec, **{options!r})
     load_model(model, folder)
     model = model.eval().to(memory_format=torch.channels_last)
 else:
     model = bidensify.from_pretrained(folder, build_model(spec, **{options!r}))
+if kind == "baseline":
+    model = torch.nn.Identity()
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 def peak():
@@ -46,7 +48,7 @@ print("peak", peak())
 
 
 def peak_memory(network: nn.Module, spec: str, size: tuple[int, int], threads: int, **options: Any) -> dict[str, float]:
-    """Peak resident MiB of an inference: "float", "packed", "packed bfloat16".
+    """Peak resident MiB of an inference: "baseline" (the libraries alone), "float", "packed", "packed bfloat16".
 
     Each in a fresh process that has loaded its network before the peak is counted. Linux; elsewhere empty.
     """
@@ -58,7 +60,7 @@ def peak_memory(network: nn.Module, spec: str, size: tuple[int, int], threads: i
     with tempfile.TemporaryDirectory() as folder:
         save_model(network, f"{folder}/float.safetensors")
         student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
-        places = {"float": f"{folder}/float.safetensors"}
+        places = dict.fromkeys(("baseline", "float"), f"{folder}/float.safetensors")
         for key, dtype in (("packed", None), ("packed bfloat16", torch.bfloat16)):
             places[key] = f"{folder}/{key.replace(' ', '_')}"
             bidensify.save_pretrained(pack(student, float_dtype=dtype), places[key])

@@ -10,7 +10,7 @@ namespace bd {
 namespace {
 
 constexpr int kTile = 32;       // output channels per register of bytes
-constexpr int kPixels = 3;  // 6 counters, 4 indices, 2 tables and the mask fill the 16 registers
+constexpr int kPixels = 3;  // 6 counters, 4 indices, 2 tables and what is between fill the 16 registers
 constexpr int kTiles = 2;
 constexpr int kByteWords = 7;   // words until a byte counter could overflow: 7 * 32 <= 255
 constexpr int kHalfWords = 2016; // words until a 16-bit counter could overflow
@@ -52,19 +52,20 @@ struct Tables {
 };
 const Tables kTables;
 
-// Word t of a 32-channel tile becomes four rows of 32 bytes: byte j of each channel's word.
+// Word t of a 32-channel tile becomes eight rows of 32 bytes: the low and the high pieces of byte j of each channel's word,
+// apart, as the lookup takes them.
 void arrange(const uint32_t* tiles, int64_t groups, int64_t count, int64_t depth, uint32_t* out) {
   uint8_t* to = (uint8_t*)out;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t pair = 0; pair < (count + 1) / 2; ++pair) {
       const uint32_t* first = tiles + (g * count + 2 * pair) * depth * kLanes;
       const uint32_t* second = 2 * pair + 1 < count ? first + depth * kLanes : nullptr;
-      for (int64_t t = 0; t < depth; ++t, to += 4 * kTile)
+      for (int64_t t = 0; t < depth; ++t, to += 8 * kTile)
         for (int half = 0; half < 2; ++half) {
           const uint32_t* from = half ? second : first;
           for (int lane = 0; lane < kLanes; ++lane) {
             const uint32_t word = from ? from[t * kLanes + lane] : 0;
-            for (int j = 0; j < 4; ++j) to[j * kTile + half * kLanes + lane] = (uint8_t)(word >> (8 * j));
+            for (int j = 0; j < 8; ++j) to[j * kTile + half * kLanes + lane] = (uint8_t)(word >> (4 * j) & 15);
           }
         }
     }
@@ -94,7 +95,6 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
     for (int v = 0; v < V; ++v)
       for (int i = 0; i < kTile; i += 16) _mm256_store_si256((__m256i*)(half[p][v] + i), _mm256_setzero_si256());
   bool folded = false;
-  const __m256i low = _mm256_set1_epi8(15);
   int64_t words = 0;
   for (int64_t s = 0; s < n; ++s) {
     const uint8_t* ap = (const uint8_t*)(a + segments[s].a);
@@ -107,13 +107,12 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) acc[p][v] = _mm256_setzero_si256();
-      for (int64_t j = 4 * t; j < 4 * end; ++j, wp += kTile) {
+      for (int64_t j = 4 * t; j < 4 * end; ++j, wp += 2 * kTile) {
         __m256i lo[V], hi[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const __m256i both = _mm256_loadu_si256((const __m256i*)(wp + 4 * v * tile_step));
-          lo[v] = _mm256_and_si256(both, low);
-          hi[v] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+          lo[v] = _mm256_loadu_si256((const __m256i*)(wp + 4 * v * tile_step));
+          hi[v] = _mm256_loadu_si256((const __m256i*)(wp + 4 * v * tile_step + kTile));
         }
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
@@ -174,7 +173,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   return blocks<2>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
 }
 
-const Inner kInner = {kPixels, kTiles, kTile, arrange, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {kPixels, kTiles, kTile, 2 * kTile, arrange, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

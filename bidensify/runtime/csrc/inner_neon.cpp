@@ -64,7 +64,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   }
 }
 
-const Inner kInner = {4, 4, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

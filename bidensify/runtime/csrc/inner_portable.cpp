@@ -50,7 +50,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n,
   }
 }
 
-const Inner kInner = {4, 4, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
+const Inner kInner = {4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
                       average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

@@ -42,6 +42,7 @@ struct Epilogue {
 struct Inner {
   int max_pixels, max_tiles;
   int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
+  int stride;  // 32-bit words that one activation word meets per tile, as gemm reads them
   // Rearranges 16-lane tiles (groups, tiles, depth words, 16) to what gemm reads, or null where that is the same.
   void (*arrange)(const uint32_t* tiles, int64_t groups, int64_t tiles_per_group, int64_t depth, uint32_t* out);
   // acc[c] += sum over pixels of x[pixel][c], x dense.

@@ -27,6 +27,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
   in_group_ = a_.cin / a_.groups;
   out_group_ = a_.cout / a_.groups;
   lanes_ = inner_.lanes;
+  stride_ = inner_.stride;
   tiles_ = (out_group_ + lanes_ - 1) / lanes_;
   weights_ = a_.tiles;
   words_ = a_.depthwise ? (a_.cin + 31) / 32 : (in_group_ + 31) / 32;
@@ -117,7 +118,7 @@ void Layer::run() {
   const size_t bits = take(group * sample_words * 4 + 64);
   const int64_t depth = (int64_t)a_.kh * a_.kw * words_;
   const bool arranged = inner_.arrange != nullptr && !a_.depthwise;
-  const size_t weights = take(arranged ? a_.groups * tiles_ * depth * lanes_ * 4 : 0);
+  const size_t weights = take(arranged ? a_.groups * tiles_ * depth * stride_ * 4 : 0);
   char* memory = shared_buffer.get(at);
   beta_ = reinterpret_cast<float*>(memory + beta);
   scale_ = reinterpret_cast<float*>(memory + scale);
@@ -191,6 +192,23 @@ void Layer::write_dots(const int32_t* counts, int64_t count_step, int pixels, in
       a_.dots[first + p * step + c] = kvalid[p * kvalid_step] - 2 * counts[p * count_step + c];
 }
 
+// Asks for what the block's last step reads and writes while its popcounts are still being made.
+void Layer::fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
+                  int block) const {
+  const int64_t bytes = channels * element_;
+  const char* y = static_cast<const char*>(a_.y) + ((sample * a_.oh * a_.ow + place) * a_.cout + channel) * element_;
+  for (int p = 0; p < block; ++p, y += step * a_.cout * element_)
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(y + line, 1);
+  if (!direct_) return;
+  const int64_t members = a_.cout < a_.cin ? a_.cin / a_.cout : 1;
+  for (int64_t member = 0; member < members; ++member) {
+    const int64_t from = (channel + member * a_.cout) % a_.cin * element_;
+    for (int p = 0; p < block; ++p)
+      for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(static_cast<const char*>(s.source[source + p]) + from + line);
+  }
+}
+
 void Layer::row(int64_t sample, int64_t r, Scratch& s) {
   const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
   const int64_t pixels = pointwise_ ? std::min(row_pixels_, a_.oh * a_.ow - place) : a_.ow;
@@ -200,7 +218,7 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
     taps_at({a_.h, a_.oh, a_.kh, a_.sh, a_.dh, a_.pad_top, a_.transposed != 0}, r, s.rows);
   }
   prepare_bypass(sample, r, pixels, s);
-  const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * lanes_;
+  const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * stride_;
   const uint32_t* bits = bits_ + (sample - base_) * a_.h * a_.w * row_words_ + (pointwise_ ? place * row_words_ : 0);
   int32_t counts[kMaxPixels * kMaxChannels];
   constexpr int64_t count_step = kMaxChannels;
@@ -212,11 +230,11 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
     for (const Tap& row : s.rows)
       for (const Tap& column : run.taps) {
         const int64_t a = ((int64_t)row.at * a_.w + column.at) * row_words_;
-        const int64_t w = ((int64_t)row.k * a_.kw + column.k) * words_ * lanes_;
+        const int64_t w = ((int64_t)row.k * a_.kw + column.k) * words_ * stride_;
         if (!s.segments.empty()) {
           Segment& last = s.segments.back();
           // Neighbouring taps of one row are one stretch of words.
-          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * lanes_ == w) {
+          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * stride_ == w) {
             last.n += words_;
             continue;
           }
@@ -238,6 +256,7 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         e.buffer_step = run.step * a_.cout;
         for (int64_t j = 0; j < count; j += inner_.max_pixels) {
           const int block = (int)std::min<int64_t>(inner_.max_pixels, count - j);
+          if (a_.dots == nullptr) fetch(s, sample, channel, channels, before + j, place + run.start + j * run.step, run.step, block);
           inner_.gemm(bits + g * words_ + j * run.in_step * row_words_, run.in_step * row_words_, s.segments.data(),
                       (int64_t)s.segments.size(), w, tile_step, block, tiles, counts, count_step);
           const int64_t ow = run.start + j * run.step;

@@ -24,6 +24,8 @@ class Layer {
   void scale(int64_t first, int64_t n);
   void convolve(int64_t first, int64_t n);
   void row(int64_t sample, int64_t r, Scratch& s);
+  void fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
+             int block) const;
   void depthwise_row(int64_t sample, int64_t r, Scratch& s);
   void prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s);
   void add_middle(int64_t sample, int64_t r, Scratch& s);
@@ -37,7 +39,7 @@ class Layer {
   const Inner& inner_;
   const char* x_;
   int64_t element_;
-  int64_t in_group_, out_group_, lanes_, tiles_, words_, row_words_;
+  int64_t in_group_, out_group_, lanes_, stride_, tiles_, words_, row_words_;
   const uint32_t* weights_;
   std::vector<char> inside_;  // depthwise: per output column block, whether every tap is inside
   int64_t parts_;
