@@ -13,23 +13,24 @@ if TYPE_CHECKING:
     from bidensify.methods import available_methods, register_method
     from bidensify.nn import calibrate
     from bidensify.recipe import finetune
-    from bidensify.rewrite import bidensify, plan, summary
-    from bidensify.runtime import pack
+    from bidensify.rewrite.api import bidensify, plan
+    from bidensify.rewrite.summary import summary
+    from bidensify.runtime.pack import pack
 
 # Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
 _PUBLIC = {
     "BidensifyConfig": "bidensify.config",
     "Rule": "bidensify.config",
     "available_methods": "bidensify.methods",
-    "bidensify": "bidensify.rewrite",
+    "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
     "finetune": "bidensify.recipe",
     "from_pretrained": "bidensify.integrations.pretrained",
-    "pack": "bidensify.runtime",
-    "plan": "bidensify.rewrite",
+    "pack": "bidensify.runtime.pack",
+    "plan": "bidensify.rewrite.api",
     "register_method": "bidensify.methods",
     "save_pretrained": "bidensify.integrations.pretrained",
-    "summary": "bidensify.rewrite",
+    "summary": "bidensify.rewrite.summary",
 }
 
 __all__ = [

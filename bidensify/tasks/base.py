@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bidensify.data.base import Sample
 from bidensify.errors import ConfigError
 
-Sample = dict[str, Tensor]
+__all__ = ["Sample", "Task", "TaskMetrics", "auxiliary_output", "raw_output", "resize", "target_of"]
 
 # Where model families put their dense prediction: transformers' ModelOutput, torchvision's dict.
 _KEYS = ("logits", "predicted_depth", "out")
