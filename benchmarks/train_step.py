@@ -48,7 +48,8 @@ def networks(source: str, size: tuple[int, int]) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     options: dict[str, Any] = {"classes": 11, "encoder_weights": None} if source.startswith("smp:") else {}
     full = build_model(source, **options)
-    example = torch.zeros(1, 3, *size)
+    # The rewrite is the same for every input size; a small one is recorded sooner.
+    example = torch.zeros(1, 3, *(min(side, 96) for side in size))
     return {"full precision": full.train(), "student": bidensify.bidensify(full, example_inputs=example).train()}
 
 
@@ -78,13 +79,10 @@ def batch(arguments: argparse.Namespace, form: str) -> tuple[Tensor, Tensor]:
     return x.contiguous(memory_format=FORMATS[form]), target
 
 
-def compare(arguments: argparse.Namespace, form: str, dtype: str) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, pair: dict[str, nn.Module], form: str, dtype: str) -> dict[str, Any]:
     """Interleaved timing of one memory format and precision."""
     x, target = batch(arguments, form)
-    steps = {
-        name: make_step(model.to(memory_format=FORMATS[form]), x, target, dtype)
-        for name, model in networks(arguments.model, arguments.size).items()
-    }
+    steps = {name: make_step(model.to(memory_format=FORMATS[form]), x, target, dtype) for name, model in pair.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.warmup + arguments.rounds):
         for name, step in steps.items():
@@ -175,6 +173,14 @@ def show(results: dict[str, Any]) -> None:
     )
 
 
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """Writes the figures, whole or not at all."""
+    if path is not None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smp:Unet/resnet34")
@@ -207,18 +213,17 @@ def main() -> None:
         "kernels": native.instruction_set(),
         "rows": [],
     }
+    pair = {} if arguments.memory else networks(arguments.model, arguments.size)
     for dtype in arguments.dtypes:
         for form in arguments.formats:
             if arguments.memory:
                 row = {"format": form, "dtype": dtype, "peak_mib": peaks(arguments, form, dtype)}
             else:
-                row = compare(arguments, form, dtype)
+                row = compare(arguments, pair, form, dtype)
             results["rows"].append(row)
+            # Each row is kept as soon as it is there.
+            save(results, arguments.output)
     show(results)
-    if arguments.output:
-        temporary = arguments.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(arguments.output)
 
 
 if __name__ == "__main__":

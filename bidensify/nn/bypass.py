@@ -39,7 +39,7 @@ def fusion_up(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
         ValueError: ``out_channels`` is below C.
     """
     dim = _check("fusion_up", x, out_channels, dim)
-    channels = x.shape[dim]
+    channels = int(x.shape[dim])
     if out_channels < channels:
         raise ValueError(
             f"fusion_up: out_channels={out_channels} is below the input's {channels} channels; use fusion_down"
@@ -65,7 +65,7 @@ def fusion_down(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
         ValueError: ``out_channels`` is above C.
     """
     dim = _check("fusion_down", x, out_channels, dim)
-    channels = x.shape[dim]
+    channels = int(x.shape[dim])
     if out_channels > channels:
         raise ValueError(
             f"fusion_down: out_channels={out_channels} is above the input's {channels} channels; use fusion_up"

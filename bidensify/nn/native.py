@@ -17,7 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "Post", "PostGrad", "Shape", "available", "call", "geometry", "instruction_set", "supports"]
+__all__ = [
+    "Geometry",
+    "Post",
+    "PostGrad",
+    "Shape",
+    "available",
+    "call",
+    "geometry",
+    "instruction_set",
+    "instruction_sets",
+    "supports",
+    "use",
+]
 
 VARIABLE = "BIDENSIFY_TRAIN_KERNELS"
 _ABI = 1
@@ -121,14 +133,37 @@ def instruction_set() -> str:
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the kernels take ``x``: float32 or bfloat16 on the CPU, outside of compilation and export."""
+    """Whether the kernels take ``x``: float32 or bfloat16 on the CPU, outside of compilation, tracing and export."""
     return (
         x.device.type == "cpu"
         and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and _library() is not None
         and x.numel() > 0
     )
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Every instruction set that this processor runs, fastest first."""
+    library = _library()
+    if library is None:
+        return ()
+    chosen = instruction_set()
+    found = tuple(name for name in ("avx512", "avx2", "portable") if library.bdt_use(name.encode()) == 0)
+    use(chosen)
+    return found
+
+
+def use(name: str) -> None:
+    """Computes with one instruction set from now on (all give the same to rounding; for tests and comparisons).
+
+    Raises:
+        ValueError: the library has it not, or this processor does not run it.
+    """
+    library = _library()
+    if library is None or library.bdt_use(name.encode()):
+        raise ValueError(f"instruction set {name!r} is not among {instruction_sets()}")
 
 
 class Geometry(NamedTuple):

@@ -1,7 +1,10 @@
 // Chooses the instruction set and checks what comes from outside.
 #include "train.h"
 
+#include <atomic>
+#include <cstring>
 #include <new>
+#include <vector>
 
 #include "tier.h"
 
@@ -12,22 +15,28 @@ struct Choice {
   const char* name;
 };
 
-Choice choose() {
+// What was built and runs here, fastest first.
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> found = [] {
+    std::vector<Choice> all;
 #if defined(BDT_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return {bdt::avx512_tier(), "avx512"};
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+      all.push_back({bdt::avx512_tier(), "avx512"});
 #endif
 #if defined(BDT_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {bdt::avx2_tier(), "avx2"};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+      all.push_back({bdt::avx2_tier(), "avx2"});
 #endif
-  return {bdt::portable_tier(), "portable"};
+    all.push_back({bdt::portable_tier(), "portable"});
+    return all;
+  }();
+  return found;
 }
 
-const Choice& choice() {
-  static const Choice chosen = choose();
-  return chosen;
-}
+std::atomic<int> chosen{0};
+
+const Choice& choice() { return choices()[chosen.load(std::memory_order_relaxed)]; }
 
 template <class F>
 int32_t guarded(F f) {
@@ -46,6 +55,15 @@ bool bad(const bdt_shape* s) { return s == nullptr || s->n < 1 || s->c < 1 || s-
 int32_t bdt_abi_version(void) { return BDT_ABI_VERSION; }
 
 const char* bdt_instruction_set(void) { return choice().name; }
+
+int32_t bdt_use(const char* name) {
+  for (size_t i = 0; i < choices().size(); ++i)
+    if (std::strcmp(choices()[i].name, name) == 0) {
+      chosen.store((int)i);
+      return 0;
+    }
+  return 1;
+}
 
 int32_t bdt_dab_forward(const bdt_shape* shape, const bdt_dab* args) {
   if (bad(shape) || args->groups < 0 || args->groups > shape->c) return 1;

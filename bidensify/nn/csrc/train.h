@@ -71,6 +71,8 @@ typedef struct bdt_post_grad {
 BDT_API int32_t bdt_abi_version(void);
 // The instruction set in use: "avx512", "avx2" or "portable".
 BDT_API const char* bdt_instruction_set(void);
+// Changes it; 1 where it was not built or the processor lacks it.
+BDT_API int32_t bdt_use(const char* name);
 BDT_API int32_t bdt_dab_forward(const bdt_shape* shape, const bdt_dab* args);
 // y alone, from beta and alpha.
 BDT_API int32_t bdt_dab_again(const bdt_shape* shape, const bdt_dab* args);
