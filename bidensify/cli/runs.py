@@ -38,10 +38,10 @@ RecipeFile = Annotated[
 
 @command(
     "finetune",
-    "bidensify finetune recipes/scenes_unet.yaml --run-dir runs/scenes",
-    "bidensify finetune recipes/scenes_unet.yaml --run-dir runs/scenes --resume",
-    "bidensify finetune recipes/scenes_unet.yaml --run-dir runs/bnn -s binarize.method=bnn -s stages[0].epochs=2",
-    "accelerate launch -m bidensify finetune recipes/scenes_unet.yaml --run-dir runs/scenes",
+    "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
+    "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes --resume",
+    "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/bnn -s binarize.method=bnn -s stages[0].epochs=2",
+    "accelerate launch -m bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
 )
 def finetune(
     recipe: Annotated[
@@ -104,7 +104,7 @@ def show_metrics(title: str, metrics: dict[str, float]) -> None:
 @command(
     "evaluate",
     "bidensify evaluate runs/scenes",
-    "bidensify evaluate runs/scenes/packed --recipe recipes/scenes_unet.yaml --json",
+    "bidensify evaluate runs/scenes/packed --recipe recipes/scenes_segmentation.yaml --json",
 )
 def evaluate(
     source: SourceFolder,
@@ -139,7 +139,7 @@ def evaluate(
 @command(
     "predict",
     "bidensify predict runs/scenes photo.jpg --out predictions",
-    "bidensify predict runs/scenes/packed *.png --recipe recipes/scenes_unet.yaml --out predictions --blend 0.5",
+    "bidensify predict runs/scenes/packed *.png --recipe recipes/scenes_segmentation.yaml --out predictions --blend 0.5",
 )
 def predict(
     source: SourceFolder,

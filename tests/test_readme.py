@@ -1,0 +1,86 @@
+"""Every command and every block of code in README is really run: here at a small size, or by .ci/run as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import bidensify as bd
+from bidensify.cli import deploy, models, runs, study  # noqa: F401  (they register the commands)
+from bidensify.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What makes a command of README small enough for a test.
+SMALL = {
+    "demo": ["--quick"],
+    "finetune": [
+        "--quiet",
+        *(part for value in (
+            "data.size=[32,32]", "data.train.length=8", "data.val.length=4", "data.batch_size=4", "model.options.width=8",
+            "teacher.stages[0].epochs=1", "stages[0].epochs=1", "stages[1].epochs=1", "calibrate.batches=1",
+        ) for part in ("--set", value)),
+    ],
+}  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.strip().splitlines()]
+
+
+def test_first_screen_has_a_picture_and_the_two_commands() -> None:
+    head = README[: README.index("## ")]
+    assert len(head.splitlines()) < 40
+    picture = re.search(r"!\[[^\]]+\]\((.+?)\)", head)
+    assert picture is not None
+    assert (ROOT / picture.group(1)).stat().st_size < 200_000
+    assert commands()[:2] == ['pip install -e ".[all]" && bidensify demo', 'pip install -e ".[all,test]" && pytest']
+
+
+def test_ci_runs_the_test_command_as_it_stands() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert commands()[1] in lines
+    assert {"ruff check", "ruff format --check", "mypy"} <= set(lines)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)(.+?)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for line in commands():
+        for part in line.split(" && "):
+            words = shlex.split(part)
+            if words[0] in ("pip", "pytest"):
+                continue
+            assert words[0] == "bidensify", f"{part!r}: run it here, or in .ci/run"
+            result = CliRunner().invoke(app, [*words[1:], *SMALL.get(words[1], [])])
+            assert result.exit_code == 0, (part, result.output[-2000:], result.exception)
+            ran.append(words[1])
+    assert {"demo", "plan", "convert", "finetune", "evaluate", "pack", "compare"} <= set(ran)
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, namespace)
+    model, again = namespace["model"], namespace["again"]
+    assert isinstance(again, type(model))
+    assert len(bd.plan(model, namespace["config"]).binary) > 10  # type: ignore[arg-type]
