@@ -123,7 +123,10 @@ def write(out: Path, rows: dict[str, Any], reference: float, primary: str, seeds
     with atomic_write(out / "ablation.json") as temporary:
         temporary.write_text(json.dumps(data, indent=1))
     default = rows.get("default", {}).get("mean")
-    lines = [f"| variant | what it changes | {primary}, seeds {seeds} | mean | against the default |", "|---|---|---|---|---|"]
+    lines = [
+        f"| variant | what it changes | {primary}, seeds {seeds} | mean | against the default |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         delta = "" if default is None else f"{100 * (row['mean'] - default):+.1f}"
         values = " ".join(f"{100 * value:.1f}" for value in row["values"])

@@ -95,7 +95,7 @@ class Seeded(Dataset[Sample]):
         self.info = dataset.info
         self.seed = int(seed)
         # Shared memory, because the workers of a persistent loader keep the copy that they started with.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def epoch(self) -> int:

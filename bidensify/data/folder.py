@@ -22,8 +22,8 @@ from bidensify.data.base import (
     Transforms,
     register_dataset,
 )
-from bidensify.errors import ConfigError, DataError
 from bidensify.data.palette import default_palette
+from bidensify.errors import ConfigError, DataError
 
 
 @register_dataset("image_mask_folder")

@@ -272,7 +272,9 @@ class Recomputed:
 
     def add(self, made: Tensor, source: Tensor, remake: Callable[[], Tensor]) -> None:
         """``remake()`` gives ``made`` again, in the same memory order, as long as ``source`` is unchanged."""
-        self._known.append((made, source, source._version, remake))
+        # Without autograd nothing is saved, and tensors of inference mode have no version.
+        if torch.is_grad_enabled():
+            self._known.append((made, source, source._version, remake))
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The context in which the convolution runs."""

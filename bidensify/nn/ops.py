@@ -140,9 +140,7 @@ def _dab_backward(
 def _moments(x: Tensor, dim: int) -> Tensor:
     g = _geometry(x, dim)
     result = x.new_empty((2, g.c), dtype=torch.float32)
-    native.call(
-        "bdt_moments", ctypes.byref(g.shape(x)), x.data_ptr(), result.data_ptr(), result.data_ptr() + 4 * g.c
-    )
+    native.call("bdt_moments", ctypes.byref(g.shape(x)), x.data_ptr(), result.data_ptr(), result.data_ptr() + 4 * g.c)
     return result
 
 

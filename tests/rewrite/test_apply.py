@@ -166,6 +166,17 @@ def test_compile_and_export() -> None:
     assert torch.allclose(exported(x), expected, atol=1e-5)
 
 
+def test_inference_mode_gives_the_same() -> None:
+    student = bd.bidensify(Net()).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(student(x), student(x.clone()))
+    with torch.no_grad():
+        expected = student(x)
+    with torch.inference_mode():
+        assert torch.allclose(student(x), expected, atol=1e-6)
+
+
 def test_fresh_weights_differ_and_pretrained_stay() -> None:
     model = Net()
     kept = bd.bidensify(model).basic[0].conv1.latent_weight

@@ -195,7 +195,8 @@ def _shadow(
     )
     if not len(near):
         return
-    t = solid.hit((px[near], py[near], pz[near]), tuple(np.full(len(near), value, np.float32) for value in light))
+    dx, dy, dz = (np.full(len(near), value, np.float32) for value in light)
+    t = solid.hit((px[near], py[near], pz[near]), (dx, dy, dz))
     lit[near[t < MISS]] *= np.float32(0.15)
 
 
@@ -212,7 +213,8 @@ def _sensor(random: Generator, image: Array, layout: Layout) -> npt.NDArray[np.u
     image = np.sqrt(np.clip(image, 0, 1)) if random.random() < 0.5 else np.clip(image, 0, 1) ** np.float32(0.65)
     sigma = np.float32(random.uniform(0.008, 0.04))
     image += random.standard_normal(image.shape, dtype=np.float32) * sigma
-    return np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _blur(image: Array, axis: int, weight: np.float32) -> Array:

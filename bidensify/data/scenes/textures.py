@@ -15,7 +15,8 @@ Texture = Callable[[Array, Array], Array]
 
 def _edge(value: Array, sharpness: float) -> Array:
     """A soft step from 0 to 1 at value = 0."""
-    return np.clip(value * np.float32(sharpness) + np.float32(0.5), 0, 1)
+    step: Array = np.clip(value * np.float32(sharpness) + np.float32(0.5), 0, 1)
+    return step
 
 
 def stripes(random: Generator, periods: float) -> Texture:
