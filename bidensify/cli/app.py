@@ -96,7 +96,7 @@ def root(
 def main() -> None:
     """Entry point of the ``bidensify`` script."""
     # Imported here so that `app` exists before the modules that register on it.
-    from bidensify.cli import deploy, models, runs, study  # noqa: F401
+    from bidensify.cli import bench, deploy, models, runs, study  # noqa: F401
 
     try:
         app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,8 +79,10 @@ def finetune(
             output().print(f"No teacher's weights given: the recipe's teacher comes first, in {weights}")
         run_recipe(loaded, weights, role="teacher", resume=weights.exists(), quiet=quiet)
     result = run_recipe(loaded, run_dir, role=role, teacher_weights=weights, resume=resume, quiet=quiet)
-    show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)
-    tell_next(result, role)
+    # Under a launcher every process comes here; one of them speaks.
+    if os.environ.get("RANK", "0") == "0":
+        show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)
+        tell_next(result, role)
 
 
 def tell_next(result: RunResult, role: str) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify.cli import deploy, models, runs, study  # noqa: F401  (they register the commands)
+from bidensify.cli import bench, deploy, models, runs, study  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 from bidensify.errors import ConfigError
 from bidensify.models import build_model
 
-COMMANDS = ("plan", "convert", "finetune", "evaluate", "predict", "compare", "pack", "demo")
+COMMANDS = ("plan", "convert", "finetune", "evaluate", "predict", "compare", "pack", "bench", "demo")
 RECIPE = """
 name: tiny
 model: {source: "demo:unet", options: {num_classes: 8, width: 8, levels: 2}}
@@ -131,6 +131,17 @@ def test_the_whole_way(cli: CliRunner, tmp_path: Path) -> None:
     compared = cli.invoke(app, ["compare", str(tmp_path / "run_teacher"), str(run), "--out", str(tmp_path / "c.html")])
     assert compared.exit_code == 0, text_of(compared)
     assert "<html" in (tmp_path / "c.html").read_text()
+
+
+def test_bench_times_a_network_against_float(cli: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "demo:unet", "-o", "width=8", "--size", "32", "32", "--seconds", "0.05", "--out", str(file)]
+    result = cli.invoke(app, arguments)
+    assert result.exit_code == 0, text_of(result)
+    row = json.loads(file.read_text())["rows"][0]
+    assert "float" in row["milliseconds"]
+    assert len(row["milliseconds"]) >= 2
+    assert cli.invoke(app, ["bench", "demo:unet", "--kernel", "sse9"]).exit_code == 1
 
 
 def test_a_misspelt_key_is_quoted_with_its_path(cli: CliRunner, tmp_path: Path) -> None:

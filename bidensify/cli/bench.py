@@ -1,0 +1,70 @@
+"""``bench``: float and packed, side by side on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bidensify.cli import arguments
+from bidensify.cli.app import AsJson, Debug, command, output
+
+
+@command(
+    "bench",
+    "bidensify bench",
+    "bidensify bench smp:Unet/resnet34 --size 512 512 --threads 1 --threads 2",
+    "bidensify bench smp:UPerNet/tu-convnext_tiny --int8 --memory --out bench.json",
+)
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A network by name; without it, single layers.", show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the network.")
+    ] = None,
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the network's input.")] = (512, 512),
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Number of threads; repeat for more.")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Packed kernel: portable, avx2, avx512, neon; repeat for more.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time per case and number of threads.")] = 2.0,
+    compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile of the float side too.")] = False,
+    latent: Annotated[bool, typer.Option("--latent", help="The latent network too.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="OpenVINO and ONNX Runtime int8, where installed.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each variant (networks).")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write JSON here.", show_default=False)] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time float against packed in interleaved runs: single layers, or a whole network."""
+    from bidensify._files import atomic_write
+    from bidensify.models import build_model
+    from bidensify.runtime.bench import render, run_bench
+
+    options = arguments.parse_assignments(option or [], "--option")
+    network = None if model is None else build_model(model, **options).eval()
+    result = run_bench(
+        network,
+        name=model or "layers",
+        spec=model,
+        options=options,
+        size=size,
+        threads=threads or [1],
+        kernels=kernel,
+        seconds=seconds,
+        compiled=compiled,
+        latent=latent,
+        int8=int8,
+        memory=memory,
+    )
+    if out is not None:
+        with atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        output().print(render(result))
