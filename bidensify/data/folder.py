@@ -88,7 +88,7 @@ class ImageMaskFolder(DenseDataset):
         has_masks, has_depth = "masks" in folders, "depth" in folders
         names = tuple(class_names)
         if has_masks:
-            classes = len(names) if classes is None else classes
+            classes = (len(names) or None) if classes is None else classes
             _check_classes(classes, names, palette)
         if depth_scale <= 0:
             raise ConfigError(f"depth_scale={depth_scale}; it is metres per step of the depth file, above 0")

@@ -20,10 +20,12 @@ def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int, weight: 
     Returns:
         A scalar; 0 where no pixel counts (a crop may hold none), where PyTorch's mean would be NaN.
     """
-    loss = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index)
     counts = target != ignore_index
     if weight is not None:
         counts = counts & (weight[torch.where(counts, target, torch.zeros_like(target))] > 0)
+        # Were they not ignored, a batch of classes of weight 0 alone would divide 0 by 0 in the gradient.
+        target = torch.where(counts, target, torch.full_like(target, ignore_index))
+    loss = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index)
     return torch.where(counts.any(), loss, torch.zeros_like(loss))
 
 
