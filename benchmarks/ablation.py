@@ -52,7 +52,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "task + KL + CWD": ("both", {"stages": stages({**TASK_KL, "cwd": CWD})}),
     "task + KL + features": (
         "attention maps of the decoder's blocks matched too",
-        {"stages": stages({**TASK_KL, "features": {"weight": 1.0, "kind": "attention", "layers": ["decoder.0", "decoder.1"]}})},
+        {
+            "stages": stages(
+                {**TASK_KL, "features": {"weight": 1.0, "kind": "attention", "layers": ["decoder.0", "decoder.1"]}}
+            )
+        },
     ),
     "bnn": ("the method bnn under the same recipe", {"binarize": {"method": "bnn"}}),
 }
