@@ -200,7 +200,7 @@ def _tell(results: dict[str, Any], out: Path, console: Console) -> None:
         mark = (
             "[green]passed[/green]" if check["passed"] else "[red]failed[/red]" if check["enforced"] else "not reached"
         )
-        console.print(f"{mark}  {check['text']}: {check['measured']:.4f} ({target})", highlight=False)
+        console.print(f"{mark}  {check['text']}: {check['measured']:.4f} ({target})", highlight=False, soft_wrap=True)
     if results["quick"]:
         console.print("--quick trains for seconds: its mIoU says nothing about a method.", highlight=False)
     console.print(f"Results: {out / 'results.json'}\nReport: {out / 'report.html'}", highlight=False)

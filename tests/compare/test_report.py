@@ -122,3 +122,12 @@ def test_a_row_of_another_length_is_refused() -> None:
 def test_a_picture_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 4\).*uint8 \(3, H, W\)"):
         png(torch.zeros(1, 4, 4, dtype=torch.uint8))
+
+
+def test_status_claims_no_more_than_the_checks_say() -> None:
+    met = Check("met", "1", "≥ 0", True)
+    shown = Check("shown", "1", "≥ 2", False, enforced=False)
+    assert "all checks passed" in render(Report("t", "l", checks=[met], status="passed"))
+    partly = render(Report("t", "l", checks=[met, shown], status="passed"))
+    assert "all checks passed" not in partly
+    assert "enforced checks passed" in partly
