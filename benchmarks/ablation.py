@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from bidensify._files import atomic_write
+from bidensify._machine import cpu_name
 from bidensify.recipe import load_recipe
 from bidensify.recipe.run import run_recipe
 
@@ -77,14 +77,6 @@ def score(folder: Path, recipe: Any, role: str, teacher: Path | None, primary: s
     return float(result["metrics"][primary])
 
 
-def cpu() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Runs the variants and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +112,7 @@ def write(out: Path, rows: dict[str, Any], reference: float, primary: str, seeds
         "primary": primary,
         "seeds": seeds,
         "variants": rows,
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
         "torch": torch.__version__,
     }

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,18 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidensify._machine import cpu_name
+
 FORMATS = {"plain": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def processor() -> str:
-    """The CPU's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def networks(source: str, size: tuple[int, int]) -> dict[str, nn.Module]:
@@ -208,7 +198,7 @@ def main() -> None:
         "batch": arguments.batch,
         "size": list(arguments.size),
         "threads": arguments.threads,
-        "cpu": processor(),
+        "cpu": cpu_name(),
         "torch": torch.__version__,
         "kernels": native.instruction_set(),
         "rows": [],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bidensify import __version__
 from bidensify._files import atomic_write
+from bidensify._machine import cpu_name
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,16 +54,6 @@ class Student:
     latent: nn.Module
     packed: nn.Module
     figures: dict[str, Any]
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def demo_recipe(seed: int, quick: bool, method: str) -> Recipe:
@@ -149,7 +140,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
     for method, recipe in recipes.items():
         _train(recipe, out / method, "student", out / "teacher", console)
 
-    _, val = recipes["bidense"].build_datasets()
+    val = recipes["bidense"].build_dataset("val")
     samples = [val[index] for index in range(len(val))]
     images = torch.stack([sample["image"] for sample in samples])
     students = {method: _pack(method, out / method, out, images) for method in METHODS}
@@ -189,7 +180,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
     from bidensify.demo.page import write_page
 
     models = {"teacher": teacher, **{method: student.packed for method, student in students.items()}}
-    write_page(out, results, records, recipes["bidense"], models, samples)
+    write_page(out, results, records, recipes["bidense"], val.info, models, samples)
     _tell(results, out, console)
     return results
 

@@ -14,6 +14,7 @@ from bidensify.compare.images import png
 from bidensify.compare.runs import learning_curves, metrics_table
 
 if TYPE_CHECKING:
+    from bidensify.data import DataInfo
     from bidensify.recipe import Recipe
 
 __all__ = ["picture_rows", "write_page"]
@@ -33,14 +34,13 @@ def _enlarged(picture: Tensor) -> Tensor:
 
 
 def picture_rows(
-    recipe: Recipe, models: Mapping[str, nn.Module], samples: Sequence[Mapping[str, Tensor]]
+    recipe: Recipe, info: DataInfo, models: Mapping[str, nn.Module], samples: Sequence[Mapping[str, Tensor]]
 ) -> list[list[Tensor]]:
     """Rows of uint8 pictures (3, H, W): image, ground truth, then one per network.
 
     The samples with the most classes in them are shown: they are the ones that tell networks apart.
     """
-    task = recipe.build_task()
-    info = recipe.build_datasets()[1].info
+    task = recipe.build_task(info)
     mean, std = recipe.data.mean or info.mean, recipe.data.std or info.std
     order = sorted(range(len(samples)), key=lambda i: -len(torch.unique(samples[i]["mask"])))[:_ROWS]
     rows = []
@@ -76,11 +76,11 @@ def write_page(
     results: Mapping[str, Any],
     records: Mapping[str, RunRecord],
     recipe: Recipe,
+    info: DataInfo,
     models: Mapping[str, nn.Module],
     samples: Sequence[Mapping[str, Tensor]],
 ) -> Path:
     """Writes ``report.html`` into ``out``."""
-    info = recipe.build_datasets()[1].info
     figures = results["students"]["bidense"]
     miou = results["miou"]
     cards = [
@@ -95,7 +95,7 @@ def write_page(
     for check in results["checks"]:
         target = f"≥ {check['low']:g}" if check["low"] is not None else f"≤ {check['high']:g}"
         checks.append(Check(check["text"], f"{check['measured']:.4f}", target, check["passed"], check["enforced"]))
-    rows = picture_rows(recipe, models, samples)
+    rows = picture_rows(recipe, info, models, samples)
     names = info.class_names
     grid = ImageGrid(
         "Validation images",

@@ -102,19 +102,19 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
     extra = header.get("extra")
     extra = extra if isinstance(extra, dict) else {}
     if model is None:
+        from bidensify.models import build_model, model_sources
+
         source = extra.get("source")
         if not isinstance(source, dict) or not isinstance(source.get("spec"), str):
             raise FormatError(
                 f"{where}: it does not say how to build its base model (the network was not made by name); pass the "
                 "full-precision network: from_pretrained(directory, model)"
             )
-        if ":" not in source["spec"] or source["spec"].partition(":")[0] not in _trusted_sources():
+        if ":" not in source["spec"] or source["spec"].partition(":")[0] not in model_sources():
             raise FormatError(
                 f"{where}: its base model {source['spec']!r} is somebody's own code, which a file must not name; build "
                 "it yourself: from_pretrained(directory, model)"
             )
-        from bidensify.models import build_model
-
         options = source.get("options")
         model = build_model(source["spec"], **(options if isinstance(options, dict) else {}))
     else:
@@ -130,12 +130,6 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
             "the base model with the same options"
         )
     return model
-
-
-def _trusted_sources() -> list[str]:
-    from bidensify.models import model_sources
-
-    return model_sources()
 
 
 def _load_state(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
