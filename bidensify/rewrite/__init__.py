@@ -5,7 +5,8 @@ from __future__ import annotations
 from bidensify.rewrite.api import bidensify, plan
 from bidensify.rewrite.apply import apply_plan
 from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
-from bidensify.rewrite.record import Record, record
+from bidensify.rewrite.record import record
+from bidensify.rewrite.recorded import Record
 from bidensify.rewrite.summary import Summary, summary
 
 __all__ = [

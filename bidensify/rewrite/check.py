@@ -13,8 +13,9 @@ from torch.fx.node import map_aggregate
 
 from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
+from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.plan import Plan
-from bidensify.rewrite.record import Record, frozen_flags, specs
+from bidensify.rewrite.recorded import Record, specs
 
 __all__ = ["check"]
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from bidensify.rewrite.record import Record, Scope, TensorSpec, plain_name, scope_of
+from bidensify.rewrite.recorded import Record, Scope, TensorSpec, plain_name, scope_of
 
 __all__ = ["Flow", "is_gate", "is_relu_like"]
 

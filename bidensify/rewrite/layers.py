@@ -16,7 +16,7 @@ from bidensify.errors import PlanError
 from bidensify.methods import get_method
 from bidensify.rewrite.flow import Flow, macs_of
 from bidensify.rewrite.plan import LayerPlan
-from bidensify.rewrite.record import scope_of
+from bidensify.rewrite.recorded import scope_of
 
 __all__ = ["plan_layers"]
 

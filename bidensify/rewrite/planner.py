@@ -13,12 +13,13 @@ from torch import fx, nn
 from bidensify._fingerprint import fingerprint
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
-from bidensify.methods import get_method
-from bidensify.rewrite.blocks import BlockEdit, Traced, editable_event, operation_of, trace_block
+from bidensify.rewrite.activations import plan_activations
+from bidensify.rewrite.blocks import BlockEdit
 from bidensify.rewrite.flow import Flow, is_relu_like
 from bidensify.rewrite.layers import plan_layers
 from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
-from bidensify.rewrite.record import Record, scope_of
+from bidensify.rewrite.proof import Traced, editable_event, operation_of, trace_block
+from bidensify.rewrite.recorded import Record, scope_of
 from bidensify.rewrite.residual import Residual, find_residuals
 
 __all__ = ["Planner", "make_plan"]
@@ -78,11 +79,12 @@ class Planner:
         path, event = scope[-1][0], int(node.meta["event"])
         traced = self.trace(path)
         if isinstance(traced, str):
-            self._note(f"{path or 'the network'}: its code is left as it is, since {traced}")
+            self.note(f"{path or 'the network'}: its code is left as it is, since {traced}")
             return None
         return (path, event) if editable_event(traced, event) else None
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Adds a note to the plan, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -92,7 +94,8 @@ class Planner:
         found = [call.events[event].node for call in self.record.calls[path] if event < len(call.events)]
         return [each for each in found if each is not None]
 
-    def _edit(self, path: str, event: int, action: str, *, argument: int = 0, module: str = "") -> None:
+    def edit(self, path: str, event: int, action: str, *, argument: int = 0, module: str = "") -> None:
+        """Notes one change of a block's code; see ``BlockEdit``."""
         traced = self.trace(path)
         assert isinstance(traced, Traced)
         node = traced.events[event]
@@ -158,7 +161,7 @@ class Planner:
             tensors = self.flow.tensors(node)
             main = kept if kept is not None else self.flow.data_input(node)
             assert main is not None
-            self._edit(path, event, "forward", argument=tensors.index(main))
+            self.edit(path, event, "forward", argument=tensors.index(main))
             self.edit_notes[path].append(
                 f"the residual add around {found.last} is removed: the bypasses carry it"
                 if kept is not None
@@ -175,120 +178,6 @@ class Planner:
         )
         return True
 
-    def plan_activations(self) -> None:
-        """ReLU-like activations beside binary layers: into the layer where they follow it, else at their own place."""
-        sites: dict[str, list[fx.Node]] = defaultdict(list)
-        for node in self.record.graph.nodes:
-            if self.flow.is_activation(node):
-                sites[str(node.target) if node.op == "call_module" else f"\0{id(node)}"].append(node)
-        for key, nodes in sites.items():
-            shared = key.startswith("\0") or len(nodes) > 1
-            behind = [self._layer_before(node) for node in nodes]
-            first = behind[0]
-            alone = not key.startswith("\0") and all(each == first for each in behind)
-            if first is not None and alone and len(nodes) == len(self.nodes[first]) and self.layers[first].activation:
-                # One module behind one layer: its work moves into the layer.
-                self.absorbed_activations.add(first)
-                self.activations[key] = ActivationPlan(key, "absorbed")
-                continue
-            for node, layer_path in zip(nodes, behind):
-                self._plan_site(node, layer_path, key, shared)
-
-    def _plan_site(self, node: fx.Node, layer_path: str | None, key: str, shared: bool) -> None:
-        channels, dim, method = self._activation_of(node, layer_path)
-        if not channels:
-            return
-        if not shared:
-            self.activations[key] = ActivationPlan(key, "replace", channels, dim, method)
-            return
-        site = self.site(node)
-        if site is None:
-            where = scope_of(node)[-1][0] if scope_of(node) else ""
-            self._note(
-                f"{where or 'the network'}: the activation {self.flow.name(node)} is shared or functional and stays as "
-                "it is, since the code around it could not be edited"
-            )
-            return
-        path, event = site
-        if event in self.edits[path]:
-            return
-        if layer_path is not None and self.layers[layer_path].activation and self._folds(node, layer_path):
-            self.absorbed_activations.add(layer_path)
-            self._edit(path, event, "forward")
-            self.edit_notes[path].append(f"the activation behind {layer_path} moves into it")
-            self.layers[layer_path] = replace(self.layers[layer_path], way="block")
-            return
-        name = f"activation_{event}"
-        self.modules[path][name] = (channels, dim, method)
-        self._edit(path, event, "module", module=name)
-        self.edit_notes[path].append(f"the activation at step {event} becomes {name}")
-
-    def _folds(self, node: fx.Node, layer_path: str) -> bool:
-        """Whether every call of the layer is followed by this very step of the block."""
-        return {self._layer_before(other) for other in self.siblings(node)} == {layer_path} and len(
-            self.siblings(node)
-        ) == len(self.nodes[layer_path])
-
-    def _layer_before(self, node: fx.Node) -> str | None:
-        """The binary layer whose output goes to this activation and nowhere else."""
-        current = self.flow.data_input(node)
-        child = node
-        while current is not None and self.flow.only_user(current) is child:
-            layer = self.binary(current)
-            if layer is not None:
-                return layer.path
-            if current in self.removed:
-                child, current = current, self.removed[current]
-            elif self.is_absorbed_norm(current) or isinstance(self.flow.module(current), nn.Identity):
-                norm = self.record.modules.get(str(current.target))
-                inner = getattr(norm, "act", None)
-                if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
-                    return None
-                child, current = current, self.flow.data_input(current)
-            elif current in self.absorbed_scales:
-                child, current = current, self.flow.data_input(current)
-            else:
-                return None
-        return None
-
-    def _activation_of(self, node: fx.Node, layer_path: str | None) -> tuple[int, int, str]:
-        """(channels, dim, method) of what replaces an activation; channels 0: it is beside no binary layer."""
-        if self.config.activation == "keep":
-            return 0, 1, ""
-        method = self.config.method
-        if layer_path is not None:
-            if not self.layers[layer_path].activation:
-                return 0, 1, ""
-            method = self.layers[layer_path].method
-        elif not self._beside_binary(node):
-            return 0, 1, ""
-        if get_method(method).activation is None:
-            return 0, 1, ""
-        shape = self.flow.shape(node)
-        if shape is None or len(shape) < 3:
-            return 0, 1, ""
-        last = self.flow.channels_last(node)
-        return (shape[-1] if last else shape[1]), (-1 if last else 1), method
-
-    def _beside_binary(self, node: fx.Node) -> bool:
-        def is_binary(item: fx.Node) -> bool:
-            return self.binary(item) is not None
-
-        ahead = self.flow.forward_until(node, is_binary, lambda n: not self.flow.is_layer(n) and n.op != "output")
-        if any(True for _ in ahead):
-            return True
-        stack, seen = list(self.flow.tensors(node)), set()
-        while stack:
-            item = stack.pop()
-            if item in seen:
-                continue
-            seen.add(item)
-            if is_binary(item):
-                return True
-            if not self.flow.is_layer(item):
-                stack.extend(self.flow.tensors(item))
-        return False
-
     def build(self) -> Plan:
         """Takes all decisions and writes the plan.
 
@@ -298,7 +187,7 @@ class Planner:
         self.plan_norms()
         self.plan_residuals()
         fused = {path for path, layer in self.layers.items() if layer.norm and self._fused(layer.norm)}
-        self.plan_activations()
+        plan_activations(self)
         for path, layer in self.layers.items():
             owns = layer.activation and (path in self.absorbed_activations or path in fused)
             self.layers[path] = replace(layer, activation=owns)

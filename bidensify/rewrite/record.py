@@ -6,11 +6,8 @@ Nothing of the recording stays on the model: no hook, buffer or constant; flags 
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,172 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import PlanError
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
+from bidensify.rewrite.leaves import frozen_flags, is_leaf
+from bidensify.rewrite.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
 
-__all__ = ["Call", "Event", "Record", "TensorSpec", "frozen_flags", "record", "scope_of"]
-
-Scope = tuple[tuple[str, int], ...]
-
-_ACTIVATION_NAMES = re.compile(
-    r"^(?:Fast|Quick|New|ClippedG|GELUT|)"
-    r"(ReLU6?|LeakyReLU|PReLU|RReLU|SiLU|Swish|GELU|Hardswish|HardSwish|Mish|HardMish|ELU|CELU|SELU|Softplus|"
-    r"Sigmoid|Hardsigmoid|HardSigmoid|Tanh|Hardtanh|Softmax|Softmax2d)"
-    r"(?:Me|Jit|JitMe|Activation|Tanh)*$",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor that was seen."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step that a module's own ``forward`` made: a child's call, or a function that gave a tensor.
-
-    Attributes:
-        kind: "module" or "function".
-        name: the child's path, or the function's plain name ("add" for add, add_, __iadd__).
-        node: the graph's node (None for a child that is itself a block).
-    """
-
-    kind: str
-    name: str
-    node: fx.Node | None
-
-
-@dataclass
-class Call:
-    """One call of a block: its arguments with tensors replaced by ``TensorSpec``, and what its forward did."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    events: list[Event] = field(default_factory=list)
-
-
-@dataclass
-class Record:
-    """What one run did.
-
-    Attributes:
-        graph: nodes call_module (target: path), call_function, get_attr (a parameter or buffer used directly),
-            placeholder (inputs and constants), output. ``meta``: "spec" (TensorSpec or None), "scope" (the stack of
-            enclosing blocks with call numbers), "event" (position in the innermost block's events).
-        calls: block path -> its calls.
-        modules: path -> module, each module once under its first path.
-        aliases: first path -> every other path of the same module.
-        inputs: the example inputs as text.
-        output: the output's structure with TensorSpecs in it.
-    """
-
-    graph: fx.Graph
-    calls: dict[str, list[Call]]
-    modules: dict[str, nn.Module]
-    aliases: dict[str, list[str]]
-    inputs: Any
-    inputs_text: str
-    output: Any
-    fake: bool
-
-    def module_nodes(self) -> dict[str, list[fx.Node]]:
-        """Path -> the nodes of its calls, in order."""
-        result: dict[str, list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            if node.op == "call_module":
-                result.setdefault(node.target, []).append(node)
-        return result
-
-
-def scope_of(node: fx.Node) -> Scope:
-    """The stack of enclosing (block path, call number), innermost last."""
-    return cast(Scope, node.meta["scope"])
-
-
-def plain_name(function: Any) -> str:
-    """A function's name without what marks it as in-place or as an operator: __iadd__, add_ and add are "add"."""
-    name = getattr(function, "__name__", str(function))
-    if name == "__get__":
-        name = getattr(getattr(function, "__self__", None), "__name__", name)
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-        if name[:1] in "ir" and name[1:] in ("add", "sub", "mul", "truediv", "matmul", "pow", "and", "or"):
-            name = name[1:]
-    return name.rstrip("_") or name
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's call is one node: torch's own layers, their subclasses, activations, scripted modules."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return False
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    if type(module).__module__.startswith("torch.nn."):
-        return not isinstance(module, (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)) or bool(
-            module._parameters
-        )
-    leaf_bases = (
-        nn.modules.conv._ConvNd,
-        nn.Linear,
-        nn.modules.batchnorm._NormBase,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.Embedding,
-        nn.Identity,
-    )
-    if isinstance(module, leaf_bases):
-        return True
-    if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
-        return True
-    name = type(module).__name__
-    if name.startswith(("FrozenBatchNorm", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
-        return True
-    return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
-
-
-@contextlib.contextmanager
-def frozen_flags(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without calling ``train()`` (which a model may have overridden), flags put back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def visit(item: Any) -> None:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, Mapping):
-            for each in item.values():
-                visit(each)
-        elif isinstance(item, (tuple, list)):
-            for each in item:
-                visit(each)
-
-    visit(value)
-    return found
-
-
-def specs(value: Any) -> Any:
-    """``value`` with every tensor replaced by its ``TensorSpec``; mappings become dicts."""
-    if isinstance(value, Tensor):
-        return TensorSpec(tuple(value.shape), value.dtype)
-    if isinstance(value, Mapping):
-        return {key: specs(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(specs(item) for item in value)
-    if isinstance(value, list):
-        return [specs(item) for item in value]
-    return value
+__all__ = ["record"]
 
 
 class _Recorder(TorchFunctionMode):
@@ -244,7 +79,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(result, Tensor):
             self.bind(result, node)
             return
-        for position, tensor in enumerate(_tensors(result)):
+        for position, tensor in enumerate(tensors_in(result)):
             item = self.graph.create_node("call_function", _item, (node, position), {})
             self.bind(tensor, self._finish(item, specs(tensor)))
 
@@ -261,7 +96,7 @@ class _Recorder(TorchFunctionMode):
             node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(args[0]))
             self.bind(args[0], node)
             self._event("function", name, node)
-        elif _tensors(result):
+        elif tensors_in(result):
             node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(result))
             self._bind_result(node, result)
             self._event("function", name, node)
@@ -297,12 +132,12 @@ class _Recorder(TorchFunctionMode):
 
 def _item(values: Any, position: int) -> Any:
     """The ``position``-th tensor of a function's or layer's results."""
-    return _tensors(values)[position]
+    return tensors_in(values)[position]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Recorder, Any]:
     recorder = _Recorder(model)
-    for number, tensor in enumerate(_tensors([args, kwargs])):
+    for number, tensor in enumerate(tensors_in([args, kwargs])):
         recorder.placeholder(tensor, f"input_{number}")
     original = nn.Module.__call__
 
@@ -315,7 +150,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             output = model(*args, **kwargs)
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
-    outputs = [recorder.node_of(tensor) for tensor in _tensors(output)]
+    outputs = [recorder.node_of(tensor) for tensor in tensors_in(output)]
     node = recorder.graph.output(tuple(outputs))
     node.meta.update(spec=None, scope=())
     return recorder, output

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from bidensify.rewrite.flow import Flow
-from bidensify.rewrite.record import Scope, scope_of
+from bidensify.rewrite.recorded import Scope, scope_of
 
 if TYPE_CHECKING:
     from bidensify.rewrite.planner import Planner

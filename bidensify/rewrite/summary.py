@@ -11,7 +11,8 @@ from torch import nn
 
 from bidensify.nn import BinaryLayer
 from bidensify.rewrite.flow import macs_of
-from bidensify.rewrite.record import TensorSpec, record
+from bidensify.rewrite.record import record
+from bidensify.rewrite.recorded import TensorSpec
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,8 @@ from networks import Net
 from torch import Tensor, nn
 
 from bidensify.errors import PlanError
-from bidensify.rewrite.record import TensorSpec, record
+from bidensify.rewrite.record import record
+from bidensify.rewrite.recorded import TensorSpec
 
 
 def state_of(model: nn.Module) -> tuple[object, ...]:

@@ -1,0 +1,138 @@
+"""Activations beside binary layers: into the layer that they follow, else exchanged at their own place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from bidensify.methods import get_method
+from bidensify.rewrite.plan import ActivationPlan
+from bidensify.rewrite.recorded import scope_of
+
+if TYPE_CHECKING:
+    from bidensify.rewrite.planner import Planner
+
+__all__ = ["plan_activations"]
+
+
+def plan_activations(planner: Planner) -> None:
+    """ReLU-like activations beside binary layers: into the layer where they follow it, else at their own place."""
+    sites: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in planner.record.graph.nodes:
+        if planner.flow.is_activation(node):
+            sites[str(node.target) if node.op == "call_module" else f"\0{id(node)}"].append(node)
+    for key, nodes in sites.items():
+        shared = key.startswith("\0") or len(nodes) > 1
+        behind = [_layer_before(planner, node) for node in nodes]
+        first = behind[0]
+        alone = not key.startswith("\0") and all(each == first for each in behind)
+        if first is not None and alone and len(nodes) == len(planner.nodes[first]) and planner.layers[first].activation:
+            # One module behind one layer: its work moves into the layer.
+            planner.absorbed_activations.add(first)
+            planner.activations[key] = ActivationPlan(key, "absorbed")
+            continue
+        for node, layer_path in zip(nodes, behind):
+            _plan_site(planner, node, layer_path, key, shared)
+
+
+def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, key: str, shared: bool) -> None:
+    channels, dim, method = _activation_of(planner, node, layer_path)
+    if not channels:
+        return
+    if not shared:
+        planner.activations[key] = ActivationPlan(key, "replace", channels, dim, method)
+        return
+    site = planner.site(node)
+    if site is None:
+        where = scope_of(node)[-1][0] if scope_of(node) else ""
+        planner.note(
+            f"{where or 'the network'}: the activation {planner.flow.name(node)} is shared or functional and stays as "
+            "it is, since the code around it could not be edited"
+        )
+        return
+    path, event = site
+    if event in planner.edits[path]:
+        return
+    if layer_path is not None and planner.layers[layer_path].activation and _folds(planner, node, layer_path):
+        planner.absorbed_activations.add(layer_path)
+        planner.edit(path, event, "forward")
+        planner.edit_notes[path].append(f"the activation behind {layer_path} moves into it")
+        planner.layers[layer_path] = replace(planner.layers[layer_path], way="block")
+        return
+    name = f"activation_{event}"
+    planner.modules[path][name] = (channels, dim, method)
+    planner.edit(path, event, "module", module=name)
+    planner.edit_notes[path].append(f"the activation at step {event} becomes {name}")
+
+
+def _folds(planner: Planner, node: fx.Node, layer_path: str) -> bool:
+    """Whether every call of the layer is followed by this very step of the block."""
+    return {_layer_before(planner, other) for other in planner.siblings(node)} == {layer_path} and len(
+        planner.siblings(node)
+    ) == len(planner.nodes[layer_path])
+
+
+def _layer_before(planner: Planner, node: fx.Node) -> str | None:
+    """The binary layer whose output goes to this activation and nowhere else."""
+    current = planner.flow.data_input(node)
+    child = node
+    while current is not None and planner.flow.only_user(current) is child:
+        layer = planner.binary(current)
+        if layer is not None:
+            return layer.path
+        if current in planner.removed:
+            child, current = current, planner.removed[current]
+        elif planner.is_absorbed_norm(current) or isinstance(planner.flow.module(current), nn.Identity):
+            norm = planner.record.modules.get(str(current.target))
+            inner = getattr(norm, "act", None)
+            if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+                return None
+            child, current = current, planner.flow.data_input(current)
+        elif current in planner.absorbed_scales:
+            child, current = current, planner.flow.data_input(current)
+        else:
+            return None
+    return None
+
+
+def _activation_of(planner: Planner, node: fx.Node, layer_path: str | None) -> tuple[int, int, str]:
+    """(channels, dim, method) of what replaces an activation; channels 0: it is beside no binary layer."""
+    if planner.config.activation == "keep":
+        return 0, 1, ""
+    method = planner.config.method
+    if layer_path is not None:
+        if not planner.layers[layer_path].activation:
+            return 0, 1, ""
+        method = planner.layers[layer_path].method
+    elif not _beside_binary(planner, node):
+        return 0, 1, ""
+    if get_method(method).activation is None:
+        return 0, 1, ""
+    shape = planner.flow.shape(node)
+    if shape is None or len(shape) < 3:
+        return 0, 1, ""
+    last = planner.flow.channels_last(node)
+    return (shape[-1] if last else shape[1]), (-1 if last else 1), method
+
+
+def _beside_binary(planner: Planner, node: fx.Node) -> bool:
+    def is_binary(item: fx.Node) -> bool:
+        return planner.binary(item) is not None
+
+    ahead = planner.flow.forward_until(node, is_binary, lambda n: not planner.flow.is_layer(n) and n.op != "output")
+    if any(True for _ in ahead):
+        return True
+    stack, seen = list(planner.flow.tensors(node)), set()
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        if is_binary(item):
+            return True
+        if not planner.flow.is_layer(item):
+            stack.extend(planner.flow.tensors(item))
+    return False

@@ -1,0 +1,62 @@
+"""Which modules are one step of a record, and how their flags are held still while a network runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+__all__ = ["frozen_flags", "is_leaf"]
+
+_ACTIVATION_NAMES = re.compile(
+    r"^(?:Fast|Quick|New|ClippedG|GELUT|)"
+    r"(ReLU6?|LeakyReLU|PReLU|RReLU|SiLU|Swish|GELU|Hardswish|HardSwish|Mish|HardMish|ELU|CELU|SELU|Softplus|"
+    r"Sigmoid|Hardsigmoid|HardSigmoid|Tanh|Hardtanh|Softmax|Softmax2d)"
+    r"(?:Me|Jit|JitMe|Activation|Tanh)*$",
+    re.IGNORECASE,
+)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module's call is one node: torch's own layers, their subclasses, activations, scripted modules."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if type(module).__module__.startswith("torch.nn."):
+        return not isinstance(module, (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)) or bool(
+            module._parameters
+        )
+    leaf_bases = (
+        nn.modules.conv._ConvNd,
+        nn.Linear,
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.Embedding,
+        nn.Identity,
+    )
+    if isinstance(module, leaf_bases):
+        return True
+    if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
+        return True
+    name = type(module).__name__
+    if name.startswith(("FrozenBatchNorm", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
+        return True
+    return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
+
+
+@contextlib.contextmanager
+def frozen_flags(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without calling ``train()`` (which a model may have overridden), flags put back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,127 @@
+"""What a record holds: the graph of one run, the calls of every block, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["Call", "Event", "Record", "Scope", "TensorSpec", "plain_name", "scope_of", "specs", "tensors_in"]
+
+Scope = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that was seen."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step that a module's own ``forward`` made: a child's call, or a function that gave a tensor.
+
+    Attributes:
+        kind: "module" or "function".
+        name: the child's path, or the function's plain name ("add" for add, add_, __iadd__).
+        node: the graph's node (None for a child that is itself a block).
+    """
+
+    kind: str
+    name: str
+    node: fx.Node | None
+
+
+@dataclass
+class Call:
+    """One call of a block: its arguments with tensors replaced by ``TensorSpec``, and what its forward did."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """What one run did.
+
+    Attributes:
+        graph: nodes call_module (target: path), call_function, get_attr (a parameter or buffer used directly),
+            placeholder (inputs and constants), output. ``meta``: "spec" (TensorSpec or None), "scope" (the stack of
+            enclosing blocks with call numbers), "event" (position in the innermost block's events).
+        calls: block path -> its calls.
+        modules: path -> module, each module once under its first path.
+        aliases: first path -> every other path of the same module.
+        inputs: the example inputs as text.
+        output: the output's structure with TensorSpecs in it.
+    """
+
+    graph: fx.Graph
+    calls: dict[str, list[Call]]
+    modules: dict[str, nn.Module]
+    aliases: dict[str, list[str]]
+    inputs: Any
+    inputs_text: str
+    output: Any
+    fake: bool
+
+    def module_nodes(self) -> dict[str, list[fx.Node]]:
+        """Path -> the nodes of its calls, in order."""
+        result: dict[str, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                result.setdefault(node.target, []).append(node)
+        return result
+
+
+def scope_of(node: fx.Node) -> Scope:
+    """The stack of enclosing (block path, call number), innermost last."""
+    return cast(Scope, node.meta["scope"])
+
+
+def plain_name(function: Any) -> str:
+    """A function's name without what marks it as in-place or as an operator: __iadd__, add_ and add are "add"."""
+    name = getattr(function, "__name__", str(function))
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+        if name[:1] in "ir" and name[1:] in ("add", "sub", "mul", "truediv", "matmul", "pow", "and", "or"):
+            name = name[1:]
+    return name.rstrip("_") or name
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            for each in item.values():
+                visit(each)
+        elif isinstance(item, (tuple, list)):
+            for each in item:
+                visit(each)
+
+    visit(value)
+    return found
+
+
+def specs(value: Any) -> Any:
+    """``value`` with every tensor replaced by its ``TensorSpec``; mappings become dicts."""
+    if isinstance(value, Tensor):
+        return TensorSpec(tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return {key: specs(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(specs(item) for item in value)
+    if isinstance(value, list):
+        return [specs(item) for item in value]
+    return value
