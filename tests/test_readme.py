@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify.cli import deploy, models, runs, study  # noqa: F401  (they register the commands)
+from bidensify.cli import bench, deploy, models, runs, study  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command of README small enough for a test.
 SMALL = {
     "demo": ["--quick"],
+    "bench": ["--size", "64", "64", "--seconds", "0.02"],
     "finetune": [
         "--quiet",
         *(part for value in (
@@ -58,7 +59,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("segmentation_models_pytorch")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     ran = []
     for line in commands():
@@ -70,7 +72,9 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             result = CliRunner().invoke(app, [*words[1:], *SMALL.get(words[1], [])])
             assert result.exit_code == 0, (part, result.output[-2000:], result.exception)
             ran.append(words[1])
-    assert {"demo", "plan", "convert", "finetune", "evaluate", "pack", "compare"} <= set(ran)
+    assert {"demo", "plan", "convert", "finetune", "evaluate", "predict", "pack", "bench", "export", "compare"} <= set(
+        ran
+    )
     assert (tmp_path / "runs" / "demo" / "report.html").is_file()
     assert (tmp_path / "comparison.html").is_file()
 

@@ -10,6 +10,8 @@ from bidensify.runtime.spec import LayerSpec
 __all__ = ["bits_from_signs", "signs_from_bits", "signs_from_tiles", "tiles_from_bits"]
 
 _SHIFTS32 = torch.arange(32, dtype=torch.int32)
+# Masks in place of shifts: ONNX has no right shift of signed integers.
+_MASKS32 = torch.ones(32, dtype=torch.int32) << _SHIFTS32
 
 
 def bits_from_signs(signs: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def tiles_from_bits(bits: Tensor, spec: LayerSpec) -> Tensor:
 
 def signs_from_tiles(tiles: Tensor, spec: LayerSpec) -> Tensor:
     """The inverse of ``tiles_from_bits``: (C_out, C_in / groups, kh, kw) float32 of -1 and +1."""
-    flags = (tiles.unsqueeze(-1) >> _SHIFTS32.to(tiles.device)) & 1
+    flags = (tiles.unsqueeze(-1) & _MASKS32.to(tiles.device)) != 0
     out, per_group, kh, kw = spec.weight_shape
     if spec.depthwise:
         flags = flags.flatten(2)[..., :out].permute(2, 0, 1)
@@ -68,4 +70,4 @@ def signs_from_tiles(tiles: Tensor, spec: LayerSpec) -> Tensor:
         groups, count, _, _, words, lanes = spec.tiles_shape
         flags = flags.permute(0, 1, 5, 4, 6, 2, 3).reshape(groups, count * lanes, words * 32, kh, kw)
         flags = flags[:, : out // groups, :per_group]
-    return (flags.to(torch.float32) * 2 - 1).reshape(spec.weight_shape)
+    return torch.where(flags, 1.0, -1.0).reshape(spec.weight_shape)

@@ -13,7 +13,7 @@ from bidensify.runtime import native
 from bidensify.runtime.reference import packed_reference
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["KERNELS", "check_kernel"]
+__all__ = ["KERNELS", "check_kernel", "reference_operator"]
 
 KERNELS = ("auto", "reference", "portable", "avx2", "avx512", "neon")
 
@@ -34,7 +34,7 @@ def check_kernel(kernel: str) -> str:
     return kernel
 
 
-def _reference(
+def reference_operator(
     x: Tensor,
     tiles: Tensor,
     side: Tensor,
@@ -44,6 +44,7 @@ def _reference(
     residual: Tensor | None,
     kernel: str,
 ) -> Tensor:
+    """The operator in plain PyTorch, channels_last: on devices without kernels, and as its decomposition for export."""
     y = packed_reference(x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -60,7 +61,7 @@ def _cpu(
 ) -> Tensor:
     tier = native.tier(kernel)
     if tier is None or x.dtype not in (torch.float32, torch.bfloat16):
-        return _reference(x, tiles, side, spec, thresholds, levels, residual, kernel)
+        return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
     return native.run(tier, x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
 
 
@@ -87,7 +88,7 @@ def _fake(
 _library: Any = torch.library.Library("bidensify", "DEF")  # type: ignore[no-untyped-call]
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("packed_conv2d", _cpu, "CPU")
-_library.impl("packed_conv2d", _reference, "CUDA")
+_library.impl("packed_conv2d", reference_operator, "CUDA")
 for _key in ("MPS", "XPU"):
-    _library.impl("packed_conv2d", _reference, _key)
+    _library.impl("packed_conv2d", reference_operator, _key)
 torch.library.register_fake("bidensify::packed_conv2d", _fake, lib=_library)
