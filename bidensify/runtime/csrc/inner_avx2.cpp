@@ -54,21 +54,31 @@ const Tables kTables;
 
 // Word t of a 32-channel tile becomes eight rows of 32 bytes: the low and the high pieces of byte j of each channel's word,
 // apart, as the lookup takes them.
-void arrange(const uint32_t* tiles, int64_t groups, int64_t count, int64_t depth, uint32_t* out) {
-  uint8_t* to = (uint8_t*)out;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t pair = 0; pair < (count + 1) / 2; ++pair) {
-      const uint32_t* first = tiles + (g * count + 2 * pair) * depth * kLanes;
-      const uint32_t* second = 2 * pair + 1 < count ? first + depth * kLanes : nullptr;
-      for (int64_t t = 0; t < depth; ++t, to += 8 * kTile)
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t* from = half ? second : first;
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const uint32_t word = from ? from[t * kLanes + lane] : 0;
-            for (int j = 0; j < 8; ++j) to[j * kTile + half * kLanes + lane] = (uint8_t)(word >> (4 * j) & 15);
-          }
-        }
+void arrange(const uint32_t* tiles, int64_t count, int64_t depth, int64_t first, int64_t last, uint32_t* out) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i piece = _mm256_set1_epi8(15);
+  const int64_t pairs = (count + 1) / 2;
+  for (int64_t at = first; at < last; ++at) {
+    const int64_t pair = at / depth % pairs;
+    const uint32_t* even = tiles + ((at / depth / pairs * count + 2 * pair) * depth + at % depth) * kLanes;
+    const uint32_t* odd = 2 * pair + 1 < count ? even + depth * kLanes : nullptr;
+    // Four words of either tile, their bytes sorted: then a transposition of 4 x 4 groups of bytes in each half.
+    __m256i v[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m128i low = _mm_loadu_si128((const __m128i*)(even + 4 * i));
+      const __m128i high = odd ? _mm_loadu_si128((const __m128i*)(odd + 4 * i)) : _mm_setzero_si128();
+      v[i] = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), bytes);
     }
+    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+    const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    const __m256i rows[4] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b), _mm256_unpacklo_epi64(c, d),
+                             _mm256_unpackhi_epi64(c, d)};
+    __m256i* to = (__m256i*)(out + at * 2 * kTile);
+    for (int j = 0; j < 4; ++j) {
+      _mm256_storeu_si256(to + 2 * j, _mm256_and_si256(rows[j], piece));
+      _mm256_storeu_si256(to + 2 * j + 1, _mm256_and_si256(_mm256_srli_epi16(rows[j], 4), piece));
+    }
+  }
 }
 
 inline void widen_to(uint16_t* half, __m256i bytes) {

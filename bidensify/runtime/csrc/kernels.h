@@ -43,8 +43,9 @@ struct Inner {
   int max_pixels, max_tiles;
   int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
   int stride;  // 32-bit words that one activation word meets per tile, as gemm reads them
-  // Rearranges 16-lane tiles (groups, tiles, depth words, 16) to what gemm reads, or null where that is the same.
-  void (*arrange)(const uint32_t* tiles, int64_t groups, int64_t tiles_per_group, int64_t depth, uint32_t* out);
+  // Rearranges 16-lane tiles (groups, tiles_per_group, depth words, 16) to what gemm reads, or null where that is the same:
+  // words first..last-1, counted through (groups, tiles of `lanes` channels, depth).
+  void (*arrange)(const uint32_t* tiles, int64_t tiles_per_group, int64_t depth, int64_t first, int64_t last, uint32_t* out);
   // acc[c] += sum over pixels of x[pixel][c], x dense.
   void (*sum)(const void* x, int dtype, int64_t pixels, int64_t c, float* acc);
   // Words of (x >= beta) for one pixel row segment; returns the sum of |x - beta| where asked.

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "pool.h"
+#include "phases.h"
 #include "scratch.h"
 
 namespace bd {
@@ -13,6 +13,10 @@ namespace {
 // Samples are taken together until their input fills about this much of the cache.
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kPointwiseRow = 64;
+// What one unit of the first passes reads: small beside a core's second-level cache, where the next pass looks for it.
+constexpr int64_t kPartBytes = 128 << 10;
+constexpr int64_t kMostParts = 256;
+constexpr int64_t kArrangeUnits = 16;
 
 // Of the thread that called: words, thresholds, scales, for the length of one call.
 thread_local Buffer shared_buffer;
@@ -54,8 +58,10 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
   direct_ = a_.bypass == BD_BYPASS_INDEX && (whole_up || whole_down);
   buffered_ = (a_.bypass != BD_BYPASS_NONE && !direct_) || a_.residual != nullptr || middle;
 
-  parts_ = std::max<int64_t>(1, std::min<int64_t>({16, a_.h, a_.h * a_.w / 128}));
-  if (pointwise_) parts_ = std::max<int64_t>(1, std::min<int64_t>(16, a_.h * a_.w / 128));
+  // The same for any number of threads: sums run within parts and then over them.
+  const int64_t in_pixels = a_.h * a_.w, wanted = in_pixels * a_.cin * element_ / kPartBytes;
+  parts_ = std::min({std::min(std::max<int64_t>(wanted, 16), kMostParts), in_pixels / 64, pointwise_ ? in_pixels : a_.h});
+  parts_ = std::max<int64_t>(parts_, 1);
 
   plane_ = phase_length_ = 0;
   if (a_.depthwise) {
@@ -103,9 +109,42 @@ int64_t Layer::part_start(int64_t part) const {
 }
 
 void Layer::run() {
-  const int64_t sample_pixels = a_.h * a_.w;
-  const int64_t group = std::max<int64_t>(1, std::min(a_.n, kGroupBytes / (sample_pixels * a_.cin * element_ + 1)));
-  const int64_t sample_words = a_.depthwise ? a_.h * words_ * plane_ : sample_pixels * row_words_;
+  const int64_t sample_bytes = a_.h * a_.w * a_.cin * element_;
+  const int64_t group = std::max<int64_t>(1, std::min(a_.n, kGroupBytes / (sample_bytes + 1)));
+  allocate(group);
+  // The passes over x go to and fro: each begins with what the one before read last. So do layers: the end of this one's
+  // last pass is what the next layer reads first.
+  static thread_local bool flip = false;
+  const int64_t rows_per_unit = std::max<int64_t>(1, std::min(a_.n, group) * rows_ / (8 * (int64_t)a_.threads));
+  std::vector<Phase> phases;
+  for (base_ = 0; base_ < a_.n; base_ += group) {
+    const int64_t first = base_, n = std::min(group, a_.n - first), rows = n * rows_;
+    phases.clear();
+    if (arranged_ != nullptr && first == 0) {
+      const int64_t tiles = (out_group_ + kLanes - 1) / kLanes, depth = (int64_t)a_.kh * a_.kw * words_;
+      const int64_t all = a_.groups * tiles_ * depth, units = std::min(all, kArrangeUnits);
+      phases.push_back({units, [=](int64_t u) {
+                          inner_.arrange(a_.tiles, tiles, depth, all * u / units, all * (u + 1) / units, arranged_);
+                        }, nullptr, false});
+    }
+    if (a_.k != nullptr) {
+      phases.push_back({n * parts_, [=](int64_t u) { sum_part(first, u); }, [=] { threshold(first, n); }, flip});
+      flip = !flip;
+    } else {
+      threshold(first, n);
+    }
+    phases.push_back({n * parts_, [=](int64_t u) { pack_part(first + u / parts_, u % parts_); }, [=] { scale(first, n); }, flip});
+    flip = !flip;
+    phases.push_back({(rows + rows_per_unit - 1) / rows_per_unit, [=](int64_t u) {
+                        convolve(first, u * rows_per_unit, std::min(rows, (u + 1) * rows_per_unit));
+                      }, nullptr, flip});
+    flip = !flip;
+    run_phases(a_.threads, phases);
+  }
+}
+
+void Layer::allocate(int64_t group) {
+  const int64_t sample_words = a_.depthwise ? a_.h * words_ * plane_ : a_.h * a_.w * row_words_;
   size_t at = 0;
   auto take = [&at](int64_t bytes) {
     const size_t start = at;
@@ -116,9 +155,8 @@ void Layer::run() {
   const size_t partial = take(group * parts_ * a_.cin * 8 + 64);
   const size_t distances = take(group * parts_ * 8);
   const size_t bits = take(group * sample_words * 4 + 64);
-  const int64_t depth = (int64_t)a_.kh * a_.kw * words_;
   const bool arranged = inner_.arrange != nullptr && !a_.depthwise;
-  const size_t weights = take(arranged ? a_.groups * tiles_ * depth * stride_ * 4 : 0);
+  const size_t weights = take(arranged ? a_.groups * tiles_ * a_.kh * a_.kw * words_ * stride_ * 4 : 0);
   char* memory = shared_buffer.get(at);
   beta_ = reinterpret_cast<float*>(memory + beta);
   scale_ = reinterpret_cast<float*>(memory + scale);
@@ -126,49 +164,38 @@ void Layer::run() {
   partial_ = reinterpret_cast<double*>(memory + partial);
   distances_ = reinterpret_cast<double*>(memory + distances);
   bits_ = reinterpret_cast<uint32_t*>(memory + bits);
-  if (arranged) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(memory + weights);
-    inner_.arrange(a_.tiles, a_.groups, (out_group_ + kLanes - 1) / kLanes, depth, to);
-    weights_ = to;
-  }
-  for (base_ = 0; base_ < a_.n; base_ += group) {
-    const int64_t n = std::min(group, a_.n - base_);
-    threshold(base_, n);
-    pack(base_, n);
-    this->scale(base_, n);
-    convolve(base_, n);
-  }
+  if (arranged) weights_ = arranged_ = reinterpret_cast<uint32_t*>(memory + weights);
 }
 
-void Layer::convolve(int64_t first, int64_t n) {
-  const int64_t chunk = std::max<int64_t>(1, n * rows_ / (8 * (int64_t)a_.threads));
-  const int64_t rows = n * rows_;
-  auto unit = [&](int64_t u) {
-    Scratch s;
-    size_t at = 0;
-    auto take = [&at](int64_t bytes) {
-      const size_t start = at;
-      at += (size_t)round_up(bytes, 64);
-      return start;
-    };
-    const size_t buffer = take(buffered_ ? row_pixels_ * a_.cout * 4 + 64 : 0);
-    const size_t pixel = take(cin_padded_ * 4), source = take(row_pixels_ * (int64_t)sizeof(void*));
-    const size_t kvalid = take((row_pixels_ + kLanes) * 4);
-    char* memory = row_buffer.get(at);
-    s.buffer = buffered_ ? reinterpret_cast<float*>(memory + buffer) : nullptr;
-    s.pixel = reinterpret_cast<float*>(memory + pixel);
-    s.source = reinterpret_cast<const void**>(memory + source);
-    s.kvalid = reinterpret_cast<int32_t*>(memory + kvalid);
-    for (int64_t r = u * chunk; r < std::min(rows, (u + 1) * chunk); ++r) {
-      const int64_t sample = first + r / rows_;
-      if (a_.depthwise) {
-        depthwise_row(sample, r % rows_, s);
-      } else {
-        row(sample, r % rows_, s);
-      }
-    }
+Layer::Scratch Layer::scratch() const {
+  Scratch s;
+  size_t at = 0;
+  auto take = [&at](int64_t bytes) {
+    const size_t start = at;
+    at += (size_t)round_up(bytes, 64);
+    return start;
   };
-  parallel_for(a_.threads, (rows + chunk - 1) / chunk, unit);
+  const size_t buffer = take(buffered_ ? row_pixels_ * a_.cout * 4 + 64 : 0);
+  const size_t pixel = take(cin_padded_ * 4), source = take(row_pixels_ * (int64_t)sizeof(void*));
+  const size_t kvalid = take((row_pixels_ + kLanes) * 4);
+  char* memory = row_buffer.get(at);
+  s.buffer = buffered_ ? reinterpret_cast<float*>(memory + buffer) : nullptr;
+  s.pixel = reinterpret_cast<float*>(memory + pixel);
+  s.source = reinterpret_cast<const void**>(memory + source);
+  s.kvalid = reinterpret_cast<int32_t*>(memory + kvalid);
+  return s;
+}
+
+// Output rows begin..end-1, counted through the samples from `first` on.
+void Layer::convolve(int64_t first, int64_t begin, int64_t end) {
+  Scratch s = scratch();
+  for (int64_t r = begin; r < end; ++r) {
+    if (a_.depthwise) {
+      depthwise_row(first + r / rows_, r % rows_, s);
+    } else {
+      row(first + r / rows_, r % rows_, s);
+    }
+  }
 }
 
 void Layer::fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const {

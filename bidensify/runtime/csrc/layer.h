@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "phases.h"
 #include "plan.h"
 
 namespace bd {
@@ -18,11 +19,13 @@ class Layer {
 
  private:
   struct Scratch;
+  void allocate(int64_t group);
+  void sum_part(int64_t first, int64_t u);
   void threshold(int64_t first, int64_t n);
-  void pack(int64_t first, int64_t n);
-  void pack_rows(int64_t sample, int64_t part);
+  void pack_part(int64_t sample, int64_t part);
   void scale(int64_t first, int64_t n);
-  void convolve(int64_t first, int64_t n);
+  Scratch scratch() const;
+  void convolve(int64_t first, int64_t begin, int64_t end);
   void row(int64_t sample, int64_t r, Scratch& s);
   void fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
              int block) const;
@@ -41,6 +44,7 @@ class Layer {
   int64_t element_;
   int64_t in_group_, out_group_, lanes_, stride_, tiles_, words_, row_words_;
   const uint32_t* weights_;
+  uint32_t* arranged_ = nullptr;  // room for the weights as gemm reads them, where that differs
   std::vector<char> inside_;  // depthwise: per output column block, whether every tap is inside
   int64_t parts_;
   int64_t cin_padded_, cout_padded_;

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "layer.h"
-#include "pool.h"
 #include "scratch.h"
 
 namespace bd {
@@ -25,32 +24,30 @@ float round_to(float v, int dtype) {
 
 }  // namespace
 
-void Layer::threshold(int64_t first, int64_t n) {
-  const int64_t pixels = a_.h * a_.w;
-  if (a_.k != nullptr) {
-    auto unit = [&](int64_t u) {
-      const int64_t sample = first + u / parts_, part = u % parts_;
-      double* total = partial_ + u * a_.cin;
-      float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
-      for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
-      const int64_t end = part_start(part + 1);
-      for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
-        memset(acc, 0, (size_t)a_.cin * 4);
-        inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
-        for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
-      }
-    };
-    parallel_for(a_.threads, n * parts_, unit);
+void Layer::sum_part(int64_t first, int64_t u) {
+  const int64_t sample = first + u / parts_, part = u % parts_;
+  double* total = partial_ + u * a_.cin;
+  float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
+  for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
+  const int64_t end = part_start(part + 1);
+  for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
+    memset(acc, 0, (size_t)a_.cin * 4);
+    inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
+    for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
   }
+}
+
+void Layer::threshold(int64_t first, int64_t n) {
+  const double pixels = (double)(a_.h * a_.w);
   for (int64_t s = 0; s < n; ++s) {
     float* beta = beta_ + s * cin_padded_;
+    double* total = partial_ + s * parts_ * a_.cin;
+    if (a_.k)
+      for (int64_t part = 1; part < parts_; ++part)
+        for (int64_t c = 0; c < a_.cin; ++c) total[c] += total[part * a_.cin + c];
     for (int64_t c = 0; c < a_.cin; ++c) {
       float v = a_.thresholds ? a_.thresholds[(first + s) * a_.cin + c] : 0.0f;
-      if (a_.k) {
-        double total = 0;
-        for (int64_t part = 0; part < parts_; ++part) total += partial_[(s * parts_ + part) * a_.cin + c];
-        v = a_.k[c] * (float)(total / (double)pixels);
-      }
+      if (a_.k) v = a_.k[c] * (float)(total[c] / pixels);
       if (a_.b) v = v + a_.b[c];
       beta[c] = round_to(v, a_.dtype);
     }
@@ -58,7 +55,7 @@ void Layer::threshold(int64_t first, int64_t n) {
   }
 }
 
-void Layer::pack_rows(int64_t sample, int64_t part) {
+void Layer::pack_part(int64_t sample, int64_t part) {
   const int64_t s = sample - base_;
   const float* beta = beta_ + s * cin_padded_;
   const int64_t start = part_start(part), end = part_start(part + 1);
@@ -78,11 +75,6 @@ void Layer::pack_rows(int64_t sample, int64_t part) {
                                 distance_);
   }
   distances_[s * parts_ + part] = distance;
-}
-
-void Layer::pack(int64_t first, int64_t n) {
-  auto unit = [&](int64_t u) { pack_rows(first + u / parts_, u % parts_); };
-  parallel_for(a_.threads, n * parts_, unit);
 }
 
 void Layer::scale(int64_t first, int64_t n) {

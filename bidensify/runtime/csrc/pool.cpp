@@ -8,20 +8,8 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace bd {
 namespace {
-
-inline void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // Layers follow one another within microseconds: a worker looks for the next job for about that long, then sleeps, so
 // that it takes no core from torch's own threads.
@@ -29,7 +17,7 @@ constexpr int kSpins = 2000;
 
 class Pool {
  public:
-  void run(int threads, int64_t units, Task task, void* context) {
+  void run(int threads, Body body, void* context) {
     const int helpers = threads - 1;
     while ((int)workers_.size() < helpers) {
       const int index = (int)workers_.size();
@@ -37,11 +25,9 @@ class Pool {
       workers_.emplace_back([this, index, seen] { work(index, seen); });
       workers_.back().detach();
     }
-    task_ = task;
+    body_ = body;
     context_ = context;
-    units_ = units;
     helpers_ = helpers;
-    next_.store(0, std::memory_order_relaxed);
     // Every worker reports each generation, also those that have no part in it: none may see the next job's fields early.
     pending_.store((int)workers_.size(), std::memory_order_relaxed);
     {
@@ -49,7 +35,7 @@ class Pool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     if (sleeping_.load() > 0) wake_.notify_all();
-    take();
+    body(context);
     int spins = 0;
     while (pending_.load(std::memory_order_acquire) != 0) {
       relax();
@@ -58,14 +44,6 @@ class Pool {
   }
 
  private:
-  void take() {
-    for (;;) {
-      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-      if (unit >= units_) return;
-      task_(context_, unit);
-    }
-  }
-
   void work(int index, uint64_t seen) {
     for (;;) {
       int spins = 0;
@@ -77,7 +55,7 @@ class Pool {
         sleeping_.fetch_sub(1);
       }
       ++seen;
-      if (index < helpers_) take();
+      if (index < helpers_) body_(context_);
       pending_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -88,10 +66,8 @@ class Pool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> sleeping_{0};
   std::atomic<int> pending_{0};
-  std::atomic<int64_t> next_{0};
-  Task task_ = nullptr;
+  Body body_ = nullptr;
   void* context_ = nullptr;
-  int64_t units_ = 0;
   int helpers_ = 0;
 };
 
@@ -100,40 +76,19 @@ Pool* pool = nullptr;
 pid_t owner = 0;
 std::atomic<Runtime> outside{nullptr};
 
-struct Shared {
-  std::atomic<int64_t> next{0};
-  int64_t units;
-  Task task;
-  void* context;
-};
-
-void share(void* data) {
-  Shared& job = *static_cast<Shared*>(data);
-  for (;;) {
-    const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
-    if (unit >= job.units) return;
-    job.task(job.context, unit);
-  }
-}
-
 }  // namespace
 
 void set_runtime(Runtime runtime) { outside.store(runtime); }
 
-void parallel(int threads, int64_t units, Task task, void* context) {
-  if (threads > units) threads = (int)units;
+void parallel(int threads, Body body, void* context) {
   const Runtime runtime = outside.load(std::memory_order_relaxed);
   if (threads > 1 && runtime != nullptr) {
-    Shared job;
-    job.units = units;
-    job.task = task;
-    job.context = context;
-    runtime(share, &job, (unsigned)threads, 0);
+    runtime(body, context, (unsigned)threads, 0);
     return;
   }
   const bool alone = threads <= 1 || busy.test_and_set(std::memory_order_acquire);
   if (alone) {
-    for (int64_t i = 0; i < units; ++i) task(context, i);
+    body(context);
     return;
   }
   // Threads do not survive a fork: the child starts its own pool (and leaves the parent's untouched, never freed).
@@ -142,10 +97,10 @@ void parallel(int threads, int64_t units, Task task, void* context) {
     owner = getpid();
   }
   try {
-    pool->run(threads, units, task, context);
+    pool->run(threads, body, context);
   } catch (...) {
-    // No thread could be started: the units are idempotent, so all of them run here.
-    for (int64_t i = 0; i < units; ++i) task(context, i);
+    // No thread could be started.
+    body(context);
   }
   busy.clear(std::memory_order_release);
 }

@@ -6,19 +6,22 @@
 
 namespace bd {
 
-typedef void (*Task)(void* context, int64_t unit);
+typedef void (*Body)(void* context);
 
-// Calls task(context, i) for i in 0..units-1 on up to `threads` threads, the caller's among them, and returns when all
-// are done. While another caller has the pool, this one works alone: there are never more threads than one caller asked for.
-void parallel(int threads, int64_t units, Task task, void* context);
+// Calls body(context) on up to `threads` threads at once, the caller's among them, and returns when all are done. There may
+// be fewer: while another caller has the pool, this one works alone, so that there are never more threads than one asked for.
+void parallel(int threads, Body body, void* context);
 
 // GOMP_parallel of an OpenMP runtime, or null for the pool.
 typedef void (*Runtime)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 void set_runtime(Runtime runtime);
 
-template <class F>
-void parallel_for(int threads, int64_t units, F& f) {
-  parallel(threads, units, [](void* c, int64_t i) { (*static_cast<F*>(c))(i); }, &f);
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 }  // namespace bd
