@@ -61,30 +61,41 @@ struct Type<BD_BFLOAT16> {
 
 inline int lanes_at(int64_t c, int64_t at) { return c - at < kLanes ? (int)(c - at) : kLanes; }
 
+// Rows values added as the quad (v0 + v1) + (v2 + v3), a missing one counting as 0.
+template <int Rows>
+inline vf quad(const vf* v) {
+  if (Rows == 1) return v[0];
+  if (Rows == 2) return v[0] + v[1];
+  if (Rows == 3) return (v[0] + v[1]) + v[2];
+  return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+template <int D, int Rows>
+inline void sum_quad(const typename Type<D>::T* x, int64_t c, float* acc) {
+  typedef Type<D> Ty;
+  vf v[Rows];
+  int64_t i = 0;
+  for (; i + kLanes <= c; i += kLanes) {
+    for (int r = 0; r < Rows; ++r) v[r] = Ty::load(x + r * c + i);
+    Memory<vf>::store(acc + i, load_f32(acc + i) + quad<Rows>(v));
+  }
+  if (i < c) {
+    const int n = lanes_at(c, i);
+    for (int r = 0; r < Rows; ++r) v[r] = Ty::load(x + r * c + i, n);
+    Type<BD_FLOAT32>::store(acc + i, Type<BD_FLOAT32>::load(acc + i, n) + quad<Rows>(v), n);
+  }
+}
+
 template <int D>
 void sum_typed(const void* data, int64_t pixels, int64_t c, float* acc) {
-  typedef Type<D> Ty;
-  const typename Ty::T* x = (const typename Ty::T*)data;
+  const typename Type<D>::T* x = (const typename Type<D>::T*)data;
   int64_t p = 0;
-  for (; p + 4 <= pixels; p += 4) {
-    const typename Ty::T *x0 = x + p * c, *x1 = x0 + c, *x2 = x1 + c, *x3 = x2 + c;
-    int64_t i = 0;
-    for (; i + kLanes <= c; i += kLanes) {
-      const vf s = (Ty::load(x0 + i) + Ty::load(x1 + i)) + (Ty::load(x2 + i) + Ty::load(x3 + i));
-      Memory<vf>::store(acc + i, load_f32(acc + i) + s);
-    }
-    if (i < c) {
-      const int n = lanes_at(c, i);
-      const vf s = (Ty::load(x0 + i, n) + Ty::load(x1 + i, n)) + (Ty::load(x2 + i, n) + Ty::load(x3 + i, n));
-      Type<BD_FLOAT32>::store(acc + i, Type<BD_FLOAT32>::load(acc + i, n) + s, n);
-    }
-  }
-  for (; p < pixels; ++p) {
-    const typename Ty::T* x0 = x + p * c;
-    for (int64_t i = 0; i < c; i += kLanes) {
-      const int n = lanes_at(c, i);
-      Type<BD_FLOAT32>::store(acc + i, Type<BD_FLOAT32>::load(acc + i, n) + Ty::load(x0 + i, n), n);
-    }
+  for (; p + 4 <= pixels; p += 4) sum_quad<D, 4>(x + p * c, c, acc);
+  switch (pixels - p) {
+    case 1: return sum_quad<D, 1>(x + p * c, c, acc);
+    case 2: return sum_quad<D, 2>(x + p * c, c, acc);
+    case 3: return sum_quad<D, 3>(x + p * c, c, acc);
+    default: return;
   }
 }
 
@@ -96,64 +107,74 @@ void sum_pixels(const void* x, int dtype, int64_t pixels, int64_t c, float* acc)
   }
 }
 
-inline double lane_sum(vf v) {
-  float t[kLanes];
-  Memory<vf>::store(t, v);
-  double s = 0;
-  for (int i = 0; i < kLanes; ++i) s += t[i];
-  return s;
-}
-
 // Bits of (a >= b), defined by each instruction set.
 inline uint32_t at_least(vf a, vf b);
 
-template <int D, bool Distance>
-double pack_typed(const void* data, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
-                  const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step) {
+// Words of Rows pixels, and the quads of their distances.
+template <int D, bool Distance, int Rows>
+inline void pack_quad(const typename Type<D>::T* x, int64_t x_step, int64_t c, const float* beta, uint32_t* const* out,
+                      int64_t word_step, float* acc) {
   typedef Type<D> Ty;
-  const typename Ty::T* x = (const typename Ty::T*)data;
-  double total = 0;
-  vf d0 = {}, d1 = {};
-  for (int64_t p = 0; p < pixels; ++p) {
-    const typename Ty::T* xp = x + p * x_step;
-    uint32_t* to = out + (pixel_offset ? pixel_offset[p] : p * pixel_step);
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= c; i += 2 * kLanes, to += word_step) {
-      const vf v0 = Ty::load(xp + i), v1 = Ty::load(xp + i + kLanes);
-      const vf b0 = load_f32(beta + i), b1 = load_f32(beta + i + kLanes);
-      *to = at_least(v0, b0) | (at_least(v1, b1) << 16);
+  int64_t i = 0, word = 0;
+  for (; i + 2 * kLanes <= c; i += 2 * kLanes, word += word_step) {
+    const vf b0 = load_f32(beta + i), b1 = load_f32(beta + i + kLanes);
+    vf d0[Rows], d1[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      const vf v0 = Ty::load(x + r * x_step + i), v1 = Ty::load(x + r * x_step + i + kLanes);
+      out[r][word] = at_least(v0, b0) | (at_least(v1, b1) << 16);
       if (Distance) {
-        d0 += absolute(v0 - b0);
-        d1 += absolute(v1 - b1);
+        d0[r] = absolute(v0 - b0);
+        d1[r] = absolute(v1 - b1);
       }
     }
-    if (i < c) {
-      uint32_t word = 0;
-      for (int half = 0; half < 2 && i < c; ++half, i += kLanes) {
-        const int n = lanes_at(c, i);
-        const vf v = Ty::load(xp + i, n), b = Type<BD_FLOAT32>::load(beta + i, n);
-        word |= (at_least(v, b) & (n == kLanes ? 0xffffu : (1u << n) - 1u)) << (16 * half);
-        if (Distance) d0 += absolute(v - b);
-      }
-      *to = word;
-    }
-    if (Distance && (p & 15) == 15) {
-      total += lane_sum(d0 + d1);
-      d0 = vf{};
-      d1 = vf{};
+    if (Distance) {
+      Memory<vf>::store(acc + i, load_f32(acc + i) + quad<Rows>(d0));
+      Memory<vf>::store(acc + i + kLanes, load_f32(acc + i + kLanes) + quad<Rows>(d1));
     }
   }
-  return Distance ? total + lane_sum(d0 + d1) : 0;
+  if (i >= c) return;
+  for (int r = 0; r < Rows; ++r) out[r][word] = 0;
+  for (int half = 0; half < 2 && i < c; ++half, i += kLanes) {
+    const int n = lanes_at(c, i);
+    const uint32_t used = n == kLanes ? 0xffffu : (1u << n) - 1u;
+    const vf b = Type<BD_FLOAT32>::load(beta + i, n);
+    vf d[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      const vf v = Ty::load(x + r * x_step + i, n);
+      out[r][word] |= (at_least(v, b) & used) << (16 * half);
+      if (Distance) d[r] = absolute(v - b);
+    }
+    if (Distance) Memory<vf>::store(acc + i, load_f32(acc + i) + quad<Rows>(d));
+  }
 }
 
-double pack_pixels(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
-                   const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, bool distance) {
-  if (dtype == BD_FLOAT32) {
-    if (distance) return pack_typed<BD_FLOAT32, true>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
-    return pack_typed<BD_FLOAT32, false>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+template <int D, bool Distance>
+void pack_typed(const void* data, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
+                const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, float* acc, double* lanes) {
+  const typename Type<D>::T* x = (const typename Type<D>::T*)data;
+  if (Distance) memset(acc, 0, sizeof(float) * (size_t)(c + kLanes));
+  for (int64_t p = 0; p < pixels; p += 4) {
+    uint32_t* to[4];
+    const int rows = pixels - p < 4 ? (int)(pixels - p) : 4;
+    for (int r = 0; r < rows; ++r) to[r] = out + (pixel_offset ? pixel_offset[p + r] : (p + r) * pixel_step);
+    const typename Type<D>::T* from = x + p * x_step;
+    switch (rows) {
+      case 1: pack_quad<D, Distance, 1>(from, x_step, c, beta, to, word_step, acc); break;
+      case 2: pack_quad<D, Distance, 2>(from, x_step, c, beta, to, word_step, acc); break;
+      case 3: pack_quad<D, Distance, 3>(from, x_step, c, beta, to, word_step, acc); break;
+      default: pack_quad<D, Distance, 4>(from, x_step, c, beta, to, word_step, acc);
+    }
   }
-  if (distance) return pack_typed<BD_BFLOAT16, true>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
-  return pack_typed<BD_BFLOAT16, false>(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step);
+  if (Distance)
+    for (int64_t i = 0; i < c; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += (double)acc[i + lane];
+}
+
+void pack_pixels(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
+                 const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, float* acc, double* lanes) {
+  const auto run = dtype == BD_FLOAT32 ? (acc ? pack_typed<BD_FLOAT32, true> : pack_typed<BD_FLOAT32, false>)
+                                       : (acc ? pack_typed<BD_BFLOAT16, true> : pack_typed<BD_BFLOAT16, false>);
+  run(x, pixels, x_step, c, beta, out, pixel_offset, pixel_step, word_step, acc, lanes);
 }
 
 template <int D, bool Full>

@@ -11,6 +11,9 @@ namespace bd {
 constexpr int kLanes = 16;        // output channels per stored weight tile
 constexpr int kMaxPixels = 16;    // pixels per block that any table asks for
 constexpr int kMaxChannels = 64;  // output channels per block that any table asks for
+// Pixels whose sum is taken in float32, in an order that bidensify/nn/evaluation.py defines; blocks begin at its multiples,
+// and their sums are added in float64, where order no longer shows.
+constexpr int64_t kBlock = 64;
 
 // A stretch of consecutive activation words and the weight words they meet.
 struct Segment {
@@ -46,11 +49,13 @@ struct Inner {
   // Rearranges 16-lane tiles (groups, tiles_per_group, depth words, 16) to what gemm reads, or null where that is the same:
   // words first..last-1, counted through (groups, tiles of `lanes` channels, depth).
   void (*arrange)(const uint32_t* tiles, int64_t tiles_per_group, int64_t depth, int64_t first, int64_t last, uint32_t* out);
-  // acc[c] += sum over pixels of x[pixel][c], x dense.
+  // acc[c] += sum over one block's pixels of x[pixel][c], x dense: quads (x0 + x1) + (x2 + x3) of consecutive pixels, one after
+  // the other. A missing pixel counts as 0.
   void (*sum)(const void* x, int dtype, int64_t pixels, int64_t c, float* acc);
-  // Words of (x >= beta) for one pixel row segment; returns the sum of |x - beta| where asked.
-  double (*pack)(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
-                 const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, bool distance);
+  // Words of (x >= beta) for one block of pixels. With acc (room for c + 16) the block's sums of |x - beta| per channel, in
+  // quads as above, are added to the 16 lanes, channel c to lane c % 16.
+  void (*pack)(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
+               const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, float* acc, double* lanes);
   // counts[p * count_step + v * lanes + lane] = popcount over all segments.
   void (*gemm)(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
                int pixels, int tiles, int32_t* counts, int64_t count_step);

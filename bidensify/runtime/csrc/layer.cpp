@@ -55,13 +55,14 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
   const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
                                               (a_.groups == 1 || a_.depthwise || out_group_ % kMaxChannels == 0));
   const bool whole_down = a_.cout < a_.cin && a_.cin % a_.cout == 0;
-  direct_ = a_.bypass == BD_BYPASS_INDEX && (whole_up || whole_down);
-  buffered_ = (a_.bypass != BD_BYPASS_NONE && !direct_) || a_.residual != nullptr || middle;
+  // What is added before the activation is added up first: several things meet in the buffer.
+  const bool more = a_.residual != nullptr || middle;
+  direct_ = a_.bypass == BD_BYPASS_INDEX && (whole_up || whole_down) && !more;
+  buffered_ = (a_.bypass != BD_BYPASS_NONE && !direct_) || more;
 
-  // The same for any number of threads: sums run within parts and then over them.
+  // Parts are made of whole blocks.
   const int64_t in_pixels = a_.h * a_.w, wanted = in_pixels * a_.cin * element_ / kPartBytes;
-  parts_ = std::min({std::min(std::max<int64_t>(wanted, 16), kMostParts), in_pixels / 64, pointwise_ ? in_pixels : a_.h});
-  parts_ = std::max<int64_t>(parts_, 1);
+  parts_ = std::max<int64_t>(1, std::min(std::min(std::max<int64_t>(wanted, 16), kMostParts), in_pixels / kBlock));
 
   plane_ = phase_length_ = 0;
   if (a_.depthwise) {
@@ -104,8 +105,8 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(in
 }
 
 int64_t Layer::part_start(int64_t part) const {
-  if (pointwise_) return a_.h * a_.w * part / parts_;
-  return a_.h * part / parts_ * a_.w;
+  const int64_t pixels = a_.h * a_.w;
+  return std::min(pixels, (pixels + kBlock - 1) / kBlock * part / parts_ * kBlock);
 }
 
 void Layer::run() {

@@ -10,8 +10,6 @@
 namespace bd {
 namespace {
 
-constexpr int64_t kStatisticsPixels = 64;
-
 float round_to(float v, int dtype) {
   if (dtype == BD_FLOAT32) return v;
   uint32_t u;
@@ -30,9 +28,9 @@ void Layer::sum_part(int64_t first, int64_t u) {
   float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
   for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
   const int64_t end = part_start(part + 1);
-  for (int64_t p = part_start(part); p < end; p += kStatisticsPixels) {
+  for (int64_t p = part_start(part); p < end; p += kBlock) {
     memset(acc, 0, (size_t)a_.cin * 4);
-    inner_.sum(pixel(sample, p), a_.dtype, std::min(kStatisticsPixels, end - p), a_.cin, acc);
+    inner_.sum(pixel(sample, p), a_.dtype, std::min(kBlock, end - p), a_.cin, acc);
     for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
   }
 }
@@ -58,22 +56,28 @@ void Layer::threshold(int64_t first, int64_t n) {
 void Layer::pack_part(int64_t sample, int64_t part) {
   const int64_t s = sample - base_;
   const float* beta = beta_ + s * cin_padded_;
-  const int64_t start = part_start(part), end = part_start(part + 1);
-  double distance = 0;
-  if (a_.depthwise) {
-    for (int64_t h = start / a_.w; h < end / a_.w; ++h) {
-      uint32_t* out = bits_ + (s * a_.h + h) * words_ * plane_;
-      distance += inner_.pack(pixel(sample, h * a_.w), a_.dtype, a_.w, a_.cin, a_.cin, beta, out, column_place_.data(), 0,
-                              plane_, distance_);
+  const int64_t end = part_start(part + 1);
+  float* acc = distance_ ? reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4)) : nullptr;
+  double lanes[kLanes] = {};
+  for (int64_t p = part_start(part); p < end; p += kBlock) {
+    const int64_t n = std::min(kBlock, end - p);
+    if (a_.depthwise) {
+      int64_t places[kBlock];
+      for (int64_t i = 0, h = p / a_.w, w = p % a_.w; i < n; ++i) {
+        places[i] = h * words_ * plane_ + column_place_[w];
+        if (++w == a_.w) w = 0, ++h;
+      }
+      inner_.pack(pixel(sample, p), a_.dtype, n, a_.cin, a_.cin, beta, bits_ + s * a_.h * words_ * plane_, places, 0, plane_,
+                  acc, lanes);
+      continue;
     }
-  } else {
-    uint32_t* out = bits_ + s * a_.h * a_.w * row_words_;
-    for (int64_t p = start; p < end; p += 64)
-      for (int64_t g = 0; g < a_.groups; ++g)
-        distance += inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, std::min<int64_t>(64, end - p), a_.cin,
-                                in_group_, beta + g * in_group_, out + p * row_words_ + g * words_, nullptr, row_words_, 1,
-                                distance_);
+    uint32_t* out = bits_ + (s * a_.h * a_.w + p) * row_words_;
+    for (int64_t g = 0; g < a_.groups; ++g)
+      inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, n, a_.cin, in_group_, beta + g * in_group_,
+                  out + g * words_, nullptr, row_words_, 1, acc, lanes);
   }
+  double distance = 0;
+  for (double lane : lanes) distance += lane;
   distances_[s * parts_ + part] = distance;
 }
 
@@ -87,8 +91,8 @@ void Layer::scale(int64_t first, int64_t n) {
     } else if (a_.a) {
       double total = 0;
       for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
-      const float mean = (float)(total / ((double)(a_.h * a_.w) * (double)a_.cin));
-      high = round_to(expf(a_.a[0] * (mean - 1.0f)), a_.dtype);
+      const double mean = total / ((double)(a_.h * a_.w) * (double)a_.cin);
+      high = round_to((float)exp((double)a_.a[0] * (mean - 1.0)), a_.dtype);
       low = -high;
     }
     const float half = (high - low) / 2;
