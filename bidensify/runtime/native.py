@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bidensify.errors import ConfigError
-from bidensify.runtime.reference import make_bypass
+from bidensify.runtime.prepare import Arguments, prepare
 from bidensify.runtime.spec import LayerSpec
 
 __all__ = ["KERNEL_VARIABLE", "LIBRARY_VARIABLE", "available_kernels", "load", "run", "tier"]
@@ -23,32 +23,11 @@ LIBRARY_VARIABLE = "BIDENSIFY_LIBRARY"
 _ABI = 1
 _TIERS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 _PREFERENCE = ("avx512", "avx2", "neon", "portable")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _STATUS = {1: "the arguments do not fit together", 2: "out of memory", 3: "this processor lacks the kernel"}
 _HOW = (
     "reinstall bidensify where a C++17 compiler (g++ or clang++) is on the PATH: pip install --force-reinstall --no-deps "
     "--no-binary bidensify bidensify, or pip install . in a checkout"
 )
-
-
-class _Arguments(ctypes.Structure):
-    """bd_conv_args of bidensify_kernels.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in ("n", "h", "w", "cin", "oh", "ow", "cout")]
-        + [
-            (name, ctypes.c_int32)
-            for name in (
-                *("kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "groups", "transposed", "depthwise"),
-                *("dtype", "bypass", "bypass_pad_h", "bypass_pad_w", "tier", "threads"),
-            )
-        ]
-        + [(name, ctypes.c_void_p) for name in ("x", "y", "residual", "tiles")]
-        + [("tiles_length", ctypes.c_int64)]
-        + [(name, ctypes.c_void_p) for name in ("k", "b", "a", "levels")]
-        + [("per_sample_levels", ctypes.c_int32)]
-        + [(name, ctypes.c_void_p) for name in ("thresholds", "scale", "bias", "slope", "post", "rows", "cols", "dots")]
-    )
 
 
 @lru_cache(maxsize=1)
@@ -75,7 +54,7 @@ def load() -> ctypes.CDLL | None:
     library.bd_abi_version.restype = ctypes.c_int32
     library.bd_tiers.restype = ctypes.c_uint32
     library.bd_packed_conv2d.restype = ctypes.c_int32
-    library.bd_packed_conv2d.argtypes = [ctypes.POINTER(_Arguments)]
+    library.bd_packed_conv2d.argtypes = [ctypes.POINTER(Arguments)]
     if library.bd_abi_version() != _ABI:
         warnings.warn(
             f"bidensify runs packed layers on its slow reference path: {path.name} is of interface "
@@ -155,23 +134,6 @@ def _tier(kernel: str, variable: str) -> int | None:
     return _TIERS[wanted]
 
 
-@lru_cache(maxsize=1024)
-def _bypass(spec: LayerSpec, height: int, width: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """(mode, rows, columns) of the bypass: 1 = one source pixel per output pixel (None: the same), 2 = averages."""
-    bypass = make_bypass(spec)
-    size = spec.output_size(height, width)
-    if size == (height, width):
-        return 1, None, None
-    if spec.kind != "conv_transpose" and max(spec.stride) > 1 and max(spec.dilation) == 1:
-        (kh, kw), (sh, sw), (ph, pw) = spec.kernel, spec.stride, spec.bypass_padding
-        pooled = ((height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1)
-        if pooled == size and 2 * ph <= kh and 2 * pw <= kw:
-            return 2, None, None
-    rows = bypass._space(torch.arange(height, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, height, width), size)
-    cols = bypass._space(torch.arange(width, dtype=torch.float64).view(1, 1, 1, -1).expand(1, 1, height, width), size)
-    return 1, rows[0, 0, :, 0].to(torch.int32).contiguous(), cols[0, 0, 0, :].to(torch.int32).contiguous()
-
-
 def run(
     tier: int,
     x: Tensor,
@@ -192,75 +154,40 @@ def run(
     """
     library = load()
     assert library is not None, "a tier exists only where the library is loaded"
-    _check(x, tiles, side, spec, thresholds, levels, residual)
-    n, c, height, width = x.shape
-    # Dense NHWC whatever the strides say of a dimension of size one.
-    nhwc = x.permute(0, 2, 3, 1).contiguous()
-    oh, ow = spec.output_size(height, width)
-    dtype = torch.int32 if dots else x.dtype
-    out = torch.empty((n, oh, ow, spec.out_channels), dtype=dtype)
-    side, tiles = side.contiguous(), tiles.contiguous()
+    call = prepare(spec, x.shape, x.dtype, tier, dots)
+    if not (side.is_contiguous() and tiles.is_contiguous()):
+        side, tiles = side.contiguous(), tiles.contiguous()
+    # The kernels read raw memory: nothing reaches them whose size was not looked at.
+    call.check(x, tiles, side, thresholds, levels, residual)
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(call.out_shape, dtype=call.out_dtype, memory_format=torch.channels_last)
+    # What the pointers below point to must live until the call returns.
+    keep = []
+    arguments = call.arguments()
+    arguments.threads = torch.get_num_threads()
+    arguments.x = x.data_ptr()
+    arguments.tiles = tiles.data_ptr()
+    if dots:
+        arguments.dots = out.data_ptr()
+    else:
+        arguments.y = out.data_ptr()
     base = side.data_ptr()
-    part = {name: base + 4 * start for name, (start, _) in spec.layout.items()}
-    top, left, _, _ = spec.pads(height, width)
-    mode, rows, cols = _bypass(spec, height, width) if spec.bypass else (0, None, None)
-    keep = [t if t is None else t.contiguous() for t in (thresholds, levels)]
-    rest = None if residual is None else residual.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-    arguments = _Arguments(
-        n, height, width, c, oh, ow, spec.out_channels,
-        *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups,
-        spec.kind == "conv_transpose", spec.depthwise, _DTYPES[x.dtype], mode, *spec.bypass_padding,
-        tier, torch.get_num_threads(),
-        nhwc.data_ptr(), None if dots else out.data_ptr(), _pointer(rest), tiles.data_ptr(), tiles.numel(),
-        part.get("k"), part.get("b"), part.get("a"),
-        part.get("levels") if levels is None else _pointer(keep[1]), levels is not None,
-        _pointer(keep[0]), part["scale"], part["bias"], part.get("slope"), part.get("post"),
-        _pointer(rows), _pointer(cols), out.data_ptr() if dots else None,
-    )  # fmt: skip
-    if n:
+    for name, offset in call.side:
+        setattr(arguments, name, base + offset)
+    if residual is not None:
+        keep.append(residual.to(x.dtype).contiguous(memory_format=torch.channels_last))
+        arguments.residual = keep[-1].data_ptr()
+    if thresholds is not None:
+        keep.append(thresholds.contiguous())
+        arguments.thresholds = keep[-1].data_ptr()
+    if levels is not None:
+        keep.append(levels.contiguous())
+        arguments.levels, arguments.per_sample_levels = keep[-1].data_ptr(), 1
+    if x.shape[0]:
         status = library.bd_packed_conv2d(ctypes.byref(arguments))
         if status:
             raise RuntimeError(
                 f"the packed kernel failed: {_STATUS.get(status, status)} ({spec}, input {tuple(x.shape)})"
             )
-    return out.permute(0, 3, 1, 2)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _check(
-    x: Tensor,
-    tiles: Tensor,
-    side: Tensor,
-    spec: LayerSpec,
-    thresholds: Tensor | None,
-    levels: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    """The kernels read raw memory: nothing reaches them whose size was not looked at."""
-    n, height, width = x.shape[0], *x.shape[2:]
-    oh, ow = spec.output_size(height, width)
-    wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("tiles", tiles, spec.tiles_shape, torch.int32),
-        ("side", side, (spec.side_length,), torch.float32),
-        ("thresholds", thresholds, (n, spec.in_channels), torch.float32),
-        ("levels", levels, (n, 2), torch.float32),
-    ]
-    if x.dim() != 4 or x.shape[1] != spec.in_channels:
-        raise ConfigError(f"packed_conv2d: x of shape {tuple(x.shape)} must be (N, {spec.in_channels}, H, W)")
-    if oh < 1 or ow < 1 or height < 1 or width < 1:
-        raise ConfigError(
-            f"packed_conv2d: an input of {height}x{width} gives an output of {oh}x{ow}; give a larger input"
-        )
-    for name, tensor, shape, dtype in wanted:
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device):
-            raise ConfigError(
-                f"packed_conv2d: {name} of shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device} must be {shape}, "
-                f"{dtype}, {x.device}"
-            )
-    if residual is not None and tuple(residual.shape) != (n, spec.out_channels, oh, ow):
-        raise ConfigError(
-            f"packed_conv2d: residual of shape {tuple(residual.shape)} must be {(n, spec.out_channels, oh, ow)}"
-        )
+    return out

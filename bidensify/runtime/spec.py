@@ -62,6 +62,14 @@ class LayerSpec:
     post: bool = False
 
     @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:
+        # Specs are looked up at every call of a layer.
+        return self._hash
+
+    @cached_property
     def depthwise(self) -> bool:
         """One input and one output channel per group: the words run across channels instead of within a tap."""
         return self.kind == "conv" and self.groups == self.in_channels == self.out_channels and self.groups > 1

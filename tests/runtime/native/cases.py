@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bidensify.runtime import native
 from bidensify.runtime.bits import bits_from_signs, signs_from_tiles, tiles_from_bits
+from bidensify.runtime.prepare import bypass_map
 from bidensify.runtime.reference import convolve, packed_reference
 from bidensify.runtime.spec import LayerSpec
 
@@ -86,7 +86,7 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
         bits = torch.where(x.float() >= beta.to(dtype).float(), 1.0, -1.0)
         dots = convolve(bits, signs_from_tiles(tiles, spec), spec).round().to(torch.int32)
         top, left, _, _ = spec.pads(height, width)
-        mode, rows, cols = native._bypass(spec, height, width) if spec.bypass else (0, None, None)
+        mode, rows, cols = bypass_map(spec, height, width) if spec.bypass else (0, None, None)
         record = struct.pack("<7q", n, height, width, spec.in_channels, oh, ow, spec.out_channels)
         record += struct.pack(
             "<16i", *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups, spec.kind == "conv_transpose",

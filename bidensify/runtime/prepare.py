@@ -1,0 +1,130 @@
+"""What a call of the kernels needs to know beside its pointers, worked out once per layer and input shape."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bidensify.errors import ConfigError
+from bidensify.runtime.reference import make_bypass
+from bidensify.runtime.spec import LayerSpec
+
+__all__ = ["Arguments", "Prepared", "bypass_map", "prepare"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Arguments(ctypes.Structure):
+    """bd_conv_args of bidensify_kernels.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("n", "h", "w", "cin", "oh", "ow", "cout")]
+        + [
+            (name, ctypes.c_int32)
+            for name in (
+                *("kh", "kw", "sh", "sw", "dh", "dw", "pad_top", "pad_left", "groups", "transposed", "depthwise"),
+                *("dtype", "bypass", "bypass_pad_h", "bypass_pad_w", "tier", "threads"),
+            )
+        ]
+        + [(name, ctypes.c_void_p) for name in ("x", "y", "residual", "tiles")]
+        + [("tiles_length", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("k", "b", "a", "levels")]
+        + [("per_sample_levels", ctypes.c_int32)]
+        + [(name, ctypes.c_void_p) for name in ("thresholds", "scale", "bias", "slope", "post", "rows", "cols", "dots")]
+    )
+
+
+class Prepared:
+    """A layer on inputs of one shape and dtype; made by ``prepare``.
+
+    Attributes:
+        out_shape: (N, C_out, H', W').
+        out_dtype: of the result.
+        side: (field of ``Arguments``, byte offset in the side vector) of each stored parameter.
+    """
+
+    def __init__(self, spec: LayerSpec, shape: torch.Size, dtype: torch.dtype, tier: int, dots: bool) -> None:
+        if len(shape) != 4 or shape[1] != spec.in_channels:
+            raise ConfigError(f"packed_conv2d: x of shape {tuple(shape)} must be (N, {spec.in_channels}, H, W)")
+        n, c, height, width = shape
+        oh, ow = spec.output_size(height, width)
+        if oh < 1 or ow < 1 or height < 1 or width < 1:
+            raise ConfigError(
+                f"packed_conv2d: an input of {height}x{width} gives an output of {oh}x{ow}; give a larger input"
+            )
+        self.out_shape = (n, spec.out_channels, oh, ow)
+        self.out_dtype = torch.int32 if dots else dtype
+        self.side = tuple((name, 4 * start) for name, (start, _) in spec.layout.items())
+        self._tiles_shape = torch.Size(spec.tiles_shape)
+        self._side_shape = torch.Size((spec.side_length,))
+        self._thresholds_shape = torch.Size((n, spec.in_channels))
+        self._levels_shape = torch.Size((n, 2))
+        top, left, _, _ = spec.pads(height, width)
+        # The tables stay alive with this object, which holds their addresses.
+        mode, self._rows, self._cols = bypass_map(spec, height, width) if spec.bypass else (0, None, None)
+        self._template = Arguments(
+            n, height, width, c, oh, ow, spec.out_channels,
+            *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups,
+            spec.kind == "conv_transpose", spec.depthwise, _DTYPES[dtype], mode, *spec.bypass_padding, tier,
+        )  # fmt: skip
+        self._template.tiles_length = self._tiles_shape.numel()
+        self._template.rows = None if self._rows is None else self._rows.data_ptr()
+        self._template.cols = None if self._cols is None else self._cols.data_ptr()
+
+    def arguments(self) -> Arguments:
+        """A copy of the template, whose pointers are to be filled in."""
+        return Arguments.from_buffer_copy(self._template)
+
+    def check(
+        self,
+        x: Tensor,
+        tiles: Tensor,
+        side: Tensor,
+        thresholds: Tensor | None,
+        levels: Tensor | None,
+        residual: Tensor | None,
+    ) -> None:
+        """Raises ConfigError where a tensor is not of the size, dtype and device that the kernels will read."""
+        device = x.device
+        for name, tensor, shape, dtype in (
+            ("tiles", tiles, self._tiles_shape, torch.int32),
+            ("side", side, self._side_shape, torch.float32),
+            ("thresholds", thresholds, self._thresholds_shape, torch.float32),
+            ("levels", levels, self._levels_shape, torch.float32),
+        ):
+            if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
+                raise ConfigError(
+                    f"packed_conv2d: {name} of shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device} must be "
+                    f"{tuple(shape)}, {dtype}, {device}"
+                )
+        if residual is not None and tuple(residual.shape) != self.out_shape:
+            raise ConfigError(f"packed_conv2d: residual of shape {tuple(residual.shape)} must be {self.out_shape}")
+
+
+@lru_cache(maxsize=1024)
+def prepare(spec: LayerSpec, shape: torch.Size, dtype: torch.dtype, tier: int, dots: bool = False) -> Prepared:
+    """See ``Prepared``.
+
+    Raises:
+        ConfigError: the layer does not take inputs of this shape.
+    """
+    return Prepared(spec, shape, dtype, tier, dots)
+
+
+def bypass_map(spec: LayerSpec, height: int, width: int) -> tuple[int, Tensor | None, Tensor | None]:
+    """(mode, rows, columns) of the bypass: 1 = one source pixel per output pixel (None: the same), 2 = averages."""
+    bypass = make_bypass(spec)
+    size = spec.output_size(height, width)
+    if size == (height, width):
+        return 1, None, None
+    if spec.kind != "conv_transpose" and max(spec.stride) > 1 and max(spec.dilation) == 1:
+        (kh, kw), (sh, sw), (ph, pw) = spec.kernel, spec.stride, spec.bypass_padding
+        pooled = ((height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1)
+        if pooled == size and 2 * ph <= kh and 2 * pw <= kw:
+            return 2, None, None
+    rows = bypass._space(torch.arange(height, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, height, width), size)
+    cols = bypass._space(torch.arange(width, dtype=torch.float64).view(1, 1, 1, -1).expand(1, 1, height, width), size)
+    return 1, rows[0, 0, :, 0].to(torch.int32).contiguous(), cols[0, 0, 0, :].to(torch.int32).contiguous()
