@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from bidensify._files import atomic_write
 from bidensify._fingerprint import fingerprint
 from bidensify.errors import FormatError, PlanError
 from bidensify.nn import BinaryLayer
+from bidensify.nn.weight import copy_model
 from bidensify.rewrite.apply import apply_plan
 from bidensify.rewrite.plan import Plan
 
@@ -121,7 +121,7 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
         for path, module in model.named_modules():
             if isinstance(module, BinaryLayer):
                 raise FormatError(f"{path}: the given base model is binary already; give the full-precision one")
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     wanted = extra.get("fingerprint")
     if wanted and wanted != fingerprint(model):
         raise FormatError(

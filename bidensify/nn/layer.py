@@ -7,71 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bidensify.nn import fused, native, ops
 from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
-from bidensify.nn.ste import binarize_weight, sign
+from bidensify.nn.ste import sign
+from bidensify.nn.weight import UsedWeight, WeightBinarizer, parametrized, used_weight
 
-__all__ = ["BinaryLayer", "WeightBinarizer", "binary_layers", "make_binary", "set_binarization"]
-
-
-class WeightBinarizer(nn.Module):
-    """w_b = s_o * sign(w) with s_o = mean |w| over all the weights that feed output channel o.
-
-    s_o takes no gradient; STE: identity where |w| <= 1, else 0. BiDense (arXiv 2411.10346), eq. 2, after XNOR-Net.
-
-    Args:
-        transposed: the weight is (C_in, C_out / groups, kH, kW).
-        groups: the layer's groups (needed to find the output channel in a transposed weight).
-        scaled: False gives s_o = 1 (BNN).
-    """
-
-    def __init__(self, *, transposed: bool = False, groups: int = 1, scaled: bool = True) -> None:
-        super().__init__()
-        self.transposed = transposed
-        self.groups = groups
-        self.scaled = scaled
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """s_o, broadcastable to ``weight``; detached."""
-        weight = weight.detach()
-        if not self.scaled:
-            return weight.new_ones(())
-        if not self.transposed:
-            return weight.abs().mean(tuple(range(1, weight.dim())), keepdim=True)
-        # (groups, C_in / groups, C_out / groups, kH, kW): the same scale for every input channel of a group.
-        grouped = weight.abs().reshape(self.groups, -1, *weight.shape[1:])
-        scale = grouped.mean((1, *range(3, grouped.dim())), keepdim=True)
-        return scale.expand(-1, grouped.shape[1], *scale.shape[2:]).reshape(weight.shape[0], *scale.shape[2:])
-
-    def channel_scale(self, weight: Tensor) -> Tensor | None:
-        """s_o as (C_out,), or None where it is 1."""
-        if not self.scaled:
-            return None
-        weight = weight.detach()
-        if not self.transposed:
-            return weight.abs().flatten(1).mean(1)
-        grouped = weight.abs().reshape(self.groups, -1, *weight.shape[1:])
-        return grouped.mean((1, *range(3, grouped.dim()))).flatten()
-
-    def native(self, weight: Tensor) -> bool:
-        """Whether the training kernels binarize ``weight``: output channels outermost in memory, float32."""
-        return (
-            not self.transposed
-            and weight.dtype == torch.float32
-            and native.supports(weight)
-            and native.geometry(weight, 1) is not None
-        )
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if self.native(weight):
-            return fused.binarize_rows(weight, scaled=self.scaled)[0]
-        return binarize_weight(weight, self.scale(weight))
-
-    def extra_repr(self) -> str:
-        return "" if self.scaled else "scaled=False"
+__all__ = ["BinaryLayer", "binary_layers", "make_binary", "set_binarization"]
 
 
 class BatchNormLast(nn.BatchNorm1d):
@@ -86,7 +31,9 @@ class BinaryLayer(nn.Module):
 
     It stands before an ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear`` (or any subclass) in the class's bases.
     The latent weight stays the parameter named "weight" (state_dict, optimizers); reading ``.weight`` gives the
-    binarized tensor, so that a subclass's own ``forward`` computes with it.
+    binarized tensor, so that a subclass's own ``forward`` computes with it. A layer that makes its weight (weight
+    standardisation, a parametrization, a hook) reads its latent weight as ever, and what it made is binarized where it
+    enters the convolution; its parameters and their names stay.
 
     Attributes:
         binarizer: turns the input into two values (``ActivationBinarizer``).
@@ -96,6 +43,7 @@ class BinaryLayer(nn.Module):
         activation: what follows (Identity where the network's own activation does).
         binarize_weights: False computes with the latent weight (the stage that binarizes activations alone).
         method: name of the method that made the layer.
+        makes_weight: whether the layer's own code makes the weight that it convolves with.
     """
 
     binarizer: ActivationBinarizer
@@ -105,6 +53,7 @@ class BinaryLayer(nn.Module):
     activation: nn.Module
     binarize_weights: bool
     method: str
+    makes_weight: bool = False
 
     def install(
         self,
@@ -115,6 +64,7 @@ class BinaryLayer(nn.Module):
         bypass: Bypass | None,
         activation: nn.Module | None = None,
         method: str = "bidense",
+        makes_weight: bool = False,
     ) -> None:
         """Gives the layer its parts; until then it is the float layer that it was."""
         self.binarizer = binarizer
@@ -123,19 +73,33 @@ class BinaryLayer(nn.Module):
         self.bypass = bypass
         self.activation = nn.Identity() if activation is None else activation
         self.method = method
+        self.makes_weight = makes_weight
         self.binarize_weights = True
 
     @property
-    def latent_weight(self) -> nn.Parameter:
-        """The float parameter behind the binary weight."""
-        return cast(nn.Parameter, self._parameters["weight"])
+    def latent_weight(self) -> Tensor:
+        """The float tensor behind the binary weight: a parameter, unless a parametrization or a hook makes it of others."""
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            return weight
+        if parametrized(self):
+            return cast(Tensor, self.parametrizations["weight"]())  # type: ignore[operator,index]
+        # torch's weight_norm and its like set a plain attribute.
+        if "weight" not in self.__dict__:
+            raise AttributeError("weight")
+        return cast(Tensor, self.__dict__["weight"])
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the binary weight is made of."""
+        if self._parameters.get("weight") is not None:
+            return [cast(nn.Parameter, self._parameters["weight"])]
+        made_of = ("weight_", "parametrizations.weight.")
+        return [value for name, value in self.named_parameters() if name.startswith(made_of)]
 
     def _get_weight(self) -> Tensor:
-        latent = self._parameters.get("weight")
-        if latent is None:
-            raise AttributeError("weight")
+        latent = self.latent_weight
         # A layer under construction (or one whose weights are not binarized yet) computes with the latent weight.
-        if not self.__dict__.get("binarize_weights", False):
+        if not self.__dict__.get("binarize_weights", False) or self.makes_weight:
             return latent
         recomputed: fused.Recomputed | None = self.__dict__.get("_recomputed")
         binarizer = self.weight_binarizer
@@ -146,19 +110,27 @@ class BinaryLayer(nn.Module):
         recomputed.add(weight, source, lambda: ops.weight_again(source, scale))
         return weight
 
-    def _set_weight(self, value: nn.Parameter | None) -> None:
-        self.register_parameter("weight", value)
+    def _set_weight(self, value: Tensor | None) -> None:
+        if value is None or isinstance(value, nn.Parameter):
+            self.register_parameter("weight", value)
+        elif parametrized(self):
+            super(BinaryLayer, type(self)).weight.fset(self, value)  # type: ignore[misc]
+        else:
+            self.__dict__["weight"] = value
 
     weight = property(_get_weight, _set_weight)
 
     def binary_weight(self) -> tuple[Tensor, Tensor | None]:
         """(±1 tensor in the latent weight's shape, s_o as (C_out,) or None where it is 1)."""
-        latent = self.latent_weight.detach()
+        latent = used_weight(self, super().forward) if self.makes_weight else self.latent_weight.detach()
         return sign(latent), self.weight_binarizer.channel_scale(latent)
 
     def conv_only(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bare layer of the class below, on an input that is binarized already: C_in -> C_out channels."""
-        return cast(Tensor, super().forward(a, *args, **kwargs))
+        if not self.makes_weight:
+            return cast(Tensor, super().forward(a, *args, **kwargs))
+        with UsedWeight(self.weight_binarizer if self.binarize_weights else _as_it_is):
+            return cast(Tensor, super().forward(a, *args, **kwargs))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if native.supports(x) and not _any_global_hook():
@@ -240,7 +212,13 @@ class BinaryLayer(nn.Module):
         base = type(self).__dict__.get("_made_from")
         if base is None:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (base,), self.__dict__
+        # A class that says how it is pickled (parametrized ones refuse) is asked, as if it were not binary.
+        getstate = getattr(self, "__getstate__", None)
+        return _rebuild, (base,), self.__dict__ if getstate is None else getstate()
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 _any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
@@ -270,11 +248,15 @@ _made: dict[type[nn.Module], type[nn.Module]] = {}
 def make_binary(base: type[nn.Module]) -> type[nn.Module]:
     """The class with ``BinaryLayer`` before ``base``; the same object for the same ``base``."""
     if base not in _made:
-        _made[base] = type(
+        made = type(
             f"Binary{base.__name__}",
             (BinaryLayer, base),
             {"_made_from": base, "__module__": base.__module__, "__doc__": f"A 1-bit {base.__name__}."},
         )
+        if base.__module__ == parametrize.__name__:
+            # torch makes a class for each parametrized module: kept here it would live for ever.
+            return made
+        _made[base] = made
     return _made[base]
 
 
@@ -307,17 +289,3 @@ def make_norm(channels: int, weight_scale: Tensor | None = None, like: Tensor | 
         with torch.no_grad():
             norm.weight.copy_(weight_scale)
     return norm if like is None else norm.to(device=like.device, dtype=like.dtype)
-
-
-def pretrained_spread(weight: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
-    """Standard deviation (C_out,) of the float layer's output for white input of unit variance: the weights' L2 norm.
-
-    A BatchNorm that is added behind a layer without one starts from it, so that the output keeps its scale.
-    """
-    weight = weight.detach().float()
-    if transposed:
-        grouped = weight.reshape(groups, -1, *weight.shape[1:])
-        norms = grouped.pow(2).sum((1, *range(3, grouped.dim()))).sqrt().flatten()
-    else:
-        norms = weight.flatten(1).norm(dim=1)
-    return norms.clamp(min=1e-3)

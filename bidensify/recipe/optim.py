@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerSection, stage: Stage
         latent_decay = optimizer.latent_weight_decay
     if latent_decay is None:
         latent_decay = 0.0 if stage.binarize == "all" else decay
-    latent = {id(layer.latent_weight) for _, layer in binary_layers(model)}
+    latent = {id(p) for _, layer in binary_layers(model) for p in layer.latent_parameters()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for pattern in optimizer.lr_scale:
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):

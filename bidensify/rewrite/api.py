@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -12,6 +11,7 @@ from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer
+from bidensify.nn.weight import copy_model
 from bidensify.rewrite.apply import apply_plan
 from bidensify.rewrite.check import check, second_size
 from bidensify.rewrite.plan import Plan
@@ -92,7 +92,7 @@ def bidensify(
     planned = make_plan(recorded, model, config)
     expected = second_size(model, recorded) if verify else None
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     result = apply_plan(model, planned)
     if verify:
         check(result, planned, recorded, expected)

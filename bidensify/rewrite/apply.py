@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
 from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, make_binary
-from bidensify.nn.layer import pretrained_spread
+from bidensify.nn.weight import pretrained_spread, used_weight
 from bidensify.rewrite.blocks import apply_edits
 from bidensify.rewrite.generated import become
 from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
@@ -106,19 +107,46 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
+def _start_weight(layer: LayerPlan, module: nn.Module, config: BidensifyConfig) -> Tensor:
+    """The float weight that the layer convolves with now; drawn anew first where the configuration says so."""
+    parameter = module._parameters.get("weight")
+    if parameter is None and not layer.makes_weight:
+        raise PlanError(
+            f"{layer.path}: its weight is not a plain parameter, but was one in the model that the plan is of: plan again"
+        )
+    if config.weights == "fresh":
+        start = torch.empty_like(used_weight(module) if parameter is None else parameter)
+        nn.init.kaiming_uniform_(start, a=5**0.5)
+        if parameter is not None:
+            parameter.copy_(start)
+        elif parametrize.is_parametrized(module, "weight"):
+            _assign(layer, module, start)
+        else:
+            raise PlanError(
+                f"{layer.path}: a hook makes its weight, so that weights='fresh' cannot draw it; use "
+                "torch.nn.utils.parametrizations instead of the old torch.nn.utils hooks, or weights='pretrained'"
+            )
+    if layer.makes_weight:
+        return used_weight(module)
+    assert parameter is not None
+    return parameter
+
+
+def _assign(layer: LayerPlan, module: nn.Module, weight: Tensor) -> None:
+    try:
+        module.weight = weight
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise PlanError(
+            f"{layer.path}: its parametrization takes no new weight ({error}), which weights='fresh' asks for; use "
+            "weights='pretrained', or keep the layer by a rule"
+        ) from error
+
+
 def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Module], config: BidensifyConfig) -> None:
     module = modules[layer.path]
     method = get_method(layer.method)
     dim = -1 if layer.kind == "linear" else 1
-    latent = module._parameters.get("weight")
-    if latent is None:
-        raise PlanError(
-            f"{layer.path}: its weight is not a plain parameter (a parametrization such as weight_norm?); remove the "
-            "parametrization first (torch.nn.utils.parametrize.remove_parametrizations), or keep the layer by a rule"
-        )
-    if config.weights == "fresh" and latent.device.type != "meta":
-        with torch.no_grad():
-            nn.init.kaiming_uniform_(latent, a=5**0.5)
+    latent = _start_weight(layer, module, config)
     spec = LayerSpec(layer.kind, layer.in_channels, layer.out_channels, layer.groups, dim)
     parts = method.parts(spec, dataclasses.replace(config, act_scale=layer.act_scale))
     norm: nn.Module = _taken_norm(modules[layer.norm]) if layer.norm is not None else _new_norm(layer, module, latent)
@@ -152,6 +180,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
         bypass=bypass,
         activation=activation,
         method=layer.method,
+        makes_weight=layer.makes_weight,
     )
     for part in (module.binarizer, module.weight_binarizer, module.bypass, module.activation):
         if part is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
+from bidensify.nn.weight import copy_model
 from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.plan import Plan
 from bidensify.rewrite.recorded import Record, specs
@@ -118,7 +118,7 @@ def second_size(model: nn.Module, record: Record) -> Any:
 def _check_copy(model: nn.Module, plan: Plan) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        twin = copy.deepcopy(model)
+        twin = copy_model(model)
     if set(twin.state_dict()) != set(model.state_dict()):
         raise CheckError(f"a deepcopy of the rewritten {plan.model_class} has another state_dict")
     layers = {path for path, module in twin.named_modules() if isinstance(module, BinaryLayer)}

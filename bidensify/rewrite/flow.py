@@ -117,6 +117,14 @@ class Flow:
             return False
         return self.name(node) in _PASS_FUNCTIONS or self.name(node) in ("drop_path", "stochastic_depth")
 
+    def is_scaling(self, node: fx.Node) -> bool:
+        """Whether a node multiplies its one tensor by a number, or by a parameter of one value."""
+        if node.op != "call_function" or self.name(node) not in ("mul", "div"):
+            return False
+        data = [item for item in self.tensors(node) if item.op != "get_attr"]
+        others = [item for item in self.tensors(node) if item.op == "get_attr"]
+        return len(data) == 1 and all(self.shape(item) in ((), (1,)) for item in others)
+
     def is_reorder(self, node: fx.Node) -> bool:
         """Whether a node only changes the shape or the order of dimensions."""
         return node.op == "call_function" and self.name(node) in _SHAPE_FUNCTIONS

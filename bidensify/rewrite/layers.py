@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils import parametrize, prune
 
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
@@ -20,6 +21,8 @@ from bidensify.rewrite.recorded import scope_of
 
 __all__ = ["plan_layers"]
 
+_KINDS = ("conv2d", "conv_transpose2d", "linear")
+
 
 def _tuple(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),)
@@ -28,6 +31,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) -> LayerPlan:
     """The layer's facts, with no decision taken yet."""
     shapes = [flow.shape(node) or () for node in nodes]
+    uses = flow.record.weights.get(path, [])
     output = shapes[0] if shapes else ()
     if isinstance(module, nn.Linear):
         kind, groups = "linear", 1
@@ -53,6 +57,7 @@ def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) ->
         calls=len(nodes),
         action="binary",
         reason="",
+        makes_weight=bool(uses) and not any(uses),
     )
 
 
@@ -113,7 +118,7 @@ def _default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: 
     """Why the layer stays in full precision by default, or an empty string."""
     if not nodes:
         return "never called in the recorded run"
-    if layer.kind not in ("conv2d", "conv_transpose2d", "linear"):
+    if layer.kind not in _KINDS:
         return f"{layer.kind} is out of reach"
     if layer.kind == "linear":
         dims = {len(flow.shape(node) or ()) for node in nodes}
@@ -132,6 +137,32 @@ def _default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: 
     if config.keep_last and any(_is_predictor(flow, node) for node in nodes):
         return "prediction layer"
     return ""
+
+
+def _maker(module: nn.Module) -> str:
+    """What makes the weight that a layer convolves with."""
+    if parametrize.is_parametrized(module, "weight"):
+        parts = module.get_submodule("parametrizations.weight").children()
+        return "the parametrization " + ", ".join(type(part).__name__ for part in parts)
+    hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
+    if hooks:
+        return "the hook " + ", ".join(hook.__name__ for hook in hooks)
+    return f"the forward of {type(module).__name__}"
+
+
+def _unusual(flow: Flow, layer: LayerPlan, module: nn.Module) -> str:
+    """Why a layer that is called is no convolution with one weight, or an empty string."""
+    if layer.calls == 0 or layer.kind not in _KINDS:
+        return ""
+    uses = flow.record.weights.get(layer.path, [])
+    if len(uses) == layer.calls and len(set(uses)) == 1:
+        if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            return (
+                "its weights are pruned, and a bit has no zero (torch.nn.utils.prune.remove makes them plain weights)"
+            )
+        return ""
+    return f"the forward of {type(module).__name__} is not one convolution with its weight"
 
 
 def _matches(rule: Rule, layer: LayerPlan, module: nn.Module) -> bool:
@@ -162,7 +193,9 @@ def _matches(rule: Rule, layer: LayerPlan, module: nn.Module) -> bool:
     )
 
 
-def _decide(layer: LayerPlan, reason: str, rule: Rule | None, config: BidensifyConfig) -> LayerPlan:
+def _decide(
+    layer: LayerPlan, module: nn.Module, reason: str, unusual: str, rule: Rule | None, config: BidensifyConfig
+) -> LayerPlan:
     method, act_scale = config.method, config.act_scale
     bypass: bool | None = None
     activation = config.activation != "keep"
@@ -178,13 +211,14 @@ def _decide(layer: LayerPlan, reason: str, rule: Rule | None, config: BidensifyC
             activation = rule.action.get("activation", config.activation) != "keep"
         elif rule.action != "binarize":
             method = str(rule.action)
-    impossible = layer.calls == 0 or layer.kind not in ("conv2d", "conv_transpose2d", "linear")
+    impossible = unusual or layer.calls == 0 or layer.kind not in _KINDS
     if (reason and not forced) or impossible:
-        return replace(layer, action="keep", reason=reason, eligible=False)
+        return replace(layer, action="keep", reason=unusual or reason, eligible=False)
     found = get_method(method)
+    maker = f"; binarizes the weight that {_maker(module)} makes" if layer.makes_weight else ""
     return replace(
         layer,
-        reason=forced or "default",
+        reason=(forced or "default") + maker,
         way="path",
         method=method,
         act_scale=act_scale,
@@ -221,7 +255,8 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
         for each in config.rules:
             # A rule behind one that decides first still matches something: only a rule without effect is a mistake.
             matches[each.match] += _matches(each, layer, modules[path])
-        layers.append(_decide(layer, _default_reason(flow, layer, nodes, config), rule, config))
+        reason, unusual = _default_reason(flow, layer, nodes, config), _unusual(flow, layer, modules[path])
+        layers.append(_decide(layer, modules[path], reason, unusual, rule, config))
     for name, count in matches.items():
         if count == 0:
             near = difflib.get_close_matches(name, list(modules), n=4, cutoff=0.3)

@@ -41,6 +41,8 @@ class LayerPlan:
         norm: path of the BatchNorm that it absorbs, or None (it then gets one of its own).
         activation: whether the activation behind it becomes its own.
         layer_scale: path of the parameter (LayerScale's gamma) that its BatchNorm absorbs, or None.
+        makes_weight: whether the layer's own code makes the weight that it convolves with (weight standardisation, a
+            parametrization, a hook); what it makes is binarized.
         eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
     """
 
@@ -63,6 +65,7 @@ class LayerPlan:
     norm: str | None = None
     activation: bool = False
     layer_scale: str | None = None
+    makes_weight: bool = False
     eligible: bool = True
 
     @property

@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import PlanError
+from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.leaves import frozen_flags, is_leaf
 from bidensify.rewrite.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
@@ -37,6 +38,8 @@ class _Recorder(TorchFunctionMode):
         self.scope: list[tuple[str, int]] = []
         self.calls: dict[str, list[Call]] = {}
         self.leaf_depth = 0
+        self.leaf: nn.Module | None = None
+        self.weights: dict[str, list[bool]] = {}
 
     def _finish(self, node: fx.Node, spec: Any) -> fx.Node:
         node.meta["spec"] = spec if isinstance(spec, TensorSpec) else None
@@ -88,6 +91,9 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         if self.leaf_depth:
+            if self.leaf is not None and func in WEIGHTED_FUNCTIONS:
+                own = weight_argument(args, options) is self.leaf._parameters.get("weight")
+                self.weights.setdefault(self.paths[id(self.leaf)], []).append(own)
             return func(*args, **options)
         name = plain_name(func)
         arguments, keywords = self._args(tuple(args)), self._args(options)
@@ -111,7 +117,11 @@ class _Recorder(TorchFunctionMode):
             self.leaf_depth += 1
             try:
                 arguments, keywords = self._args(args), self._args(dict(kwargs))
-                result = original(module, *args, **kwargs)
+                self.leaf = module
+                try:
+                    result = original(module, *args, **kwargs)
+                finally:
+                    self.leaf = None
                 node = self._finish(self.graph.create_node("call_module", path, arguments, keywords), specs(result))
                 self._bind_result(node, result)
                 self._event("module", path, node)
@@ -203,6 +213,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 graph=recorder.graph,
                 calls=recorder.calls,
                 modules=modules,
+                weights=recorder.weights,
                 aliases=aliases,
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),

@@ -56,6 +56,7 @@ class Record:
             enclosing blocks with call numbers), "event" (position in the innermost block's events).
         calls: block path -> its calls.
         modules: path -> module, each module once under its first path.
+        weights: layer path -> for every convolution that its calls made, whether the weight was its own parameter.
         aliases: first path -> every other path of the same module.
         inputs: the example inputs as text.
         output: the output's structure with TensorSpecs in it.
@@ -64,6 +65,7 @@ class Record:
     graph: fx.Graph
     calls: dict[str, list[Call]]
     modules: dict[str, nn.Module]
+    weights: dict[str, list[bool]]
     aliases: dict[str, list[str]]
     inputs: Any
     inputs_text: str

@@ -129,6 +129,7 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
         elif not (
             planner.is_absorbed_norm(current)
             or flow.is_pass(current)
+            or flow.is_scaling(current)
             or flow.is_reorder(current)
             or flow.is_activation(current)
         ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from bidensify.errors import ConfigError, PackError
 from bidensify.nn import BinaryLayer, binary_layers
+from bidensify.nn.weight import copy_model
 from bidensify.runtime.ops import check_kernel
 from bidensify.runtime.packed import PackedLayer, packed_layers
 
@@ -45,7 +45,7 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
     # Packed before the copy, so that the copy never holds latent weights.
     frozen = {path: PackedLayer.from_layer(layer, kernel=kernel, name=path) for path, layer in layers.items()}
     memo: dict[int, Any] = {id(layer): frozen[path] for path, layer in layers.items()}
-    packed: nn.Module = frozen[""] if "" in frozen else copy.deepcopy(model, memo)
+    packed: nn.Module = frozen[""] if "" in frozen else copy_model(model, memo)
     packed.eval()
     finish(packed)
     return packed if float_dtype is None else set_float_dtype(packed, float_dtype)
