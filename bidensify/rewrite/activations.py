@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from bidensify.methods import get_method
+from bidensify.rewrite.kinds import fused_activation, is_relu_like
 from bidensify.rewrite.plan import ActivationPlan
 from bidensify.rewrite.recorded import scope_of
 
@@ -20,6 +21,7 @@ __all__ = ["plan_activations"]
 
 def plan_activations(planner: Planner) -> None:
     """ReLU-like activations beside binary layers: into the layer where they follow it, else at their own place."""
+    _plan_fused(planner)
     sites: dict[str, list[fx.Node]] = defaultdict(list)
     for node in planner.record.graph.nodes:
         if planner.flow.is_activation(node):
@@ -36,6 +38,21 @@ def plan_activations(planner: Planner) -> None:
             continue
         for node, layer_path in zip(nodes, behind):
             _plan_site(planner, node, layer_path, key, shared)
+
+
+def _plan_fused(planner: Planner) -> None:
+    """The activation inside a fused norm+act that no layer absorbs (pre-activation, GroupNorm) keeps the negative side."""
+    for node in planner.record.graph.nodes:
+        norm = planner.flow.module(node)
+        if norm is None or not planner.flow.is_norm(node) or str(node.target) in planner.activations:
+            continue
+        inner = fused_activation(norm)
+        if inner is None or not is_relu_like(type(inner).__name__):
+            continue
+        channels, dim, method = _activation_of(planner, node, None)
+        if channels:
+            path = f"{node.target}.act"
+            planner.activations[path] = ActivationPlan(path, "replace", channels, dim, method)
 
 
 def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, key: str, shared: bool) -> None:
@@ -87,8 +104,7 @@ def _layer_before(planner: Planner, node: fx.Node) -> str | None:
             child, current = current, planner.removed[current]
         elif planner.is_absorbed_norm(current) or isinstance(planner.flow.module(current), nn.Identity):
             norm = planner.record.modules.get(str(current.target))
-            inner = getattr(norm, "act", None)
-            if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+            if fused_activation(norm) is not None:
                 return None
             child, current = current, planner.flow.data_input(current)
         elif current in planner.absorbed_scales:

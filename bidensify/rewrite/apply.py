@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, make_binary
 from bidensify.nn.weight import pretrained_spread, used_weight
 from bidensify.rewrite.blocks import apply_edits
 from bidensify.rewrite.generated import become
+from bidensify.rewrite.kinds import is_frozen_norm
 from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
 
 __all__ = ["StateDictAdapter", "apply_plan"]
@@ -75,7 +76,14 @@ def _check_layer(layer: LayerPlan, module: nn.Module) -> None:
 
 
 def _taken_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    """A plain BatchNorm2d that takes over the parameters and statistics of ``norm`` (a fused norm+act included)."""
+    """A plain BatchNorm2d that takes over the parameters and statistics of ``norm`` (fused with an activation or frozen, too)."""
+    if is_frozen_norm(norm):
+        like = cast(Tensor, norm.weight)
+        taken = nn.BatchNorm2d(len(like), eps=getattr(norm, "eps", 1e-5), device=like.device, dtype=like.dtype)
+        taken.load_state_dict(
+            {name: value for name, value in norm._buffers.items() if name in taken.state_dict()}, strict=False
+        )
+        return taken.train(norm.training)
     assert isinstance(norm, nn.BatchNorm2d)
     taken = nn.BatchNorm2d(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"

@@ -6,18 +6,13 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import cast
 
-import torch
 from torch import fx, nn
 
+from bidensify.rewrite.kinds import drops, is_gate, is_norm_module, is_relu_like
 from bidensify.rewrite.recorded import Record, Scope, TensorSpec, plain_name, scope_of
 
-__all__ = ["Flow", "is_gate", "is_relu_like"]
+__all__ = ["Flow"]
 
-_RELU_LIKE = {
-    "relu", "relu6", "leakyrelu", "leaky_relu", "prelu", "rrelu", "silu", "swish", "gelu", "hardswish", "hard_swish",
-    "mish", "hardmish", "elu", "celu", "selu", "softplus", "hardtanh",
-}  # fmt: skip
-_GATES = {"sigmoid", "hardsigmoid", "hard_sigmoid", "tanh", "softmax", "log_softmax", "logsoftmax", "softmax2d"}
 _PASS_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _PASS_FUNCTIONS = {
     "dropout", "dropout1d", "dropout2d", "contiguous", "clone", "alias", "detach", "float", "to", "type_as", "identity",
@@ -25,28 +20,6 @@ _PASS_FUNCTIONS = {
 _SHAPE_FUNCTIONS = {
     "permute", "transpose", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "movedim", "T", "mT",
 }  # fmt: skip
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-
-
-def _stem(name: str) -> str:
-    name = name.lower()
-    for prefix in ("fast", "quick", "new", "clippedg"):
-        if name.startswith(prefix) and name != prefix:
-            name = name[len(prefix) :]
-    for suffix in ("activation", "jitme", "jit", "me", "tanh"):
-        if name.endswith(suffix) and len(name) > len(suffix):
-            name = name[: -len(suffix)]
-    return name
-
-
-def is_relu_like(name: str) -> bool:
-    """Whether a module's class or a function of this name is an activation of the ReLU family."""
-    return _stem(name) in _RELU_LIKE or name.lower() in _RELU_LIKE
-
-
-def is_gate(name: str) -> bool:
-    """Whether a module's class or a function of this name is a gate (sigmoid, softmax, ...)."""
-    return name.lower() in _GATES or _stem(name) in _GATES
 
 
 class Flow:
@@ -88,8 +61,7 @@ class Flow:
         """Whether a node normalises."""
         module = self.module(node)
         if module is not None:
-            name = type(module).__name__
-            return isinstance(module, _NORMS) or name.startswith("FrozenBatchNorm")
+            return is_norm_module(module)
         return self.name(node) in ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 
     def is_activation(self, node: fx.Node) -> bool:
@@ -116,6 +88,10 @@ class Flow:
         if node.op != "call_function":
             return False
         return self.name(node) in _PASS_FUNCTIONS or self.name(node) in ("drop_path", "stochastic_depth")
+
+    def drops(self, node: fx.Node) -> bool:
+        """Whether a node drops values in training: in front of it a signal must not be the only one."""
+        return drops(self.module(node))
 
     def is_scaling(self, node: fx.Node) -> bool:
         """Whether a node multiplies its one tensor by a number, or by a parameter of one value."""
@@ -260,8 +236,8 @@ class Flow:
                 return True
             if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
                 return False
-            if type(module) is nn.LayerNorm:
-                return True
+            if isinstance(module, nn.LayerNorm):
+                return "2d" not in type(module).__name__
             if self.name(current) == "permute":
                 return tuple(_dims(current)) == (0, 2, 3, 1)
             if current.op == "call_function" and current.target is operator.getitem:
@@ -273,28 +249,3 @@ class Flow:
 def _dims(node: fx.Node) -> list[int]:
     dims = node.args[1:] if len(node.args) > 2 else node.args[1] if len(node.args) > 1 else node.kwargs.get("dims", ())
     return [int(cast(int, d)) for d in cast(Iterable[object], dims)]
-
-
-def macs_of(module: nn.Module, output: tuple[int, ...]) -> int:
-    """Multiply-accumulates per sample of one call of a convolution or linear layer.
-
-    Args:
-        module: the layer.
-        output: its output's shape, batch first.
-    """
-    numel = 1
-    for size in output[1:]:
-        numel *= size
-    if isinstance(module, nn.Linear):
-        return numel * module.in_features
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        # Every input value feeds all taps; counted from the weight and the input's positions, which are the output's
-        # divided by the stride.
-        positions = numel // module.out_channels
-        stride = int(torch.tensor(module.stride).prod())
-        taps = int(torch.tensor(module.kernel_size).prod())
-        return positions * module.in_channels * (module.out_channels // module.groups) * taps // stride
-    if isinstance(module, nn.modules.conv._ConvNd):
-        taps = int(torch.tensor(module.kernel_size).prod())
-        return numel * (module.in_channels // module.groups) * taps
-    return 0

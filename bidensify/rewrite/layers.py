@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize, prune
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.rewrite.flow import Flow, macs_of
+from bidensify.rewrite.flow import Flow
+from bidensify.rewrite.kinds import macs_of
 from bidensify.rewrite.plan import LayerPlan
 from bidensify.rewrite.recorded import scope_of
 

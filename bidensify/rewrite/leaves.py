@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bidensify.rewrite.kinds import is_frozen_norm
+
 __all__ = ["frozen_flags", "is_leaf"]
 
 _ACTIVATION_NAMES = re.compile(
@@ -44,7 +46,9 @@ def is_leaf(module: nn.Module) -> bool:
     if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
         return True
     name = type(module).__name__
-    if name.startswith(("FrozenBatchNorm", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
+    if is_frozen_norm(module):
+        return True
+    if name.startswith(("DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
         return True
     return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
 

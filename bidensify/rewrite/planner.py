@@ -15,7 +15,8 @@ from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.rewrite.activations import plan_activations
 from bidensify.rewrite.blocks import BlockEdit
-from bidensify.rewrite.flow import Flow, is_relu_like
+from bidensify.rewrite.flow import Flow
+from bidensify.rewrite.kinds import fused_activation, is_frozen_norm, is_relu_like
 from bidensify.rewrite.layers import plan_layers
 from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
 from bidensify.rewrite.proof import Traced, editable_event, operation_of, trace_block
@@ -101,6 +102,25 @@ class Planner:
         node = traced.events[event]
         self.edits[path][event] = BlockEdit(node.name, operation_of(node), action, argument, module)
 
+    def note_frozen(self) -> None:
+        """Says which binary layers have latent weights that no training would change."""
+        frozen = [
+            path
+            for path, layer in self.layers.items()
+            if layer.action == "binary"
+            and not any(
+                parameter.requires_grad
+                for name, parameter in self.record.modules[path].named_parameters()
+                if name != "bias"
+            )
+        ]
+        if frozen:
+            more = f" (and those of {len(frozen) - 1} more binary layers)" if len(frozen) > 1 else ""
+            self.note(
+                f"{frozen[0]}: its weight is frozen (requires_grad=False){more} and stays so; what the rewrite adds to it "
+                "is trained"
+            )
+
     # steps
 
     def plan_norms(self) -> None:
@@ -114,13 +134,14 @@ class Planner:
                 continue
             target = targets.pop()
             norm = self.record.modules.get(target) if target else None
-            if not isinstance(norm, nn.BatchNorm2d) or norm.num_features != layer.out_channels:
+            if norm is None or len(self.nodes[target]) != len(users) or not _absorbable(norm, layer.out_channels):
                 continue
-            if norm.running_mean is None or len(self.nodes[target]) != len(users):
-                continue
-            self.layers[path] = replace(layer, norm=target)
-            inner = getattr(norm, "act", None)
-            if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+            reason = layer.reason
+            if is_frozen_norm(norm):
+                reason += f"; absorbs {type(norm).__name__}, whose statistics must follow the binary layer"
+            self.layers[path] = replace(layer, norm=target, reason=reason)
+            inner = fused_activation(norm)
+            if inner is not None:
                 replaced = is_relu_like(type(inner).__name__) and layer.activation
                 action = "absorbed" if replaced else "norm"
                 self.activations[target] = ActivationPlan(target, action, layer.out_channels, 1, layer.method)
@@ -197,6 +218,7 @@ class Planner:
                 "the rewrite would change nothing: every layer stays in full precision "
                 f"({'; '.join(reasons)}). Add a rule with action 'binarize', or change keep_first / keep_last"
             )
+        self.note_frozen()
         blocks = []
         for path, edits in self.edits.items():
             traced = self.trace(path)
@@ -224,8 +246,15 @@ class Planner:
         )
 
     def _fused(self, norm: str) -> bool:
-        inner = getattr(self.record.modules[norm], "act", None)
-        return isinstance(inner, nn.Module) and is_relu_like(type(inner).__name__)
+        inner = fused_activation(self.record.modules[norm])
+        return inner is not None and is_relu_like(type(inner).__name__)
+
+
+def _absorbable(norm: nn.Module, channels: int) -> bool:
+    """Whether a module is a BatchNorm with statistics over ``channels`` channels, trained or frozen."""
+    if is_frozen_norm(norm):
+        return len(norm._buffers["weight"]) == channels  # type: ignore[arg-type]
+    return isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels and norm.running_mean is not None
 
 
 def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan:

@@ -159,7 +159,7 @@ def _carried(planner: Planner, main: fx.Node, fork: fx.Node, scales: list[fx.Nod
             or current in planner.removed
             or flow.is_norm(current)
             or flow.is_activation(current)
-            or flow.is_pass(current)
+            or (flow.is_pass(current) and not flow.drops(current))
             or flow.is_reorder(current)
         ):
             return False

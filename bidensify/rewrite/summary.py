@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bidensify.nn import BinaryLayer
-from bidensify.rewrite.flow import macs_of
+from bidensify.rewrite.kinds import macs_of
 from bidensify.rewrite.record import record
 from bidensify.rewrite.recorded import TensorSpec
 

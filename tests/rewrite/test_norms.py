@@ -1,0 +1,195 @@
+"""Norms around binary layers: absorbed, kept or taken over, frozen parameters, dropped paths, half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bidensify as bd
+from bidensify.nn import BinaryLayer, RPReLU, binary_layers
+
+
+def around(norm: nn.Module, *after: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False), norm, *after,
+        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
+
+
+def mixed_signs(student: nn.Module, x: Tensor) -> None:
+    bd.calibrate(student, [x])
+    shares: dict[str, Tensor] = {}
+    for path, layer in binary_layers(student):
+        layer.binarizer.register_forward_hook(
+            lambda m, args, out, path=path: shares.update({path: (out > 0).float().mean((0, 2, 3))})
+        )
+    with torch.no_grad():
+        student.train()(x)
+    assert shares
+    for path, share in shares.items():
+        assert (share > 0.05).all(), path
+        assert (share < 0.95).all(), path
+
+
+def frozen_norms() -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    torchvision = pytest.importorskip("torchvision")
+    found["torchvision"] = torchvision.ops.misc.FrozenBatchNorm2d(8, eps=1e-3)
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    found["detr"] = detr.DetrFrozenBatchNorm2d(8)
+    layers = pytest.importorskip("timm.layers")
+    found["timm"] = layers.FrozenBatchNormAct2d(8)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "detr", "timm"])
+def test_a_frozen_batchnorm_becomes_the_layers_own_with_its_values(kind: str) -> None:
+    norm = frozen_norms()[kind]
+    for name, buffer in norm.named_buffers():
+        nn.init.uniform_(buffer, 0.5 if name == "running_var" else -1, 2)
+    values = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    model = around(norm, nn.ReLU())
+    student = bd.bidensify(model)
+    layer = student[1]
+    assert f"absorbs {type(norm).__name__}, whose statistics must follow" in student.bidensify_plan.layers[1].reason
+    assert type(layer.norm) is nn.BatchNorm2d
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(layer.norm, name), values[name]), name
+    assert layer.norm.eps == getattr(norm, "eps", 1e-5)
+    assert layer.norm.weight.requires_grad
+    assert isinstance(student[2], nn.Identity)
+    # A full-precision state_dict loads: the frozen buffers go to the layer's norm.
+    other = {key: value + 1 for key, value in model.state_dict().items()}
+    assert not student.load_state_dict(other).missing_keys
+    assert torch.equal(layer.norm.running_var, values["running_var"] + 1)
+    mixed_signs(student, torch.randn(4, 3, 16, 16))
+
+
+def test_a_frozen_batchnorm_elsewhere_stays() -> None:
+    norm = frozen_norms()["torchvision"]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+    student = bd.bidensify(model)
+    assert type(student[1]) is type(norm)
+    assert torch.equal(student[1].running_var, norm.running_var)
+
+
+@pytest.mark.parametrize("name", ["GroupNormAct", "LayerNormAct2d"])
+def test_a_fused_norm_that_stays_gets_rprelu_inside(name: str) -> None:
+    layers = pytest.importorskip("timm.layers")
+    options = {"num_groups": 2} if name == "GroupNormAct" else {}
+    model = around(getattr(layers, name)(8, **options))
+    student = bd.bidensify(model)
+    assert type(student[2]) is type(model[2])
+    assert isinstance(student[2].act, RPReLU)
+    assert (student[2].act.channels, student[2].act.dim) == (8, 1)
+    assert torch.equal(student[2].weight, model[2].weight)
+    # The norm between stays on the path: the layer has its own BatchNorm and bypass in front of it.
+    assert student[1].bypass is not None
+    assert student[1].norm.num_features == 8
+    x = torch.randn(2, 8, 4, 4)
+    assert student[2](x).min() < 0
+    mixed_signs(student, torch.randn(4, 3, 16, 16))
+
+
+def test_batchnormact_is_absorbed_behind_a_layer_and_opened_in_front_of_one() -> None:
+    layers = pytest.importorskip("timm.layers")
+    behind = bd.bidensify(around(layers.BatchNormAct2d(8)))
+    assert isinstance(behind[1].activation, RPReLU)
+    assert isinstance(behind[2], nn.Identity)
+    torch.manual_seed(0)
+    ahead = bd.bidensify(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), layers.BatchNormAct2d(8), nn.Conv2d(8, 8, 3), nn.AvgPool2d(2),
+            layers.BatchNormAct2d(8), nn.Conv2d(8, 2, 1),
+        )
+    )  # fmt: skip
+    assert isinstance(ahead[1], nn.BatchNorm2d)
+    assert isinstance(ahead[1].act, RPReLU)
+    assert isinstance(ahead[4].act, RPReLU)
+    mixed_signs(ahead, torch.randn(4, 3, 16, 16))
+
+
+def test_layernorm2d_stays() -> None:
+    layers = pytest.importorskip("timm.layers")
+    student = bd.bidensify(around(layers.LayerNorm2d(8), nn.GELU()))
+    assert type(student[2]) is layers.LayerNorm2d
+    assert isinstance(student[3], RPReLU)
+    assert student[1].norm is not None
+    mixed_signs(student, torch.randn(4, 3, 16, 16))
+
+
+class Dropped(nn.Module):
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("kind", ["identity", "off", "stochastic depth", "drop path", "dropout"])
+def test_a_path_that_is_dropped_in_training_never_carries_the_only_signal(kind: str) -> None:
+    torchvision, layers = pytest.importorskip("torchvision"), pytest.importorskip("timm.layers")
+    drop = {
+        "identity": nn.Identity(),
+        "off": nn.Dropout(0.0),
+        "stochastic depth": torchvision.ops.StochasticDepth(1.0, "row"),
+        "drop path": layers.DropPath(0.999),
+        "dropout": nn.Dropout(1.0),
+    }[kind]
+    torch.manual_seed(0)
+    student = bd.bidensify(nn.Sequential(nn.Conv2d(3, 8, 1), Dropped(drop), nn.Conv2d(8, 2, 1)))
+    layer = student[1].conv
+    carried = kind in ("identity", "off")
+    assert (layer.bypass is not None) == carried
+    nn.init.zeros_(layer.norm.weight)
+    x = torch.randn(4, 8, 6, 6)
+    # With the binary branch silenced the block hands its input through, in training too.
+    assert torch.allclose(student.train()[1](x), x, atol=1e-6)
+
+
+def test_frozen_parameters_stay_frozen_and_the_plan_says_so() -> None:
+    model = around(nn.BatchNorm2d(8), nn.ReLU())
+    for module in (model[1], model[2]):
+        module.requires_grad_(False)
+    student = bd.bidensify(model)
+    plan = student.bidensify_plan
+    assert any("1: its weight is frozen" in note for note in plan.notes)
+    layer = student[1]
+    assert not layer.latent_weight.requires_grad
+    assert not layer.norm.weight.requires_grad
+    assert layer.binarizer.b.requires_grad
+    assert student[4].latent_weight.requires_grad
+    student.train()(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    assert layer.latent_weight.grad is None
+    assert layer.binarizer.b.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types(dtype: torch.dtype) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = around(nn.BatchNorm2d(8), nn.ReLU())
+            self.up = nn.ConvTranspose2d(2, 2, 2, 2)
+            self.head = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.up(self.body(x))))
+
+    model = Small().to(dtype)
+    student = bd.bidensify(model)
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    assert sum(1 for _ in binary_layers(student)) == 4
+    bd.calibrate(student, [torch.randn(4, 3, 16, 16, dtype=dtype)])
+    out = student.train()(torch.randn(2, 3, 16, 16, dtype=dtype))
+    assert out.dtype == dtype
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+    assert isinstance(student.body[1], BinaryLayer)
+    assert student.body[1].latent_weight.grad.abs().sum() > 0
