@@ -48,8 +48,10 @@ class ActivationBinarizer(nn.Module):
     Attributes:
         enabled: False passes the input through (the stage that trains with float activations).
         calibrating: True sets thresholds from what comes in, before they are used.
+        work: elementwise operations per input element, as ``summary`` counts them.
     """
 
+    work: int = 1
     packable: bool = True
     unpackable_reason: str = ""
 
@@ -141,6 +143,9 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
 
     Shape: kept. ``k`` and ``b`` are (1, C, 1, 1) for ``dim=1`` and (C,) for ``dim=-1``; ``a`` is a scalar.
     """
+
+    # The sum of the mean, the shift, the sum of distances, the comparison.
+    work = 4
 
     def __init__(self, channels: int, act_scale: str = "per_tensor", dim: int = 1) -> None:
         super().__init__(channels, dim)

@@ -41,7 +41,8 @@ def is_leaf(module: nn.Module) -> bool:
         nn.Embedding,
         nn.Identity,
     )
-    if isinstance(module, leaf_bases):
+    # A packed layer (it belongs to a package that this one does not import) counts itself.
+    if isinstance(module, leaf_bases) or hasattr(module, "packed_facts"):
         return True
     if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
         return True

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bidensify.nn import BinaryLayer
+from bidensify.rewrite import work
 from bidensify.rewrite.kinds import macs_of
 from bidensify.rewrite.record import record
-from bidensify.rewrite.recorded import TensorSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,7 @@ class LayerSummary:
         binary_params: weights of one bit.
         float_params: parameters of 32 bits.
         binary_macs, float_macs: multiply-accumulates per sample.
-        elementwise: other operations per sample (norms, activations, binarizers, bypasses).
+        elementwise: other operations per sample (norms, activations, binarizers, bypasses, additions).
     """
 
     path: str
@@ -63,11 +63,19 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All layers and their totals. ``state`` is "LATENT" (float computes the bits), "PACKED" or "FLOAT"."""
+    """All layers and their totals.
+
+    Attributes:
+        layers: a row per layer, and per block whose own code computes (attention, additions).
+        state: "LATENT" (float computes the bits), "PACKED" or "FLOAT".
+        input_size: one sample's (C, H, W).
+        uncounted: functions whose multiply-accumulates could not be counted, with the reason.
+    """
 
     layers: tuple[LayerSummary, ...]
     state: str
     input_size: tuple[int, ...]
+    uncounted: tuple[str, ...] = ()
 
     def total(self, name: str) -> float:
         """The sum of one of ``LayerSummary``'s fields or properties over all layers."""
@@ -78,6 +86,7 @@ class Summary:
         names = ("binary_params", "float_params", "binary_macs", "float_macs", "elementwise")
         totals: dict[str, Any] = {name: int(self.total(name)) for name in names}
         totals.update(params=self.total("params"), bytes=int(self.total("bytes")), ops=self.total("ops"))
+        totals["uncounted"] = list(self.uncounted)
         return {"state": self.state, "input_size": list(self.input_size), **totals}
 
     def table(self) -> Table:
@@ -85,6 +94,8 @@ class Summary:
         from rich.table import Table
 
         table = Table(title=f"{self.state}, input {'×'.join(str(n) for n in self.input_size)}")
+        if self.uncounted:
+            table.caption = "not counted: " + "; ".join(self.uncounted)
         for column in ("layer", "kind"):
             table.add_column(column, overflow="fold")
         columns = ("binary_params", "float_params", "bytes", "binary_macs", "float_macs", "ops")
@@ -105,65 +116,72 @@ class Summary:
         return capture.get()
 
 
-def _own_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module._parameters.values() if p is not None)
-
-
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     """Counts parameters and operations of a float, latent or packed network.
 
     OPs = full-precision MACs · 2 + binary MACs · 2 / 64 + elementwise work; Params = full-precision + binary / 32.
+    Elementwise work per element: a binarizer 4 with statistics and 1 without, scale and bias 2, a norm 2, a bypass 1,
+    RPReLU 3, every other function or module 1, what only moves data 0.
 
     Args:
-        model: the network.
+        model: the network; it is left as it was.
         input_size: (C, H, W) of one sample or (N, C, H, W); counts are per sample.
+
+    Raises:
+        PlanError: the network does not run on such an input.
     """
     size = tuple(int(n) for n in input_size)
     if len(size) == 3:
         size = (2, *size)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     run = record(model, torch.zeros(size, dtype=reference.dtype, device=reference.device))
-    outputs: dict[str, list[tuple[int, ...]]] = {}
-    for node in run.graph.nodes:
-        spec = node.meta.get("spec")
-        if node.op == "call_module" and isinstance(spec, TensorSpec):
-            outputs.setdefault(str(node.target), []).append(spec.shape)
+    calls = work.calls_of(run)
+    functions, uncounted = work.functions_of(run)
     rows: list[LayerSummary] = []
+    inside: tuple[str, ...] = ()
     states = {"FLOAT"}
     for path, module in run.modules.items():
-        packed = getattr(module, "packed_facts", None)
-        shapes = outputs.get(path, [])
-        numel = sum(_numel(shape) for shape in shapes)
-        if isinstance(module, BinaryLayer):
-            states.add("LATENT")
-            weights = module.latent_weight.numel()
-            macs = sum(macs_of(module, shape) for shape in shapes)
-            parts = sum(p.numel() for p in module.parameters()) - weights
-            # Per output: the scale and BatchNorm, the bypass's add, the activation's three steps; the binarizer's
-            # two statistics and the comparison are counted on the output's size too.
-            scale = module.weight_binarizer.channel_scale(module.latent_weight)
-            parts += 0 if scale is None else scale.numel()
-            rows.append(LayerSummary(path, type(module).__name__, weights, parts, macs, 0, 6 * numel))
-        elif packed is not None:
-            states.add("PACKED")
-            facts = packed()
-            macs = facts["macs_per_output"] * numel
-            rows.append(
-                LayerSummary(path, type(module).__name__, facts["binary"], facts["float"], int(macs), 0, 6 * numel)
-            )
-        elif any(path.startswith(row.path + ".") for row in rows if row.binary_params):
+        if path.startswith(inside):
             continue
-        elif _own_parameters(module) or (shapes and path in outputs):
-            is_layer = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-            macs = sum(macs_of(module, shape) for shape in shapes) if is_layer else 0
-            work = 0 if is_layer else numel
-            rows.append(LayerSummary(path, type(module).__name__, 0, _own_parameters(module), 0, macs, work))
+        facts = getattr(module, "packed_facts", None)
+        kind = type(module).__name__
+        if isinstance(module, BinaryLayer) or facts is not None:
+            inside = (*inside, path + ".")
+            row = _latent(module, calls[path]) if isinstance(module, BinaryLayer) else _packed(module, calls[path])
+            states.add("LATENT" if isinstance(module, BinaryLayer) else "PACKED")
+            rows.append(LayerSummary(path, kind, *row))
+            continue
+        own = sum(p.numel() for p in module._parameters.values() if p is not None)
+        macs, elements = functions.get(path, (0, 0))
+        for call in calls[path]:
+            more, other = work.layer_work(module, call)
+            macs, elements = macs + more, elements + other
+        if own or macs or elements or (calls[path] and not isinstance(module, nn.Identity)):
+            rows.append(LayerSummary(path or "(model)", kind, 0, own, 0, macs, elements))
     state = "PACKED" if "PACKED" in states else "LATENT" if "LATENT" in states else "FLOAT"
-    return Summary(tuple(rows), state, size[1:])
+    return Summary(tuple(rows), state, size[1:], uncounted)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape[1:]:
-        count *= size
-    return count
+def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
+    """(binary parameters, float parameters, binary MACs, float MACs, elementwise) as the packed layer will have them."""
+    weights = layer.latent_weight.numel()
+    scale = layer.weight_binarizer.channel_scale(layer.latent_weight)
+    floats = sum(p.numel() for p in layer.parameters()) - weights + (0 if scale is None else scale.numel())
+    macs = elements = 0
+    for call in calls:
+        macs += macs_of(layer, call.output)
+        elements += work.numel(call.input) * layer.binarizer.work
+        after = 2 + (layer.bypass is not None) + work.per_element(layer.activation)
+        elements += work.numel(call.output) * after
+    return weights, floats, macs, 0, elements
+
+
+def _packed(layer: Any, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
+    facts = layer.packed_facts()
+    floats = facts.float_params + sum(p.numel() for p in layer.parameters())
+    macs = sum(round(facts.macs_per_output * work.numel(call.output)) for call in calls)
+    elements = sum(
+        work.numel(call.input) * facts.work_per_input + work.numel(call.output) * facts.work_per_output
+        for call in calls
+    )
+    return facts.binary_params, floats, macs, 0, elements

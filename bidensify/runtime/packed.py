@@ -6,7 +6,8 @@ y = activation(scale * alpha * dot + bias + bypass(x)), where dot is an exact in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,7 +19,25 @@ from bidensify.runtime import ops
 from bidensify.runtime.bits import signs_from_tiles, tiles_from_bits
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedLayer", "PackedLinear", "packed_layers"]
+__all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedFacts", "PackedLayer", "PackedLinear", "packed_layers"]
+
+
+@dataclass(frozen=True)
+class PackedFacts:
+    """What ``bidensify.summary`` counts of a packed layer.
+
+    Attributes:
+        binary_params: weights of one bit.
+        float_params: side parameters.
+        macs_per_output: binary multiply-accumulates per output element (a fraction in a strided transposed layer).
+        work_per_input, work_per_output: elementwise operations per input and per output element.
+    """
+
+    binary_params: int
+    float_params: int
+    macs_per_output: Fraction
+    work_per_input: int
+    work_per_output: int
 
 
 class PackedLayer(nn.Module):
@@ -97,6 +116,16 @@ class PackedLayer(nn.Module):
         own = [name for name in ("binarizer", "bypass", "activation") if getattr(self, name) is not None]
         data: dict[str, Any] = {"type": type(self).__name__, "spec": self.spec.to_dict()}
         return {**data, "own": own} if own else data
+
+    def packed_facts(self) -> PackedFacts:
+        """What the layer holds and computes."""
+        s = self.spec
+        macs = Fraction(s.in_channels // s.groups * s.kernel[0] * s.kernel[1])
+        if s.kind == "conv_transpose":
+            macs /= s.stride[0] * s.stride[1]
+        binarizer = self.binarizer.work if self.binarizer is not None else 4 if s.mean_threshold or s.alpha else 1
+        after = 2 + (s.bypass or self.bypass is not None) + (3 if s.slope else 0) + (self.activation is not None)
+        return PackedFacts(s.bits, s.side_length, macs, binarizer, after)
 
     def arrange(self) -> None:
         """Brings the stored bits into the order that kernels read; called after every load."""
