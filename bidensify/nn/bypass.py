@@ -167,25 +167,26 @@ class Bypass(nn.Module):
         self.dim = dim
         self.grouping = grouping
 
-    def _space(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def to_size(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """The spatial part alone: (N, C, H, W) -> (N, C, H', W')."""
         height, width = size
         if x.shape[-2:] == (height, width):
             return x
         if self.transposed:
             return self._upsample(x, height, width)
-        if max(self.stride) > 1 and max(self.dilation) == 1:
-            return self._average(x, height, width)
+        if self.averages(x.shape[-2:], size):
+            return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding, count_include_pad=False)
         return self._centres(x, height, width)
 
-    def _average(self, x: Tensor, height: int, width: int) -> Tensor:
+    def averages(self, given: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether an output of ``size`` = (H', W') for an input of ``given`` = (H, W) is the average of each window."""
+        if tuple(given) == tuple(size) or self.transposed or max(self.stride) == 1 or max(self.dilation) > 1:
+            return False
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
         # torch limits pooling's padding to half the kernel, and the layer may pad more, or on one side only
         # ("same" padding of a strided layer): such a window gives its centre.
-        pooled_h = (x.shape[-2] + 2 * ph - kh) // sh + 1
-        pooled_w = (x.shape[-1] + 2 * pw - kw) // sw + 1
-        if (pooled_h, pooled_w) == (height, width) and 2 * ph <= kh and 2 * pw <= kw:
-            return F.avg_pool2d(x, (kh, kw), (sh, sw), (ph, pw), count_include_pad=False)
-        return self._centres(x, height, width)
+        pooled = ((given[0] + 2 * ph - kh) // sh + 1, (given[1] + 2 * pw - kw) // sw + 1)
+        return pooled == tuple(size) and 2 * ph <= kh and 2 * pw <= kw
 
     def _centres(self, x: Tensor, height: int, width: int) -> Tensor:
         for axis, size in ((0, height), (1, width)):
@@ -238,7 +239,7 @@ class Bypass(nn.Module):
     def after_fusion_down(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
         """The rest of ``forward``: space, then fusion-up. x: (N, min(C_in, C_out), H, W)."""
         if size is not None:
-            x = self._space(x, size)
+            x = self.to_size(x, size)
         if self.out_channels > self.in_channels:
             x = fusion_up(x, self.out_channels, self.dim)
         return x

@@ -12,7 +12,8 @@ from torch import nn
 from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
-from bidensify.nn.layer import BatchNormLast, BinaryLayer, make_norm
+from bidensify.nn.layer import BinaryLayer
+from bidensify.nn.norm import BatchNormLast, make_norm
 from bidensify.nn.weight import WeightBinarizer
 
 __all__ = ["BatchNormLast", "BiDenseConv2d", "BiDenseConvTranspose2d", "BiDenseLinear"]

@@ -9,21 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bidensify.nn import fused, native, ops
+from bidensify.nn import evaluation, fused, native, ops
 from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
+from bidensify.nn.norm import BatchNormLast
 from bidensify.nn.ste import sign
 from bidensify.nn.weight import UsedWeight, WeightBinarizer, parametrized, used_weight
 
 __all__ = ["BinaryLayer", "binary_layers", "make_binary", "set_binarization"]
-
-
-class BatchNormLast(nn.BatchNorm1d):
-    """BatchNorm over the last dimension: (..., C), statistics over all other dimensions."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
 
 
 class BinaryLayer(nn.Module):
@@ -101,6 +95,8 @@ class BinaryLayer(nn.Module):
         # A layer under construction (or one whose weights are not binarized yet) computes with the latent weight.
         if not self.__dict__.get("binarize_weights", False) or self.makes_weight:
             return latent
+        if not torch.compiler.is_compiling() and (signs := evaluation.signs_in_use(self)) is not None:
+            return signs
         recomputed: fused.Recomputed | None = self.__dict__.get("_recomputed")
         binarizer = self.weight_binarizer
         if recomputed is None or not fused.plain_module(binarizer, WeightBinarizer) or not binarizer.native(latent):
@@ -128,13 +124,21 @@ class BinaryLayer(nn.Module):
     def conv_only(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bare layer of the class below, on an input that is binarized already: C_in -> C_out channels."""
         if not self.makes_weight:
-            return cast(Tensor, super().forward(a, *args, **kwargs))
+            return self.bare_forward(a, *args, **kwargs)
         with UsedWeight(self.weight_binarizer if self.binarize_weights else _as_it_is):
-            return cast(Tensor, super().forward(a, *args, **kwargs))
+            return self.bare_forward(a, *args, **kwargs)
+
+    def bare_forward(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the class below, as it is."""
+        return cast(Tensor, super().forward(a, *args, **kwargs))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if native.supports(x) and not _any_global_hook():
-            return self._fused_forward(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and not _any_global_hook():
+            y = evaluation.evaluate(self, x, args, kwargs)
+            if y is not None:
+                return y
+            if native.supports(x):
+                return self._fused_forward(x, *args, **kwargs)
         y = self.conv_only(self.binarizer(x), *args, **kwargs)
         if self.norm is not None:
             y = self.norm(y)
@@ -280,12 +284,3 @@ def set_binarization(model: nn.Module, *, activations: bool, weights: bool) -> N
     for _, layer in binary_layers(model):
         layer.binarizer.enabled = activations
         layer.binarize_weights = weights
-
-
-def make_norm(channels: int, weight_scale: Tensor | None = None, like: Tensor | None = None) -> nn.BatchNorm2d:
-    """A BatchNorm2d on the device and in the dtype of ``like``; ``weight_scale`` (C,) starts its weight."""
-    norm = nn.BatchNorm2d(channels)
-    if weight_scale is not None:
-        with torch.no_grad():
-            norm.weight.copy_(weight_scale)
-    return norm if like is None else norm.to(device=like.device, dtype=like.dtype)

@@ -37,6 +37,13 @@ WEIGHTED_FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
+def _row_means(rows: Tensor) -> Tensor:
+    """(n,) float32: the mean magnitude of each row."""
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    total: Tensor = torch.linalg.vector_norm(rows, 1, 1, dtype=wide)
+    return (total / rows.shape[1]).float()
+
+
 class WeightBinarizer(nn.Module):
     """w_b = s_o * sign(w) with s_o = mean |w| over all the weights that feed output channel o.
 
@@ -67,14 +74,14 @@ class WeightBinarizer(nn.Module):
         return scale.expand(-1, grouped.shape[1], *scale.shape[2:]).reshape(weight.shape[0], *scale.shape[2:])
 
     def channel_scale(self, weight: Tensor) -> Tensor | None:
-        """s_o as (C_out,), or None where it is 1."""
+        """s_o as (C_out,) float32, its mean taken in float64, or None where it is 1."""
         if not self.scaled:
             return None
         weight = weight.detach()
         if not self.transposed:
-            return weight.abs().flatten(1).mean(1)
-        grouped = weight.abs().reshape(self.groups, -1, *weight.shape[1:])
-        return grouped.mean((1, *range(3, grouped.dim()))).flatten()
+            return _row_means(weight.flatten(1))
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return _row_means(grouped.transpose(1, 2).flatten(0, 1).flatten(1))
 
     def native(self, weight: Tensor) -> bool:
         """Whether the training kernels binarize ``weight``: output channels outermost in memory, float32."""

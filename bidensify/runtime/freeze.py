@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidensify.errors import FormatError, PackError
-from bidensify.nn import BinaryLayer, Bypass, DistributionAdaptiveBinarizer, RPReLU, SignBinarizer
+from bidensify.errors import ConfigError, FormatError, PackError
+from bidensify.nn import BinaryLayer, Bypass, DistributionAdaptiveBinarizer, SignBinarizer, arithmetic
 from bidensify.runtime.bits import bits_from_signs
 from bidensify.runtime.packed import PackedConv2d, PackedConvTranspose2d, PackedLayer, PackedLinear
 from bidensify.runtime.reference import convolve
@@ -41,11 +41,18 @@ def freeze(layer: BinaryLayer, kernel: str, name: str) -> PackedLayer:
     spec = _geometry(layer, name)
     signs = _gathered(signs, spec)
     spec = _find_padding(layer, signs, weight_scale, spec, name)
-    scale, bias = _affine(layer, weight_scale, spec, name)
-    parts: dict[str, Tensor] = {"scale": scale, "bias": bias}
+    try:
+        folded = arithmetic.fold(layer, weight_scale)
+    except ConfigError as error:
+        raise PackError(f"{name}: {error}") from error
+    parts: dict[str, Tensor] = {"scale": folded.scale, "bias": folded.bias}
     spec, binarizer = _thresholds(layer, spec, parts)
     spec, bypass = _bypass(layer, spec)
-    spec, activation = _activation(layer, spec, parts)
+    if folded.slope is not None:
+        parts["slope"] = folded.slope
+    if folded.post is not None:
+        parts["post"] = folded.post
+    spec = replace(spec, slope="slope" in parts, post="post" in parts)
     packed = _CLASSES[spec.kind](spec, kernel, signs.device)
     side = torch.cat([parts[key].detach().float().flatten() for key in spec.layout])
     if not bool(torch.isfinite(side).all()):
@@ -54,7 +61,7 @@ def freeze(layer: BinaryLayer, kernel: str, name: str) -> PackedLayer:
     packed.bits.copy_(bits_from_signs(signs))
     packed.side.copy_(side)
     packed.arrange()
-    for key, module in (("binarizer", binarizer), ("bypass", bypass), ("activation", activation)):
+    for key, module in (("binarizer", binarizer), ("bypass", bypass), ("activation", folded.activation)):
         setattr(packed, key, None if module is None else _own(module))
     packed.train(layer.training)
     return packed
@@ -162,7 +169,8 @@ def _find_padding(layer: BinaryLayer, signs: Tensor, scale: Tensor | None, spec:
     reach = [d * (k - 1) + 1 + s for d, k, s in zip(spec.dilation, spec.kernel, spec.stride, strict=True)]
     generator = torch.Generator().manual_seed(0)
     for extra in (0, 1):
-        size = (1, spec.in_channels, reach[0] + extra, reach[1] + extra)
+        # Twice the padding more: a transposed layer's padding takes from its output.
+        size = (1, spec.in_channels, *(r + extra + 2 * max(spec.padding) for r in reach))
         probe = (torch.randint(0, 2, size, generator=generator) * 2 - 1).to(signs)
         with torch.no_grad():
             got = layer.conv_only(probe)
@@ -184,30 +192,6 @@ def _find_padding(layer: BinaryLayer, signs: Tensor, scale: Tensor | None, spec:
             f"popcounts would be wrong; keep it in float (Rule({name!r}, 'keep'))"
         )
     return candidates[0]
-
-
-def _affine(layer: BinaryLayer, weight_scale: Tensor | None, spec: LayerSpec, name: str) -> tuple[Tensor, Tensor]:
-    """(C_out,) scale and bias with BatchNorm folded, computed in float64."""
-    device = layer.latent_weight.device
-    one = torch.ones(spec.out_channels, dtype=torch.float64, device=device)
-    scale = one if weight_scale is None else weight_scale.detach().double().flatten()
-    bias = getattr(layer, "bias", None)
-    shift = torch.zeros_like(one) if bias is None else bias.detach().double()
-    norm: Any = layer.norm
-    if norm is None:
-        return scale, shift
-    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
-        raise PackError(
-            f"{name}: its norm {type(norm).__name__} has no running statistics to fold; use BatchNorm with "
-            "track_running_stats=True"
-        )
-    gain = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()
-    moved = (shift - norm.running_mean.double()) * gain
-    if norm.bias is not None:
-        moved = moved + norm.bias.detach().double()
-    return scale * gain, moved
 
 
 def _thresholds(layer: BinaryLayer, spec: LayerSpec, parts: dict[str, Tensor]) -> tuple[LayerSpec, nn.Module | None]:
@@ -236,27 +220,3 @@ def _bypass(layer: BinaryLayer, spec: LayerSpec) -> tuple[LayerSpec, nn.Module |
         ph, pw = bypass.padding
         return replace(spec, bypass=True, bypass_padding=(ph, pw)), None
     return spec, bypass
-
-
-def _activation(layer: BinaryLayer, spec: LayerSpec, parts: dict[str, Tensor]) -> tuple[LayerSpec, nn.Module | None]:
-    activation = layer.activation
-    channels = spec.out_channels
-    like = parts["bias"]
-    if type(activation) is nn.Identity:
-        return spec, None
-    if type(activation) is RPReLU:
-        # The first shift is added where the bias is.
-        parts["bias"] = parts["bias"] + activation.bias_in.detach().double()
-        parts.update(slope=activation.slope, post=activation.bias_out)
-        return replace(spec, slope=True, post=True), None
-    slope: Tensor | None = None
-    if type(activation) is nn.ReLU:
-        slope = torch.zeros(channels, device=like.device)
-    elif type(activation) is nn.LeakyReLU:
-        slope = torch.full((channels,), activation.negative_slope, device=like.device)
-    elif type(activation) is nn.PReLU and spec.kind != "linear":
-        slope = activation.weight.detach().expand(channels)
-    if slope is None:
-        return spec, activation
-    parts["slope"] = slope
-    return replace(spec, slope=True), None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.errors import ConfigError, FormatError
-from bidensify.nn import BinaryLayer
+from bidensify.nn import BinaryLayer, arithmetic
 from bidensify.runtime import ops
 from bidensify.runtime.bits import signs_from_tiles, tiles_from_bits
 from bidensify.runtime.spec import LayerSpec
@@ -163,26 +163,20 @@ class PackedLayer(nn.Module):
         return self
 
     def _run(self, x: Tensor, ints: list[int]) -> Tensor:
-        """x: (N, C_in, H, W) -> (N, C_out, H', W')."""
+        """x: (N, C_in, H, W) -> (N, C_out, H', W'), without an activation of the method's own."""
         thresholds = levels = residual = None
         if self.binarizer is not None:
-            thresholds, levels = self._codes(x)
+            thresholds, levels = arithmetic.codes(self.binarizer, x)
         if self.bypass is not None:
-            residual = self.bypass(x, LayerSpec.from_ints(ints).output_size(x.shape[2], x.shape[3]))
+            size = LayerSpec.from_ints(ints).output_size(x.shape[2], x.shape[3])
+            residual = arithmetic.own_signal(self.bypass, x, size)
         y: Tensor = torch.ops.bidensify.packed_conv2d(
             x, self.tiles, self.side, ints, thresholds, levels, residual, self.kernel
         )
-        return y if self.activation is None else self.activation(y)
+        return y
 
-    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The custom binarizer's thresholds (N, C_in) and levels (N, 2)."""
-        assert self.binarizer is not None
-        with torch.no_grad():
-            beta, low, high = self.binarizer.codes(x)
-        n, c = x.shape[:2]
-        thresholds = _per_channel(beta, n, c)
-        levels = torch.stack([_per_sample(low, n), _per_sample(high, n)], 1).float()
-        return thresholds.float().contiguous(), levels.contiguous()
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self.activation is None else self.activation(y)
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...], channel_dim: int) -> None:
         if x.dim() not in dims or x.shape[channel_dim] != self.spec.in_channels:
@@ -209,24 +203,6 @@ def _arrange(module: nn.Module, incompatible: Any) -> None:
         module.arrange()
 
 
-def _per_channel(beta: Tensor, n: int, c: int) -> Tensor:
-    if beta.dim() == 4 and (beta.shape[2] != 1 or beta.shape[3] != 1):
-        raise ConfigError(
-            f"a threshold of shape {tuple(beta.shape)} varies over space; packed layers take one per channel"
-        )
-    flat = beta.reshape(beta.shape[0], -1) if beta.dim() == 4 else beta.reshape(1, -1)
-    return flat.expand(n, c)
-
-
-def _per_sample(value: Tensor, n: int) -> Tensor:
-    flat = value.reshape(-1)
-    if flat.numel() not in (1, n):
-        raise ConfigError(
-            f"an activation value of shape {tuple(value.shape)} is not one per sample; it cannot be packed"
-        )
-    return flat.expand(n)
-
-
 class PackedConv2d(PackedLayer):
     """(N, C_in, H, W) -> (N, C_out, H', W'), channels_last inside; see ``PackedLayer``."""
 
@@ -235,7 +211,7 @@ class PackedConv2d(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C_in, H, W), float32, bfloat16 or float16; the result has its dtype."""
         self._check_input(x, (4,), 1)
-        return self._run(x, self._ints)
+        return self._activated(self._run(x, self._ints))
 
 
 class PackedConvTranspose2d(PackedLayer):
@@ -247,7 +223,7 @@ class PackedConvTranspose2d(PackedLayer):
         """x: (N, C_in, H, W); ``output_size`` = (H', W') picks among the sizes that the stride allows, as in torch."""
         self._check_input(x, (4,), 1)
         if output_size is None:
-            return self._run(x, self._ints)
+            return self._activated(self._run(x, self._ints))
         wanted = list(output_size)[-2:]
         least = replace(self.spec, output_padding=(0, 0)).output_size(x.shape[2], x.shape[3])
         extra = (wanted[0] - least[0], wanted[1] - least[1])
@@ -255,7 +231,7 @@ class PackedConvTranspose2d(PackedLayer):
             raise ConfigError(
                 f"output_size={wanted} is not reachable from {tuple(x.shape[2:])}; the least is {list(least)}"
             )
-        return self._run(x, replace(self.spec, output_padding=extra).to_ints())
+        return self._activated(self._run(x, replace(self.spec, output_padding=extra).to_ints()))
 
 
 class PackedLinear(PackedLayer):
@@ -279,15 +255,7 @@ class PackedLinear(PackedLayer):
         shape = x.shape
         tokens = x.reshape(shape[0], -1, 1, shape[-1]).permute(0, 3, 1, 2)
         y = self._run(tokens, self._ints)
-        return y.permute(0, 2, 3, 1).reshape(*shape[:-1], self.spec.out_channels)
-
-    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.binarizer is not None
-        with torch.no_grad():
-            beta, low, high = self.binarizer.codes(x.permute(0, 2, 3, 1).flatten(1, 2))
-        thresholds = beta.reshape(-1, beta.shape[-1] if beta.dim() else 1).expand(x.shape[0], x.shape[1])
-        levels = torch.stack([_per_sample(low, x.shape[0]), _per_sample(high, x.shape[0])], 1).float()
-        return thresholds.float().contiguous(), levels.contiguous()
+        return self._activated(y.permute(0, 2, 3, 1).reshape(*shape[:-1], self.spec.out_channels))
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

@@ -120,11 +120,8 @@ def bypass_map(spec: LayerSpec, height: int, width: int) -> tuple[int, Tensor | 
     size = spec.output_size(height, width)
     if size == (height, width):
         return 1, None, None
-    if spec.kind != "conv_transpose" and max(spec.stride) > 1 and max(spec.dilation) == 1:
-        (kh, kw), (sh, sw), (ph, pw) = spec.kernel, spec.stride, spec.bypass_padding
-        pooled = ((height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1)
-        if pooled == size and 2 * ph <= kh and 2 * pw <= kw:
-            return 2, None, None
-    rows = bypass._space(torch.arange(height, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, height, width), size)
-    cols = bypass._space(torch.arange(width, dtype=torch.float64).view(1, 1, 1, -1).expand(1, 1, height, width), size)
+    if bypass.averages((height, width), size):
+        return 2, None, None
+    rows = bypass.to_size(torch.arange(height, dtype=torch.float64).view(1, 1, -1, 1).expand(1, 1, height, width), size)
+    cols = bypass.to_size(torch.arange(width, dtype=torch.float64).view(1, 1, 1, -1).expand(1, 1, height, width), size)
     return 1, rows[0, 0, :, 0].to(torch.int32).contiguous(), cols[0, 0, 0, :].to(torch.int32).contiguous()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidensify.nn import Bypass
+from bidensify.nn import Bypass, arithmetic
 from bidensify.runtime.bits import signs_from_tiles
 from bidensify.runtime.spec import LayerSpec
 
@@ -53,7 +53,7 @@ def packed_reference(
     levels: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y = activation(scale * conv(binarize(x), signs) + bias + bypass(x)).
+    """y = activation(scale * conv(binarize(x), signs) + bias + bypass(x)), as ``bidensify.nn.arithmetic`` defines it.
 
     Args:
         x: (N, C_in, H, W).
@@ -68,38 +68,30 @@ def packed_reference(
         (N, C_out, H', W') in the dtype of ``x``.
     """
     part = {name: side[start : start + length] for name, (start, length) in spec.layout.items()}
-    channels = (1, -1, 1, 1)
-    xf = x.float()
-    beta = xf.new_zeros((1, 1, 1, 1))
     if thresholds is not None:
-        beta = thresholds.float()[:, :, None, None]
-    if spec.mean_threshold:
-        beta = part["k"].view(channels) * xf.mean((2, 3), keepdim=True)
-    if spec.shift:
-        beta = beta + part["b"].view(channels)
-    # The latent layer rounds its threshold to the dtype of its input before it compares.
-    beta = beta.to(x.dtype).float()
-    low, high = xf.new_full((1, 1, 1, 1), -1.0), xf.new_ones((1, 1, 1, 1))
-    if levels is not None:
-        low, high = levels.float()[:, 0, None, None, None], levels.float()[:, 1, None, None, None]
-    elif spec.levels:
-        low, high = part["levels"][0].view(1, 1, 1, 1), part["levels"][1].view(1, 1, 1, 1)
-    elif spec.alpha:
-        distance = (xf - beta).abs().mean((1, 2, 3), keepdim=True)
-        high = torch.exp(part["a"] * (distance - 1))
-        low = -high
-    signs = signs_from_tiles(tiles, spec)
-    bits = torch.where(xf >= beta, 1.0, -1.0)
-    y = convolve(bits, signs, spec) * ((high - low) / 2)
+        beta = thresholds.float()
+        if spec.shift:
+            beta = beta + part["b"]
+        beta = beta.to(x.dtype).float()
+    else:
+        beta = arithmetic.thresholds(x, part.get("k"), part.get("b"))
+    half = middle = None
     if levels is not None or spec.levels:
-        y = y + convolve(torch.ones_like(bits[:1]), signs, spec) * ((high + low) / 2)
-    y = y * part["scale"].view(channels) + part["bias"].view(channels)
+        pairs = levels.float() if levels is not None else part["levels"].view(1, 2)
+        half, middle = (pairs[:, 1] - pairs[:, 0]) / 2, (pairs[:, 1] + pairs[:, 0]) / 2
+    elif spec.alpha:
+        half = arithmetic.activation_scale(x, beta, part["a"])
+    signs = signs_from_tiles(tiles, spec)
+    bits = torch.where(x.float() >= beta[:, :, None, None], 1.0, -1.0)
+    y = convolve(bits, signs, spec)
+    extra = None
     if spec.bypass:
-        y = y + make_bypass(spec)(xf, y.shape[2:])
+        extra = arithmetic.bypass_signal(make_bypass(spec), x.float(), (y.shape[2], y.shape[3]))
     if residual is not None:
-        y = y + residual.float()
-    if spec.slope:
-        y = torch.where(y > 0, y, y * part["slope"].view(channels))
-    if spec.post:
-        y = y + part["post"].view(channels)
+        extra = residual.float() if extra is None else extra + residual.float()
+    if middle is not None:
+        sums = convolve(torch.ones_like(bits[:1]), signs, spec)
+        more = (sums * middle.view(-1, 1, 1, 1)) * part["scale"].view(1, -1, 1, 1)
+        extra = more if extra is None else extra + more
+    y = arithmetic.finish(y, half, extra, part["scale"], part["bias"], part.get("slope"), part.get("post"))
     return y.to(x.dtype)

@@ -92,7 +92,7 @@ void Layer::scale(int64_t first, int64_t n) {
       double total = 0;
       for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
       const double mean = total / ((double)(a_.h * a_.w) * (double)a_.cin);
-      high = round_to((float)exp((double)a_.a[0] * (mean - 1.0)), a_.dtype);
+      high = (float)exp((double)a_.a[0] * (mean - 1.0));
       low = -high;
     }
     const float half = (high - low) / 2;
