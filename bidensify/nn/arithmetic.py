@@ -167,7 +167,7 @@ def fold(layer: BinaryLayer, weight_scale: Tensor | None) -> Folded:
     Raises:
         ConfigError: the layer's norm has no running statistics.
     """
-    device = layer.latent_weight.device
+    device = next(layer.parameters()).device
     wide = _wide(device)
     norm: Any = layer.norm
     bias = getattr(layer, "bias", None)
