@@ -44,6 +44,7 @@ def _resnet(layer_type: str = "bottleneck", **more: Any) -> dict[str, Any]:
 def _convnext() -> dict[str, Any]:
     return {
         "model_type": "convnext", "hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2], "out_features": _STAGES,
+        "image_size": 64,
     }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ _DPT = _vit(
 )
 _HYBRID = dict(
     _DPT, is_hybrid=True, backbone_config=_BIT, backbone_featmap_shape=[1, 64, 4, 4], neck_ignore_stages=[0, 1],
-    backbone_out_indices=[2, 3],
+    neck_hidden_sizes=[32, 48, 24, 40],
 )  # fmt: skip
 _MIT = {
     "depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 40, 64], "num_attention_heads": [1, 2, 4, 4],
@@ -127,13 +128,13 @@ _CONFIGS: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("SemanticSegmentation", "Data2VecVisionForSemanticSegmentation", ""): _BEIT,
     ("SemanticSegmentation", "DPTForSemanticSegmentation", ""): _DPT,
     ("SemanticSegmentation", "DPTForSemanticSegmentation", "hybrid"): _HYBRID,
-    ("SemanticSegmentation", "MobileNetV2ForSemanticSegmentation", ""): {"num_labels": 5, "depth_multiplier": 0.5},
+    ("SemanticSegmentation", "MobileNetV2ForSemanticSegmentation", ""): {"num_labels": 5, "depth_multiplier": 0.5, "image_size": 64},
     ("SemanticSegmentation", "MobileViTForSemanticSegmentation", ""): {
-        "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64], "num_attention_heads": 2,
+        "image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64], "num_attention_heads": 2,
         "aspp_out_channels": 32, "num_labels": 5,
     },
     ("SemanticSegmentation", "MobileViTV2ForSemanticSegmentation", ""): {
-        "width_multiplier": 0.25, "aspp_out_channels": 32, "n_attn_blocks": [2, 2, 2], "num_labels": 5,
+        "image_size": 64, "width_multiplier": 0.25, "aspp_out_channels": 32, "n_attn_blocks": [2, 2, 2], "num_labels": 5,
     },
     ("SemanticSegmentation", "Sapiens2ForSemanticSegmentation", ""): {
         **_vit(num_hidden_layers=3), "num_key_value_attention_heads": 1, "num_first_full_attention_layers": 1,
@@ -147,16 +148,16 @@ _CONFIGS: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("SemanticSegmentation", "UperNetForSemanticSegmentation", "swin"): {**_UPERNET, "backbone_config": _swin()},
     ("DepthEstimation", "CHMv2ForDepthEstimation", ""): {
         "backbone_config": {
-            "model_type": "dinov3_vit", **_vit(num_register_tokens=2, out_indices=[1, 2, 3, 4], key_bias=True),
+            "model_type": "dinov3_vit", **_vit(num_register_tokens=2, out_indices=[1, 2, 3, 4], key_bias=True), "return_class_token": True,
         },
         "post_process_channels": [16, 24, 32, 40], "fusion_hidden_size": 32, "head_hidden_size": 16,
         "number_output_channels": 16,
     },
     ("DepthEstimation", "DepthAnythingForDepthEstimation", ""): _DEPTH_ANYTHING,
     ("DepthEstimation", "DepthProForDepthEstimation", ""): {
-        "patch_size": 32, "fusion_hidden_size": 32, "intermediate_hook_ids": [2, 1], "intermediate_feature_dims": [24, 24],
+        "patch_size": 16, "fusion_hidden_size": 32, "intermediate_hook_ids": [2, 1], "intermediate_feature_dims": [24, 24],
         "scaled_images_feature_dims": [40, 40, 32], "merge_padding_value": 1, "use_fov_model": True,
-        **{f"{name}_model_config": _dinov2(32, 8) for name in ("image", "patch", "fov")},
+        **{f"{name}_model_config": _dinov2(16, 4) for name in ("image", "patch", "fov")},
     },
     ("DepthEstimation", "DPTForDepthEstimation", ""): _DPT,
     ("DepthEstimation", "DPTForDepthEstimation", "projection"): {

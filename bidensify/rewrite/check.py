@@ -15,7 +15,8 @@ from bidensify.nn import BinaryLayer
 from bidensify.nn.weight import copy_model
 from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.plan import Plan
-from bidensify.rewrite.recorded import Record, specs
+from bidensify.rewrite.recorded import Record, specs, tensors_in
+from bidensify.rewrite.untouched import untouched
 
 __all__ = ["check"]
 
@@ -45,7 +46,7 @@ class _Counting:
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Any:
-    with torch.no_grad(), frozen_flags(model), torch.random.fork_rng():
+    with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), torch.random.fork_rng():
         if not fake:
             return specs(model(*args, **kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -56,24 +57,28 @@ def _forward(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Any:
             return specs(model(*map_aggregate(args, to_fake), **map_aggregate(kwargs, to_fake)))
 
 
-def _resized(value: Any, rows: int) -> Any:
+def _other(record: Record, wider: bool) -> tuple[Any, Any]:
+    """The record's inputs for one sample, images at twice the width or as they are."""
+    args, kwargs = record.inputs
+    images = [item for item in tensors_in([args, kwargs]) if item.dim() >= 4]
+    batch = images[0].shape[0] if images else 0
+
     def one(item: Any) -> Any:
-        if isinstance(item, Tensor) and item.dim() == 4:
-            return torch.cat([item, item], -1)[:rows]
-        return item
+        if not isinstance(item, Tensor) or item.dim() == 0 or item.shape[0] != batch:
+            return item
+        return torch.cat([item, item], -1)[:1] if wider and item.dim() >= 4 else item[:1]
 
-    return map_aggregate(value, one)
+    return map_aggregate(args, one), map_aggregate(kwargs, one)
 
 
-def check(model: nn.Module, plan: Plan, record: Record, original: Any = None) -> None:
+def check(model: nn.Module, plan: Plan, record: Record, original: tuple[bool, Any] | None = None) -> None:
     """Checks a rewritten model against the record of the original.
 
     Args:
         model: the rewritten network.
         plan: its plan.
         record: of the original network.
-        original: the output's structure on an input of twice the width and one image, or None if the original does not
-            run on such an input.
+        original: what ``second_size`` gave for the original.
 
     Raises:
         CheckError: what the rewrite did not keep, where.
@@ -97,22 +102,27 @@ def check(model: nn.Module, plan: Plan, record: Record, original: Any = None) ->
             f"the rewritten {plan.model_class} gives {output}, the original {record.output}, on {plan.inputs}"
         )
     if original is not None:
-        other = _forward(model, _resized(args, 1), _resized(kwargs, 1), record.fake)
-        if other != original:
+        wider, wanted = original
+        other = _forward(model, *_other(record, wider), record.fake)
+        if other != wanted:
             raise CheckError(
-                f"on one image of twice the width the rewritten {plan.model_class} gives {other}, the original "
-                f"{original}"
+                f"on one image{' of twice the width' if wider else ''} the rewritten {plan.model_class} gives {other}, "
+                f"the original {wanted}"
             )
     _check_copy(model, plan)
 
 
-def second_size(model: nn.Module, record: Record) -> Any:
-    """The output's structure on one image of twice the width, or None where the model takes no such input."""
-    args, kwargs = record.inputs
-    try:
-        return _forward(model, _resized(args, 1), _resized(kwargs, 1), record.fake)
-    except Exception:
-        return None
+def second_size(model: nn.Module, record: Record) -> tuple[bool, Any] | None:
+    """(twice as wide?, the output's structure) on one image, or None where the model takes no such input.
+
+    A network of a fixed input size is run on one image of that size.
+    """
+    for wider in (True, False):
+        try:
+            return wider, _forward(model, *_other(record, wider), record.fake)
+        except Exception:
+            continue
+    return None
 
 
 def _check_copy(model: nn.Module, plan: Plan) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.errors import PlanError
+from bidensify.rewrite.model_inputs import configured_inputs, configured_sizes
 
 __all__ = ["candidate_inputs", "describe_inputs"]
 
@@ -50,14 +51,7 @@ def _channels(model: nn.Module) -> int:
 
 
 def _preferred_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    sizes: list[tuple[int, int]] = []
-    config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "backbone_config", None)):
-        value = getattr(holder, "image_size", None)
-        if isinstance(value, int):
-            sizes.append((value, value))
-        elif isinstance(value, (tuple, list)) and len(value) == 2:
-            sizes.append((int(value[0]), int(value[1])))
+    sizes = configured_sizes(model)
     settings = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
     if isinstance(settings, Mapping) and settings.get("fixed_input_size") and settings.get("input_size"):
         sizes.append(tuple(settings["input_size"][-2:]))
@@ -86,13 +80,13 @@ def candidate_inputs(model: nn.Module, example_inputs: Any = None) -> Iterator[t
         return
     dtype, device = _dtype_device(model)
     channels = _channels(model)
-    name = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(0)
     for height, width in _preferred_sizes(model):
         # Two images, so that what is per sample and what is per batch can be told apart.
         image = torch.randn(2, channels, height, width, generator=generator).to(device=device, dtype=dtype)
-        if isinstance(name, str) and hasattr(model, "config"):
-            yield (), {name: image}
+        named = configured_inputs(model, image, generator)
+        if named is not None:
+            yield (), named
         else:
             yield (image,), {}
             if height == 128:

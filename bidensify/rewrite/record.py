@@ -20,6 +20,7 @@ from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.leaves import frozen_flags, is_leaf
 from bidensify.rewrite.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
+from bidensify.rewrite.untouched import untouched
 
 __all__ = ["record"]
 
@@ -188,7 +189,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False):
             try:
-                with torch.no_grad(), frozen_flags(model), torch.random.fork_rng():
+                with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), torch.random.fork_rng():
                     if fake:
                         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                             fake_args = _copy_to(args, mode.from_tensor)
