@@ -56,16 +56,18 @@ def _vit(**more: Any) -> dict[str, Any]:
 
 
 _BEIT = _vit(
-    use_relative_position_bias=True, out_indices=[1, 2, 3, 4], use_auxiliary_head=True, auxiliary_channels=16, num_labels=5
+    use_relative_position_bias=True,
+    out_indices=[1, 2, 3, 4],
+    use_auxiliary_head=True,
+    auxiliary_channels=16,
+    num_labels=5,
 )
 _BIT = {
     "model_type": "bit", "embedding_size": 16, "hidden_sizes": [32, 48, 64, 96], "depths": [2, 2, 2, 2],
     "layer_type": "bottleneck", "num_groups": 8, "global_padding": "same", "embedding_dynamic_padding": True,
     "out_features": ["stage1", "stage2", "stage3"],
 }  # fmt: skip
-_DPT = _vit(
-    backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 24, 32, 40], fusion_hidden_size=32, num_labels=5
-)
+_DPT = _vit(backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 24, 32, 40], fusion_hidden_size=32, num_labels=5)
 _HYBRID = dict(
     _DPT, is_hybrid=True, backbone_config=_BIT, backbone_featmap_shape=[1, 64, 4, 4], neck_ignore_stages=[0, 1],
     neck_hidden_sizes=[32, 48, 24, 40],

@@ -19,6 +19,7 @@ from bidensify.rewrite.blocks import apply_edits
 from bidensify.rewrite.generated import become
 from bidensify.rewrite.kinds import is_frozen_norm
 from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
+from bidensify.rewrite.untouched import forget_unreal
 
 __all__ = ["StateDictAdapter", "apply_plan"]
 
@@ -253,6 +254,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
                 _exchange(model, layer, modules, plan.config)
         for item in plan.activations:
             _apply_activation(item, modules[item.path], reference)
+    if plan.blocks:
+        forget_unreal()
     _adapt_state_dict(model, plan, before)
     model.bidensify_plan = plan  # type: ignore[assignment]
     return model

@@ -22,6 +22,7 @@ from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
 from bidensify.rewrite.proof import Traced, editable_event, operation_of, trace_block
 from bidensify.rewrite.recorded import Record, scope_of
 from bidensify.rewrite.residual import Residual, find_residuals
+from bidensify.rewrite.untouched import forget_unreal
 
 __all__ = ["Planner", "make_plan"]
 
@@ -259,4 +260,9 @@ def _absorbable(norm: nn.Module, channels: int) -> bool:
 
 def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan:
     """The plan for ``model``, as recorded, under ``config``."""
-    return Planner(record, model, config).build()
+    planner = Planner(record, model, config)
+    try:
+        return planner.build()
+    finally:
+        if planner.traced:
+            forget_unreal()

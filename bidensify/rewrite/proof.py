@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.trace import NotTraceable, bind, trace_once
+from bidensify.rewrite.untouched import untouched
 
 __all__ = ["Traced", "editable_event", "operation_of", "trace_block"]
 
@@ -118,7 +119,7 @@ def _replay(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]
         return function(*(bound[name] for name in varying))
 
     replay = _Replay(fx.GraphModule(block, graph), names)
-    with torch.no_grad(), frozen_flags(block), torch.random.fork_rng():
+    with torch.no_grad(), untouched(block), frozen_flags(block), torch.random.fork_rng():
         args, kwargs = _values(call, block)
         expected = block(*args, **kwargs)
         got = run(replay.run)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from bidensify.rewrite.recorded import Call, TensorSpec
+from bidensify.rewrite.untouched import untouched
 
 __all__ = ["NotTraceable", "bind", "trace_once"]
 
@@ -69,17 +70,20 @@ def _narrow_forward(block: nn.Module, varying: list[str], constants: dict[str, A
 
 
 def trace_once(block: nn.Module, training: bool, varying: list[str], constants: dict[str, Any]) -> fx.Graph:
-    before = set(block.__dict__)
+    """The graph of the block's code in the given mode; the block is left as it was.
+
+    Raises:
+        NotTraceable: the code makes constant tensors or sets attributes, which a graph does not hold.
+    """
     flag = block.training
+    # Before the snapshot, so that the mode does not count as a change of the block's own.
     block.training = training
     try:
-        with _narrow_forward(block, varying, constants):
+        with untouched(block) as changed, _narrow_forward(block, varying, constants):
             graph = _BlockTracer(autowrap_functions=()).trace(block)
+            names = changed()
     finally:
         block.training = flag
-        added = set(block.__dict__) - before
-        for name in added:
-            delattr(block, name)
-    if added:
-        raise NotTraceable(f"its forward makes constant tensors ({', '.join(sorted(added))})")
+    if names:
+        raise NotTraceable(f"its forward makes constant tensors or sets attributes ({', '.join(names)})")
     return graph

@@ -1,7 +1,8 @@
-"""Run a model and leave it as it was: what it, or the code it is made of, remembers of a run is taken back.
+"""Run or trace a model and leave it as it was: what it, or the code it is made of, remembers of it is taken back.
 
 Models cache: a rotary table on the module, a relative position index behind ``functools.lru_cache``. Filled by a run on
-fake tensors, such a cache would break the next real run. They also install hooks on themselves at their first run.
+fake tensors or by a trace, such a cache would break the next real run. They also install hooks on themselves at their
+first run.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import functools
 import gc
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["untouched"]
+__all__ = ["forget_unreal", "untouched"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -27,44 +28,60 @@ def _fill(container: Any, content: Any) -> None:
     (container.extend if isinstance(container, list) else container.update)(content)
 
 
-def _holds_fake(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, FakeTensor):
+def _items(container: Any) -> list[int]:
+    values = list(container.items()) if isinstance(container, dict) else list(container)
+    return [id(item) for pair in values for item in (pair if isinstance(pair, tuple) else (pair,))]
+
+
+def _unreal(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, (FakeTensor, fx.Proxy)):
         return True
     if depth == 0 or not isinstance(value, (dict, list, tuple)):
         return False
-    return any(_holds_fake(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return any(_unreal(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
-def _forget_fakes() -> None:
-    """Clears each ``functools.lru_cache`` (of anybody's code but torch's) that holds a fake tensor."""
+def forget_unreal() -> None:
+    """Clears each ``functools.lru_cache`` (of anybody's code but torch's) that holds a fake tensor or a trace's proxy."""
     # A cache behind a decorator of a library's own is reachable by no name; the collector knows all of them.
-    for item in gc.get_objects():
-        if type(item) is functools._lru_cache_wrapper:
-            module = str(getattr(item, "__module__", ""))
-            if module.partition(".")[0] != "torch" and any(map(_holds_fake, gc.get_referents(item))):
-                item.cache_clear()
+    caches = [item for item in gc.get_objects() if type(item) is functools._lru_cache_wrapper]
+    for cache in caches:
+        module = str(getattr(cache, "__module__", ""))
+        if module.partition(".")[0] != "torch" and any(map(_unreal, gc.get_referents(cache))):
+            cache.cache_clear()
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, fake: bool) -> Iterator[None]:
+def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], list[str]]]:
     """Puts back every attribute of every module, and the containers among them, when the run is over.
 
     Args:
         model: what runs inside.
         fake: whether it runs on fake tensors; caches outside the model that hold any are cleared then, and torch's log
             of a run that fails is kept quiet, since a failure is an answer here.
+
+    Yields:
+        A function that names the attributes of ``model`` itself that have changed so far.
     """
     modules = list(model.modules())
     before = [dict(module.__dict__) for module in modules]
-    inside = [
-        (value, value.copy()) for state in before for value in state.values() if type(value) in _CONTAINERS
-    ]
+    inside = [(value, value.copy()) for state in before for value in state.values() if type(value) in _CONTAINERS]
+    contents = {id(value): _items(content) for value, content in inside}
+
+    def changed() -> list[str]:
+        names = []
+        for name, value in model.__dict__.items():
+            same = name in before[0] and before[0][name] is value
+            if not same or (id(value) in contents and contents[id(value)] != _items(value)):
+                names.append(name)
+        return sorted(names)
+
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     if fake:
         log.setLevel(logging.CRITICAL)
     try:
-        yield
+        yield changed
     finally:
         log.setLevel(level)
         for module, state in zip(modules, before):
@@ -72,4 +89,4 @@ def untouched(model: nn.Module, *, fake: bool) -> Iterator[None]:
         for container, content in inside:
             _fill(container, content)
         if fake:
-            _forget_fakes()
+            forget_unreal()
