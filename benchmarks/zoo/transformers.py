@@ -130,9 +130,12 @@ _CONFIGS: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("SemanticSegmentation", "Data2VecVisionForSemanticSegmentation", ""): _BEIT,
     ("SemanticSegmentation", "DPTForSemanticSegmentation", ""): _DPT,
     ("SemanticSegmentation", "DPTForSemanticSegmentation", "hybrid"): _HYBRID,
-    ("SemanticSegmentation", "MobileNetV2ForSemanticSegmentation", ""): {"num_labels": 5, "depth_multiplier": 0.5, "image_size": 64},
+    ("SemanticSegmentation", "MobileNetV2ForSemanticSegmentation", ""): {
+        "num_labels": 5, "depth_multiplier": 0.5, "image_size": 64,
+    },
     ("SemanticSegmentation", "MobileViTForSemanticSegmentation", ""): {
-        "image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64], "num_attention_heads": 2,
+        "image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64],
+        "num_attention_heads": 2,
         "aspp_out_channels": 32, "num_labels": 5,
     },
     ("SemanticSegmentation", "MobileViTV2ForSemanticSegmentation", ""): {
@@ -150,7 +153,8 @@ _CONFIGS: dict[tuple[str, str, str], Mapping[str, Any]] = {
     ("SemanticSegmentation", "UperNetForSemanticSegmentation", "swin"): {**_UPERNET, "backbone_config": _swin()},
     ("DepthEstimation", "CHMv2ForDepthEstimation", ""): {
         "backbone_config": {
-            "model_type": "dinov3_vit", **_vit(num_register_tokens=2, out_indices=[1, 2, 3, 4], key_bias=True), "return_class_token": True,
+            "model_type": "dinov3_vit", "return_class_token": True,
+            **_vit(num_register_tokens=2, out_indices=[1, 2, 3, 4], key_bias=True),
         },
         "post_process_channels": [16, 24, 32, 40], "fusion_hidden_size": 32, "head_hidden_size": 16,
         "number_output_channels": 16,
