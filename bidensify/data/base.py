@@ -88,11 +88,14 @@ class Seeded(Dataset[Sample]):
     Args:
         dataset: its transforms may draw from PyTorch's CPU generator only.
         seed: any integer.
+
+    Attributes:
+        info: the data set's, or None where it is one of the user's own without.
     """
 
-    def __init__(self, dataset: DenseDataset, seed: int) -> None:
+    def __init__(self, dataset: DenseDataset | Dataset[Sample], seed: int) -> None:
         self.dataset = dataset
-        self.info = dataset.info
+        self.info: DataInfo | None = getattr(dataset, "info", None)
         self.seed = int(seed)
         # Shared memory, because the workers of a persistent loader keep the copy that they started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -107,7 +110,7 @@ class Seeded(Dataset[Sample]):
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Sample:
         with torch.random.fork_rng(devices=[]):

@@ -89,10 +89,9 @@ def build_task(recipe: Recipe, info: DataInfo | None = None) -> Task:
 
     options = recipe.task.options
     if recipe.task.name == "segmentation":
-        if info is None:
+        if info is None and "num_classes" not in options:
             info = _dataset(recipe, recipe.data.val).info
-        options.setdefault("num_classes", info.num_classes)
-        options.setdefault("ignore_index", info.ignore_index)
-        options.setdefault("class_names", info.class_names)
-        options.setdefault("palette", info.palette)
+        if info is not None:
+            for key in ("num_classes", "ignore_index", "class_names", "palette"):
+                options.setdefault(key, getattr(info, key))
     return build(recipe.task.name, **options)

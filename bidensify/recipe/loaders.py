@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from bidensify.errors import ConfigError
+from bidensify.errors import ConfigError, DataError
 from bidensify.recipe.distributed import GlobalBatches
 from bidensify.recipe.schema import Recipe
 
@@ -23,6 +23,26 @@ def collate(samples: Sequence[dict[str, Any]]) -> Sample:
     plain = [{k: v.as_subclass(Tensor) for k, v in s.items() if isinstance(v, Tensor)} for s in samples]
     batch: Sample = default_collate(plain)
     return batch
+
+
+def check_samples(dataset: Dataset[Sample], name: str) -> None:
+    """Looks at the first sample of a data set.
+
+    Raises:
+        DataError: it is no dict with a float "image" of (C, H, W).
+    """
+    how = (
+        'a sample is a dict with "image" (float32, (C, H, W), normalized) and what the task needs: "mask" (int64, '
+        '(H, W)) or "depth" (float32, (H, W) in metres)'
+    )
+    with torch.random.fork_rng(devices=[]):
+        sample: Any = dataset[0]
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("image"), Tensor):
+        given = f"keys {sorted(map(str, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
+        raise DataError(f"{name}[0] is {given}; {how}")
+    image = sample["image"]
+    if not image.is_floating_point() or image.dim() != 3:
+        raise DataError(f'{name}[0]["image"] is {image.dtype} of shape {tuple(image.shape)}; {how}')
 
 
 def to_device(batch: Sample, device: torch.device, channels_last: bool, model: nn.Module) -> Sample:

@@ -31,7 +31,7 @@ from bidensify.recipe.evaluation import eval_mode, evaluate
 from bidensify.recipe.features import Features
 from bidensify.recipe.folder import RunFolder, RunResult, RunState
 from bidensify.recipe.load import load_recipe
-from bidensify.recipe.loaders import batches_per_epoch, placed, training_loader
+from bidensify.recipe.loaders import batches_per_epoch, check_samples, placed, training_loader
 from bidensify.recipe.logs import RunLog, versions
 from bidensify.recipe.losses import Losses
 from bidensify.recipe.optim import Ema, build_optimizer, lr_factor, set_lr
@@ -65,8 +65,9 @@ def finetune(
         student: the network to train.
         teacher: the full-precision network to distil from; not changed.
         recipe: a recipe, its file, or its mapping.
-        train, val: data sets with their transforms; ``train`` is wrapped in :class:`bidensify.data.Seeded` unless it is
-            one, so that samples depend on (seed, epoch, index) alone.
+        train, val: data sets of dicts, bidensify's with their transforms or your own: "image" (float32, (C, H, W),
+            normalized) with "mask" (int64, (H, W)) or "depth" (float32, (H, W), metres). ``train`` is wrapped in
+            :class:`bidensify.data.Seeded` unless it is one, so that samples depend on (seed, epoch, index) alone.
         run_dir: the run's folder; must not exist, or be empty, unless ``resume``.
         resume: go on from the folder's last checkpoint, to the same result as an unbroken run; a finished run is read.
         task: by default what the recipe builds.
@@ -74,6 +75,7 @@ def finetune(
 
     Raises:
         ConfigError: recipe, models and data do not fit one another, or the run folder exists.
+        DataError: the data sets' samples have another form.
         FormatError: the checkpoint is of another model or unreadable.
         TrainingError: the loss is not finite; the last good checkpoint is kept.
     """
@@ -102,7 +104,7 @@ class _Run:
         check_stages(student, recipe, teacher)
         self.student, self.teacher, self.recipe = student, teacher, recipe
         self.folder, self.val, self.quiet = folder, val, quiet
-        self.train = train if isinstance(train, Seeded) else Seeded(train, recipe.seed)  # type: ignore[arg-type]
+        self.train = train if isinstance(train, Seeded) else Seeded(train, recipe.seed)
         self.task = task if task is not None else recipe.build_task(getattr(train, "info", None))
         self.accelerator = make_accelerator(recipe)
         self.main = self.accelerator.is_main_process
@@ -111,6 +113,8 @@ class _Run:
         self.state = RunState()
         self.plan = epochs(recipe.stages)
         self.batches = batches_per_epoch(self.train, recipe)
+        for name, dataset in (("train", self.train), ("val", val)):
+            check_samples(dataset, name)
         self.ema: Ema | None = None
 
     def go(self, resume: bool) -> RunResult:

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from bidensify.errors import ConfigError, FormatError, TrainingError
+from bidensify.errors import ConfigError, DataError, FormatError, TrainingError
 from bidensify.recipe import evaluate, finetune
 from bidensify.recipe.loaders import training_loader
 
@@ -143,7 +143,7 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny: Module
     class Poisoned(tiny.Colours):  # type: ignore[name-defined]
         def load(self, index: int) -> Any:
             sample = super().load(index)
-            if self.reads > 40 + 16:  # the third batch of the second epoch
+            if self.reads > 1 + 40 + 16:  # the third batch of the second epoch, after one look at the form
                 sample["image"][0, 0, 0] = float("nan")
             return sample
 
@@ -237,3 +237,42 @@ def test_fp64_is_for_the_run_alone(tiny: ModuleType, tmp_path: Path) -> None:
     assert model[0].weight.dtype == torch.float32
     state = load_file(tmp_path / "b" / "model.safetensors")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Plain(torch.utils.data.Dataset[Any]):
+    """A data set that knows nothing of bidensify."""
+
+    def __init__(self, sample: Any = None) -> None:
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if self.sample is not None:
+            return self.sample
+        image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        return {"image": image, "mask": image.argmax(0)}
+
+
+def own_data(tiny: ModuleType, run_dir: Path, data: Plain) -> Any:
+    recipe = tiny.recipe(task={"name": "segmentation", "num_classes": 3})
+    return finetune(tiny.network(), recipe=recipe, train=data, val=data, run_dir=run_dir, quiet=True)
+
+
+def test_a_data_set_of_the_users_own(tiny: ModuleType, tmp_path: Path) -> None:
+    assert 0 <= own_data(tiny, tmp_path / "run", Plain()).metrics["miou"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ((torch.zeros(3, 4, 4), torch.zeros(4, 4)), r"train\[0\] is tuple; a sample is a dict"),
+        ({"pixels": torch.zeros(3, 4, 4)}, r"train\[0\] is keys \['pixels'\]"),
+        ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, r"torch.uint8 of shape \(3, 4, 4\).*float32"),
+    ],
+)
+def test_samples_of_another_form(tiny: ModuleType, tmp_path: Path, sample: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        own_data(tiny, tmp_path / "run", Plain(sample))
+    assert not (tmp_path / "run").exists()
