@@ -172,7 +172,6 @@ def _extra(layer: BinaryLayer, x: Tensor, size: tuple[int, int]) -> Tensor | Non
     return arithmetic.own_signal(bypass, x, size).float()
 
 
-@torch.no_grad()
 def evaluate(layer: BinaryLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """``layer(x)`` in evaluation mode without gradients, or None where the layer is to be called as in training.
 
@@ -186,7 +185,7 @@ def evaluate(layer: BinaryLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     """
     if not _applies(layer, x):
         return None
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return _evaluate(layer, x, args, kwargs)
 
 

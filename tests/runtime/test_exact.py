@@ -19,6 +19,7 @@ from bidensify.nn import (
     RPReLU,
     SignBinarizer,
     WeightBinarizer,
+    evaluation,
     make_binary,
 )
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
@@ -164,3 +165,19 @@ def test_whole_networks_give_the_same_bits(method: str) -> None:
     with torch.inference_mode():
         assert torch.equal(pack(student)(x), want)
         assert torch.equal(student(x), want)
+
+
+def test_evaluation_mode_still_has_gradients_where_they_are_wanted() -> None:
+    layer: Any = settle(BiDenseConv2d(20, 36, 3, padding=1))
+    x = torch.randn(2, 20, 9, 9)
+    assert evaluation.evaluate(layer, x, (), {}) is None
+    layer(x).sum().backward()
+    assert layer.latent_weight.grad is not None
+    layer.requires_grad_(False)
+    assert evaluation.evaluate(layer, x, (), {}) is not None
+    given = x.clone().requires_grad_()
+    layer(given).sum().backward()
+    assert given.grad is not None
+    layer.train()
+    with torch.no_grad():
+        assert evaluation.evaluate(layer, x, (), {}) is None
