@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.nn import (
+    BiDenseConv2d,
     BiDenseLinear,
     Bypass,
     RPReLU,
