@@ -35,7 +35,12 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--latent", action="store_true")
     parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--int8-folder", type=Path, help="keeps the quantized networks for the next run")
+    parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument(
+        "--idle", action="store_true", help="only rounds in which other programs left the machine alone count"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in KEEP.items()):
@@ -46,7 +51,8 @@ def main() -> None:
 
     from bidensify._files import atomic_write
     from bidensify.models import build_model
-    from bidensify.runtime.bench import CASES, render, run_bench
+    from bidensify.runtime.bench import render, run_bench
+    from bidensify.runtime.cases import CASES
 
     torch.manual_seed(0)
     options = json.loads(arguments.options)
@@ -65,6 +71,9 @@ def main() -> None:
         compiled=arguments.compiled,
         latent=arguments.latent,
         int8=arguments.int8,
+        int8_folder=arguments.int8_folder,
+        bfloat16=arguments.bfloat16,
+        idle=arguments.idle,
         memory=arguments.memory,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )

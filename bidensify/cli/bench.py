@@ -35,7 +35,17 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile of the float side too.")] = False,
     latent: Annotated[bool, typer.Option("--latent", help="The latent network too.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="OpenVINO and ONNX Runtime int8, where installed.")] = False,
+    int8_folder: Annotated[
+        Path | None,
+        typer.Option("--int8-folder", help="Keep the int8 networks here for the next run.", show_default=False),
+    ] = None,
+    bfloat16: Annotated[
+        bool, typer.Option("--bfloat16", help="The packed side with its float part in bfloat16 too.")
+    ] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each variant (networks).")] = False,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="Count only rounds in which other programs left the machine alone.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write JSON here.", show_default=False)] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -59,7 +69,10 @@ def bench(
         compiled=compiled,
         latent=latent,
         int8=int8,
+        int8_folder=int8_folder,
+        bfloat16=bfloat16,
         memory=memory,
+        idle=idle,
     )
     if out is not None:
         with atomic_write(out) as temporary:

@@ -6,14 +6,9 @@ numbers of different runs are not compared.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,76 +19,19 @@ from torch import Tensor, nn
 
 import bidensify
 from bidensify.errors import ConfigError
-from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.runtime import native
+from bidensify.runtime.cases import CASES, Case
+from bidensify.runtime.int8 import installed_runtimes, open_int8, quantize_int8
 from bidensify.runtime.memory import peak_memory
 from bidensify.runtime.pack import pack
 from bidensify.runtime.packed import PackedLayer
+from bidensify.runtime.timing import interleave, machine
+from bidensify.runtime.timing import threads as torch_threads
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
-__all__ = ["CASES", "Case", "Row", "interleave", "machine", "render", "run_bench"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and its input.
-
-    Args:
-        name: what tables call it.
-        kind: "conv", "conv_transpose" or "linear".
-        shape: of the input, (N, C, H, W) or (N, tokens, C).
-        out_channels: C_out.
-        kernel, stride, padding, groups: as in torch.
-        target: ratio to float that the project aims at with the machine's fastest kernel, or None.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    out_channels: int
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    target: float | None = None
-
-    def build(self) -> tuple[nn.Module, nn.Module]:
-        """(float layer + BatchNorm + ReLU, latent BiDense layer), both in evaluation mode."""
-        out, k, s, p, g = self.out_channels, self.kernel, self.stride, self.padding, self.groups
-        if self.kind == "linear":
-            channels = self.shape[-1]
-            # BatchNorm over tokens folds into a linear layer, so the float side is given it for nothing.
-            return nn.Sequential(nn.Linear(channels, out), nn.ReLU()).eval(), BiDenseLinear(channels, out).eval()
-        channels = self.shape[1]
-        body: nn.Module
-        latent: nn.Module
-        if self.kind == "conv_transpose":
-            body = nn.ConvTranspose2d(channels, out, k, s, p, groups=g, bias=False)
-            latent = BiDenseConvTranspose2d(channels, out, k, s, p, groups=g)
-        else:
-            body = nn.Conv2d(channels, out, k, s, p, groups=g, bias=False)
-            latent = BiDenseConv2d(channels, out, k, s, p, groups=g)
-        floats = nn.Sequential(body, nn.BatchNorm2d(out), nn.ReLU()).eval()
-        return floats.to(memory_format=torch.channels_last), latent.eval()
-
-    def input(self) -> Tensor:
-        """A random input, channels_last."""
-        x = torch.randn(self.shape)
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-CASES: tuple[Case, ...] = (
-    Case("3x3 256->256 at 64x64", "conv", (1, 256, 64, 64), 256, 3, 1, 1, target=10),
-    Case("3x3 64->64 at 128x128", "conv", (1, 64, 128, 128), 64, 3, 1, 1, target=7),
-    Case("3x3 512->512 at 16x16", "conv", (1, 512, 16, 16), 512, 3, 1, 1, target=8),
-    Case("1x1 256->256 at 64x64", "conv", (1, 256, 64, 64), 256, target=5),
-    Case("7x7 depthwise 96 at 128x128", "conv", (1, 96, 128, 128), 96, 7, 1, 3, 96, target=1.5),
-    Case("transposed 2x2/2 256->128 at 32x32", "conv_transpose", (1, 256, 32, 32), 128, 2, 2, target=4),
-    Case("linear 4096x384->1536", "linear", (1, 4096, 384), 1536, target=4),
-    Case("3x3/2 128->256 at 64x64", "conv", (1, 128, 64, 64), 256, 3, 2, 1),
-)
+__all__ = ["Row", "render", "run_bench"]
 
 
 @dataclass
@@ -103,74 +41,14 @@ class Row:
     case: str
     threads: int
     milliseconds: dict[str, float]
-    runs: int
+    rounds: int
+    others: float | None = None
     target: float | None = None
-    peak_mib: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ratio(self, variant: str, base: str = "float") -> float:
         """How many times faster than ``base``."""
         return self.milliseconds[base] / self.milliseconds[variant]
-
-
-def machine() -> dict[str, Any]:
-    """What ran: processor, cores, versions, kernels."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":", 1) for line in lines[:30] if ":" in line)
-        found = {key.strip(): value.strip() for key, value in fields.items()}
-        name = found.get("model name", name)
-        if "cpu family" in found:
-            name += f" (family {found['cpu family']}, model {found.get('model', '?')})"
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "bidensify": bidensify.__version__,
-        "kernels": list(native.available_kernels()),
-    }
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def interleave(
-    variants: dict[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
-) -> tuple[dict[str, float], int]:
-    """Median milliseconds of each variant, run in turn.
-
-    Args:
-        variants: name -> what to time.
-        seconds: how long to go on, all variants together.
-        least: rounds at least.
-
-    Returns:
-        (name -> milliseconds, rounds).
-    """
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-        call()
-    gc.collect()
-    gc.disable()
-    try:
-        end, rounds = time.perf_counter() + seconds, 0
-        while rounds < least or time.perf_counter() < end:
-            for name, call in variants.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-            rounds += 1
-    finally:
-        gc.enable()
-    return {name: statistics.median(values) * 1e3 for name, values in times.items()}, rounds
 
 
 def run_bench(
@@ -187,8 +65,10 @@ def run_bench(
     compiled: bool = False,
     latent: bool = False,
     int8: bool = False,
+    int8_folder: Path | None = None,
     bfloat16: bool = True,
     memory: bool = False,
+    idle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Times layers, or a whole network, in every variant that was asked for.
@@ -206,15 +86,17 @@ def run_bench(
         compiled: torch.compile of the float side too (needs a C++ compiler at run time).
         latent: the latent network too.
         int8: OpenVINO and ONNX Runtime int8 too, where they are installed.
-        bfloat16: the packed network with its float rest in bfloat16 too (networks only).
+        int8_folder: keeps the quantized networks and takes them from there the next time; default a temporary folder.
+        bfloat16: packed with its float rest in bfloat16 too; layers: on a bfloat16 input.
         memory: peak resident memory of one inference, each variant in a process of its own (networks only, Linux).
+        idle: see ``interleave``.
         progress: called with a line per finished case.
 
     Returns:
         {"machine": ..., "rows": [...]}, JSON-able; ``render`` makes a table of it.
 
     Raises:
-        ConfigError: an unknown kernel, or a thread count below one.
+        ConfigError: an unknown kernel, a thread count below one, or ``memory`` without a network that can be built by name.
     """
     available = [kernel for kernel in native.available_kernels() if kernel != "reference"] or ["reference"]
     chosen = list(kernels) if kernels is not None else available
@@ -222,80 +104,119 @@ def run_bench(
         native.tier(kernel)
     if not threads or min(threads) < 1:
         raise ConfigError(f"threads={list(threads)} must be one or more numbers from 1 up")
+    if memory and (network is None or spec is None):
+        raise ConfigError(
+            "memory is measured in fresh processes, which build the network by name: give a network and spec="
+        )
     rows: list[Row] = []
-    for number in threads:
-        with _threads(number), torch.no_grad():
-            if network is None:
-                made = [(c.name, c.target, c.input(), _layer_variants(c, chosen, latent)) for c in cases or CASES]
-            else:
-                made = [(name, None, _image(size), _network_variants(network, size, chosen, latent, bfloat16))]
-            for title, target, x, modules in made:
-                if compiled:
-                    modules["float compiled"] = _compiled(modules["float"])
-                calls: dict[str, Callable[[], Any]] = {key: partial(module, x) for key, module in modules.items()}
-                if int8:
-                    from bidensify.runtime.int8 import int8_variants
-
-                    calls.update(int8_variants(modules["float"], x, number))
-                medians, rounds = interleave(calls, seconds=seconds)
-                row = Row(title, number, medians, rounds, target)
-                if memory and network is not None and spec is not None:
-                    row.peak_mib = peak_memory(network, spec, size, number, **(options or {}))
-                rows.append(row)
-                if progress is not None:
-                    progress(_line(row))
+    with tempfile.TemporaryDirectory() as temporary:
+        made = _variants(network, name, cases or CASES, size, chosen, latent, bfloat16)
+        if compiled:
+            for case in made:
+                case.calls["float compiled"] = partial(cast(nn.Module, torch.compile(case.floats)), case.x)
+        files = {
+            (case.title, key): quantize_int8(
+                key, case.floats, case.x, _folder(int8_folder or Path(temporary), case, network)
+            )
+            for case in made
+            for key in (installed_runtimes() if int8 else [])
+        }
+        for number in threads:
+            with torch_threads(number), torch.inference_mode():
+                for case in made:
+                    calls = dict(case.calls)
+                    for (title, key), file in files.items():
+                        if title == case.title:
+                            calls[key] = open_int8(key, file, case.x, number)
+                    timing = interleave(calls, seconds=seconds, idle=idle)
+                    row = Row(case.title, number, timing.milliseconds, timing.rounds, timing.others, case.target)
+                    rows.append(row)
+                    if progress is not None:
+                        progress(_line(row))
+                    del calls
+        if memory and network is not None and spec is not None:
+            wanted = ["float", *(["float compiled"] if compiled else []), *(["latent"] if latent else []), "packed"]
+            wanted += ["packed bfloat16"] if bfloat16 else []
+            for row in rows:
+                row.memory = peak_memory(
+                    network,
+                    spec,
+                    size,
+                    row.threads,
+                    options=options,
+                    variants=wanted,
+                    int8=int8,
+                    int8_folder=int8_folder or Path(temporary) if int8 else None,
+                )
     return {"machine": machine(), "rows": [asdict(row) for row in rows]}
+
+
+@dataclass
+class _Made:
+    """A case with everything that is timed of it."""
+
+    title: str
+    target: float | None
+    floats: nn.Module
+    x: Tensor
+    calls: dict[str, Callable[[], Any]]
+
+
+def _variants(
+    network: nn.Module | None,
+    name: str,
+    cases: Sequence[Case],
+    size: tuple[int, int],
+    kernels: Sequence[str],
+    latent: bool,
+    bfloat16: bool,
+) -> list[_Made]:
+    if network is None:
+        return [_layer(case, kernels, latent, bfloat16) for case in cases]
+    floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
+    student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
+    modules: dict[str, nn.Module] = {"float": floats}
+    if latent:
+        modules["latent"] = student
+    for kernel in kernels:
+        modules[kernel] = pack(student, kernel=kernel)
+    if bfloat16:
+        for kernel in kernels:
+            modules[f"{kernel} bfloat16"] = pack(student, kernel=kernel, float_dtype=torch.bfloat16)
+    x = torch.randn(1, 3, *size).contiguous(memory_format=torch.channels_last)
+    return [_Made(name, None, floats, x, {key: partial(module, x) for key, module in modules.items()})]
+
+
+def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool) -> _Made:
+    floats, layer = case.build()
+    x = case.input()
+    calls: dict[str, Callable[[], Any]] = {"float": partial(floats, x)}
+    if latent:
+        calls["latent"] = partial(layer, x)
+    for kernel in kernels:
+        packed = PackedLayer.from_layer(layer, kernel=kernel)  # type: ignore[arg-type]
+        calls[kernel] = partial(packed, x)
+        if bfloat16:
+            calls[f"{kernel} bfloat16"] = partial(packed, x.to(torch.bfloat16))
+    return _Made(case.name, case.target, floats, x, calls)
+
+
+def _folder(root: Path, case: _Made, network: nn.Module | None) -> Path:
+    """One per layer; a network has the folder to itself."""
+    if network is not None:
+        return root
+    return root / "".join(letter if letter.isalnum() else "_" for letter in case.title)
 
 
 def _line(row: Row) -> str:
     parts = [f"{key} {value:.3f} ms" for key, value in row.milliseconds.items()]
-    return f"{row.case}, {row.threads} thread(s): " + ", ".join(parts)
+    busy = "" if row.others is None else f" (other programs: {row.others:.2f} cores)"
+    return f"{row.case}, {row.threads} thread(s): " + ", ".join(parts) + busy
 
 
-def _image(size: tuple[int, int]) -> Tensor:
-    return torch.randn(1, 3, *size).contiguous(memory_format=torch.channels_last)
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(module))
-
-
-def _layer_variants(case: Case, kernels: Sequence[str], latent: bool) -> dict[str, nn.Module]:
-    floats, layer = case.build()
-    variants: dict[str, nn.Module] = {"float": floats}
-    if latent:
-        variants["latent"] = layer
-    for kernel in kernels:
-        variants[kernel] = PackedLayer.from_layer(layer, kernel=kernel)  # type: ignore[arg-type]
-    return variants
-
-
-def _network_variants(
-    network: nn.Module, size: tuple[int, int], kernels: Sequence[str], latent: bool, bfloat16: bool
-) -> dict[str, nn.Module]:
-    floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
-    student = network if _is_binary(network) else bidensify.bidensify(copy.deepcopy(network).eval())
-    student.eval()
-    variants: dict[str, nn.Module] = {} if student is network else {"float": floats}
-    if latent or student is network:
-        variants["latent"] = student
-    if student is network:
-        variants = {"float": floats, **variants}
-    for kernel in kernels:
-        variants[kernel] = pack(student, kernel=kernel)
-    if bfloat16:
-        variants[f"{kernels[0]} bfloat16"] = pack(student, kernel=kernels[0], float_dtype=torch.bfloat16)
-    return variants
-
-
-def _is_binary(network: nn.Module) -> bool:
-    from bidensify.nn import binary_layers
-
-    return next(iter(binary_layers(network)), None) is not None
-
-
-def render(result: dict[str, Any]) -> Table:
-    """A rich table: milliseconds and, in brackets, how many times faster than float."""
+def render(result: dict[str, Any]) -> RenderableType:
+    """Rich tables: milliseconds and, in brackets, how many times faster than float; then memory, where it was measured."""
+    from rich.console import Group
     from rich.table import Table
 
     rows = [Row(**row) for row in result["rows"]]
@@ -314,4 +235,15 @@ def render(result: dict[str, Any]) -> Table:
             ratio = "" if column == "float" or "float" not in row.milliseconds else f" ({row.ratio(column):.2f}x)"
             cells.append(f"{row.milliseconds[column]:.3f}{ratio}")
         table.add_row(row.case, str(row.threads), *cells)
-    return table
+    if not any(row.memory for row in rows):
+        return table
+    peaks = Table(title="Peak resident memory of inference (MiB); libraries are the same process without a network")
+    for column in ("case", "threads", "variant", "peak", "libraries", "above them", "of float"):
+        peaks.add_column(column, justify="left" if column in ("case", "variant") else "right")
+    for row in rows:
+        above = {key: value["peak"] - value["libraries"] for key, value in row.memory.items()}
+        for key, value in row.memory.items():
+            share = f"{above[key] / above['float']:.2f}" if above.get("float") else ""
+            cells = [f"{value['peak']:.0f}", f"{value['libraries']:.0f}", f"{above[key]:.0f}", share]
+            peaks.add_row(row.case, str(row.threads), key, *cells)
+    return Group(table, peaks)

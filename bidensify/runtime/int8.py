@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,48 +10,73 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["int8_variants"]
+__all__ = ["installed_runtimes", "open_int8", "quantize_int8"]
 
 _SAMPLES = 8
+_NEEDS = {
+    "openvino int8": ("openvino", "nncf"),
+    "onnxruntime int8": ("onnxruntime", "onnx", "onnxscript"),
+}
+_FILES = {"openvino int8": "openvino_int8.xml", "onnxruntime int8": "onnxruntime_int8.onnx"}
 
 
-def int8_variants(module: nn.Module, x: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
-    """Name -> call of each int8 runtime that is installed, on the input ``x`` and with ``threads`` threads.
+def installed_runtimes() -> list[str]:
+    """Names of the int8 variants whose packages are installed."""
+    return [name for name, needs in _NEEDS.items() if all(importlib.util.find_spec(need) for need in needs)]
 
-    Post-training quantization with both libraries' defaults, calibrated on a few random inputs: the time does not depend
-    on the values.
+
+def quantize_int8(name: str, module: nn.Module, x: Tensor, folder: Path) -> Path:
+    """Post-training quantization with the library's defaults, calibrated on a few random inputs (the time does not depend on
+    the values).
+
+    Args:
+        name: one of ``installed_runtimes()``.
+        module: a float network in evaluation mode.
+        x: an input of the shape to be timed.
+        folder: where the network goes; one that is there already is taken as it is.
+
+    Returns:
+        The file of the quantized network.
     """
-    found: dict[str, Callable[[], Any]] = {}
-    if _has("openvino") and _has("nncf"):
-        found["openvino int8"] = _openvino(module, x, threads)
-    if _has("onnxruntime") and _has("onnx") and _has("onnxscript"):
-        found["onnxruntime int8"] = _onnxruntime(module, x, threads)
-    return found
+    target = folder / _FILES[name]
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target)
+    return target
 
 
-def _has(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], Any]:
+    """A call that runs the network in ``file`` on ``x`` with ``threads`` threads."""
+    if name == "openvino int8":
+        ov: Any = importlib.import_module("openvino")
+        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        core = ov.Core()
+        request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
+        plain = x.contiguous().clone()
+        request.set_input_tensor(ov.Tensor(plain.numpy()))
+        return lambda: request.infer()
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
 
 
 def _samples(x: Tensor) -> list[Any]:
     return [torch.randn(x.shape).numpy() for _ in range(_SAMPLES)]
 
 
-def _openvino(module: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
+def _quantize_openvino(module: nn.Module, x: Tensor, target: Path) -> None:
     ov: Any = importlib.import_module("openvino")
     nncf: Any = importlib.import_module("nncf")
-    plain = x.contiguous().clone()
     with torch.no_grad():
-        model = ov.convert_model(module, example_input=plain, input=[list(x.shape)])
-    model = nncf.quantize(model, nncf.Dataset(_samples(x)), subset_size=_SAMPLES)
-    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-    request.set_input_tensor(ov.Tensor(plain.numpy()))
-    return lambda: request.infer()
+        model = ov.convert_model(module, example_input=x.contiguous().clone(), input=[list(x.shape)])
+    ov.save_model(nncf.quantize(model, nncf.Dataset(_samples(x)), subset_size=_SAMPLES), target)
 
 
-def _onnxruntime(module: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
-    runtime: Any = importlib.import_module("onnxruntime")
+def _quantize_onnxruntime(module: nn.Module, x: Tensor, target: Path) -> None:
     quantization: Any = importlib.import_module("onnxruntime.quantization")
     samples = iter([{"x": value} for value in _samples(x)])
 
@@ -60,13 +84,7 @@ def _onnxruntime(module: nn.Module, x: Tensor, threads: int) -> Callable[[], Any
         def get_next(self) -> Any:
             return next(samples, None)
 
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = str(Path(folder) / "float.onnx"), str(Path(folder) / "int8.onnx")
-        torch.onnx.export(module, (x.contiguous(),), source, input_names=["x"], dynamo=True)
-        quantization.quantize_static(source, target, Reader(), per_channel=True)
-        session = runtime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.contiguous().numpy()}
-    return lambda: session.run(None, feed)
+    source = target.with_name("float.onnx")
+    torch.onnx.export(module, (x.contiguous(),), str(source), input_names=["x"], dynamo=True, external_data=False)
+    quantization.quantize_static(str(source), str(target), Reader(), per_channel=True)
+    source.unlink()

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +14,126 @@ import torch
 from torch import nn
 
 import bidensify
+from bidensify.runtime.int8 import installed_runtimes, quantize_int8
 from bidensify.runtime.pack import pack
 
-__all__ = ["peak_memory"]
+__all__ = ["MEMORY_VARIANTS", "peak_memory"]
 
+MEMORY_VARIANTS = ("float", "float compiled", "latent", "packed", "packed bfloat16")
+
+# Arguments: variant, height, width, threads, folder, JSON of {"spec", "options"}. Prints the resident MiB with the libraries
+# alone (the network gone, or not loaded yet) and the highest during inference.
 _CHILD = """
-import ctypes, gc, sys, torch
+import ctypes, gc, json, sys
 from pathlib import Path
-kind, spec, folder, height, width, threads = sys.argv[1:7]
+import torch
+variant, height, width, threads, folder, built = sys.argv[1:7]
 torch.set_num_threads(int(threads))
-import bidensify
-from bidensify.models import build_model
-if kind in ("float", "baseline"):
-    from safetensors.torch import load_model
-    model = build_model(spec, **{options!r})
-    load_model(model, folder)
-    model = model.eval().to(memory_format=torch.channels_last)
-else:
-    model = bidensify.from_pretrained(folder, build_model(spec, **{options!r}))
-if kind == "baseline":
-    model = torch.nn.Identity()
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-def peak():
+folder, built = Path(folder), json.loads(built)
+
+def settle():
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass
+
+def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+x = torch.randn(1, 3, int(height), int(width)).contiguous(memory_format=torch.channels_last)
+if variant.endswith("int8"):
+    from bidensify.runtime.int8 import open_int8, quantize_int8
+    import importlib
+    importlib.import_module(variant.split()[0])
+    settle()
+    libraries = resident("VmRSS")
+    call = open_int8(variant, quantize_int8(variant, None, x, folder), x, int(threads))
+else:
+    import bidensify
+    from bidensify.models import build_model
+    from safetensors.torch import load_model
+    build = lambda: build_model(built["spec"], **built["options"]).eval()
+    model = build()
+    del model
+    settle()
+    libraries = resident("VmRSS")
+    if variant.startswith("float"):
+        model = build()
+        load_model(model, folder / "float.safetensors")
+        model = model.to(memory_format=torch.channels_last)
+        if variant == "float compiled":
+            model = torch.compile(model)
+    else:
+        model = bidensify.from_pretrained(folder / variant.replace(" ", "_"), build()).eval()
+    call = lambda: model(x)
 with torch.inference_mode():
-    x = torch.randn(1, 3, int(height), int(width)).contiguous(memory_format=torch.channels_last)
-    model(x)
-    model(x)
-print("peak", peak())
+    if variant == "float compiled":
+        call()
+    settle()
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    call()
+print("peak", libraries, resident("VmHWM"))
 """
 
 
-def peak_memory(network: nn.Module, spec: str, size: tuple[int, int], threads: int, **options: Any) -> dict[str, float]:
-    """Peak resident MiB of an inference: "baseline" (the libraries alone), "float", "packed", "packed bfloat16".
+def peak_memory(
+    network: nn.Module,
+    spec: str,
+    size: tuple[int, int],
+    threads: int,
+    *,
+    options: dict[str, Any] | None = None,
+    variants: Sequence[str] = ("float", "packed", "packed bfloat16"),
+    int8: bool = False,
+    int8_folder: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Peak resident MiB of an inference, each variant in a fresh process that has loaded its network before the count starts.
 
-    Each in a fresh process that has loaded its network before the peak is counted. Linux; elsewhere empty.
+    Args:
+        network: the full-precision network.
+        spec: its name for ``bidensify.models.build_model``.
+        size: (H, W) of the input.
+        threads: of the inference.
+        options: what ``build_model`` was given.
+        variants: out of ``MEMORY_VARIANTS``.
+        int8: the int8 runtimes that are installed, too.
+        int8_folder: of ``quantize_int8``; default a temporary one.
+
+    Returns:
+        variant -> {"peak": MiB, "libraries": MiB of the same process without a network}. Linux; elsewhere empty.
     """
+    import json
+
     if not Path("/proc/self/clear_refs").exists():
         return {}
     from safetensors.torch import save_model
 
-    peaks: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(network, f"{folder}/float.safetensors")
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_model(network, str(folder / "float.safetensors"))
         student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
-        places = dict.fromkeys(("baseline", "float"), f"{folder}/float.safetensors")
+        if "latent" in variants:
+            bidensify.save_pretrained(student, folder / "latent")
         for key, dtype in (("packed", None), ("packed bfloat16", torch.bfloat16)):
-            places[key] = f"{folder}/{key.replace(' ', '_')}"
-            bidensify.save_pretrained(pack(student, float_dtype=dtype), places[key])
-        code = _CHILD.replace("{options!r}", repr(options))
+            if key in variants:
+                bidensify.save_pretrained(pack(student, float_dtype=dtype), folder / key.replace(" ", "_"))
+        places = dict.fromkeys(variants, folder)
+        if int8:
+            x = torch.randn(1, 3, *size)
+            for key in installed_runtimes():
+                places[key] = int8_folder or folder
+                quantize_int8(key, network, x, places[key])
+        del student
+        built = json.dumps({"spec": spec, "options": options or {}})
         for key, place in places.items():
-            command = [sys.executable, "-c", code, key.split()[0], spec, place, *map(str, size), str(threads)]
+            command = [sys.executable, "-c", _CHILD, key, *map(str, size), str(threads), str(place), built]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = [line for line in result.stdout.splitlines() if line.startswith("peak")]
-            if result.returncode or not found:
+            lines = [line.split() for line in result.stdout.splitlines() if line.startswith("peak")]
+            if result.returncode or not lines:
                 raise RuntimeError(f"the memory run of {key} failed: {result.stderr[-2000:]}")
-            peaks[key] = float(found[-1].split()[1])
-    return peaks
+            found[key] = {"libraries": float(lines[-1][1]), "peak": float(lines[-1][2])}
+    return found
