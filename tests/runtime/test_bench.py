@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,10 @@ def test_layers_in_every_variant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float_and_latent_layers_of_a_case_have_one_shape(case: Case) -> None:
-    floats, latent = case.build()
-    with torch.device("meta"):
-        x = torch.empty(case.shape)
-    assert floats.to("meta")(x).shape == latent.to("meta")(x).shape
+    small = replace(case, shape=(*case.shape[:2], 8, 8) if len(case.shape) == 4 else (1, 8, case.shape[2]))
+    floats, latent = small.build()
+    with torch.no_grad():
+        assert floats(small.input()).shape == latent(small.input()).shape
 
 
 def test_a_ratio_is_of_medians_and_stands_in_the_table() -> None:
