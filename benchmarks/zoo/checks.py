@@ -1,0 +1,430 @@
+"""What is checked on each network of the zoo: every check compares the rewritten network with the original."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bidensify as bd
+from bidensify.nn import BinaryLayer, RPReLU, binary_layers
+from bidensify.rewrite import Plan, apply_plan
+from bidensify.rewrite.record import record
+from zoo import stages
+from zoo.networks import Entry
+from zoo.signal import joined_signals
+
+__all__ = ["CHECKS", "examine"]
+
+PASS, ABSENT = "pass", "not in the original"
+
+
+class CheckFailed(AssertionError):
+    """What a check found."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ``CheckFailed`` with the message unless the condition holds."""
+    if not condition:
+        raise CheckFailed(message)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in an output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors(item)]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def structure(value: Any) -> Any:
+    """An output with its tensors replaced by their shapes and dtypes, and its containers by their classes."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, Mapping):
+        return type(value).__name__, {key: structure(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, [structure(item) for item in value]
+    return type(value).__name__
+
+
+def first_difference(a: Any, b: Any) -> str:
+    """Where two outputs' tensors differ in any bit, or an empty string."""
+    left, right = tensors(a), tensors(b)
+    if len(left) != len(right):
+        return f"{len(left)} tensors against {len(right)}"
+    for number, (x, y) in enumerate(zip(left, right)):
+        if x.shape != y.shape or not torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)):
+            gap = (x - y).abs().max().item() if x.shape == y.shape else float("nan")
+            return f"tensor {number} differs by up to {gap:.3g}"
+    return ""
+
+
+def close(a: Any, b: Any, tolerance: float) -> str:
+    """Where two outputs' tensors differ by more than ``tolerance`` of their largest value, or an empty string."""
+    for number, (x, y) in enumerate(zip(tensors(a), tensors(b), strict=True)):
+        if x.is_floating_point() and x.numel():
+            gap = (x - y).abs().max().item() / max(y.abs().max().item(), 1e-12)
+            if not gap <= tolerance:
+                return f"tensor {number} differs by {gap:.3g} of its largest value"
+    return ""
+
+
+class Subject:
+    """A network, its rewritten form and example inputs; what the checks share."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        torch.manual_seed(0)
+        self.model = entry.build().eval()
+        self.args, self.kwargs = entry.inputs(2)
+        self.expected = self.run(self.model)
+        self.example = self.kwargs if self.kwargs else self.args
+        self.student: nn.Module = nn.Identity()
+        self.seconds = 0.0
+
+    def run(self, model: nn.Module) -> Any:
+        """The output on the example batch, without gradients."""
+        with torch.no_grad():
+            torch.manual_seed(0)
+            return model(*self.args, **self.kwargs)
+
+    def convert(self) -> None:
+        """Rewrites a copy; processor seconds, since other work may share the machine."""
+        start = time.process_time()
+        self.student = bd.bidensify(self.model, example_inputs=self.example)
+        self.seconds = time.process_time() - start
+
+    @property
+    def plan(self) -> Plan:
+        plan = self.student.bidensify_plan
+        assert isinstance(plan, Plan)
+        return plan
+
+
+@contextmanager
+def outputs_of(model: nn.Module, paths: Mapping[int, str]) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """path -> (arguments, output) of each call of the modules with these ids, while the context lasts."""
+    seen: dict[str, list[tuple[Any, Any]]] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.setdefault(path, []).append((args, output))
+
+    hooks = [m.register_forward_hook(note(paths[id(m)])) for m in model.modules() if id(m) in paths]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradients(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a random projection of all outputs, in training mode, by parameter name."""
+    model = copy.deepcopy(model).train()
+    torch.manual_seed(0)
+    found = [t for t in tensors(model(*subject.args, **subject.kwargs)) if t.is_floating_point() and t.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((t * torch.randn(t.shape, generator=generator)).mean() for t in found)
+    require(isinstance(loss, Tensor), "no output takes part in a gradient")
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_backward(subject: Subject) -> None:
+    """Each latent weight that had a gradient has one, finite and not all zero; each binarizer too."""
+    before = gradients(subject, subject.model)
+    after = gradients(subject, subject.student)
+    for path, _ in binary_layers(subject.student):
+        if f"{path}.weight" not in before:
+            continue
+        for name in ("weight", "binarizer.k", "binarizer.b", "binarizer.a"):
+            grad = after.get(f"{path}.{name}")
+            require(grad is not None, f"{path}.{name} gets no gradient")
+            assert grad is not None
+            require(bool(grad.isfinite().all()), f"{path}.{name} gets a gradient that is not finite")
+        if before[f"{path}.weight"].abs().max() > 0:
+            require(bool(after[f"{path}.weight"].abs().max() > 0), f"{path}.weight gets a gradient of zeros")
+
+
+def check_class(subject: Subject) -> None:
+    """The network and all its blocks and layers are instances of what they were (absorbed norms and activations aside)."""
+    gone = {item.path for item in subject.plan.activations}
+    for path, module in subject.model.named_modules():
+        if path in gone or any(path.startswith(f"{each}.") for each in gone):
+            continue
+        twin = subject.student.get_submodule(path)
+        require(isinstance(twin, type(module)), f"{path}: {type(twin).__name__} is no {type(module).__name__}")
+    name = type(subject.model).__name__
+    require(type(subject.student).__name__ == name, f"the class is {type(subject.student).__name__}, was {name}")
+
+
+def check_structure(subject: Subject) -> None:
+    """Containers, shapes and dtypes of the output at batch 2."""
+    now, before = structure(subject.run(subject.student)), structure(subject.expected)
+    require(now == before, f"the output is {now}, was {before}")
+
+
+def check_save_pretrained(subject: Subject) -> str:
+    """The library's own ``save_pretrained`` writes a state that a second rewrite loads to the same output."""
+    from safetensors.torch import load_file
+
+    if not hasattr(subject.model, "save_pretrained"):
+        return ABSENT
+    with tempfile.TemporaryDirectory() as folder:
+        subject.student.save_pretrained(folder)  # type: ignore[operator]
+        state = load_file(Path(folder) / "model.safetensors")
+    own = subject.student.state_dict()
+    shared = {name for name in own if name not in state}
+    for name, value in state.items():
+        require(torch.equal(own[name], value), f"{name} differs after save_pretrained")
+    addresses = {own[name].data_ptr() for name in state}
+    lost = [name for name in shared if own[name].data_ptr() not in addresses]
+    require(not lost, f"save_pretrained wrote no {', '.join(lost[:3])}")
+    twin = bd.bidensify(subject.model, example_inputs=subject.example, verify=False)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict({**{name: own[name] for name in shared}, **state})
+    difference = first_difference(subject.run(twin.eval()), subject.run(subject.student))
+    require(not difference, f"after reloading the state: {difference}")
+    return PASS
+
+
+def check_round_trip(subject: Subject) -> None:
+    """``bd.save_pretrained`` and ``bd.from_pretrained`` give the same output."""
+    with tempfile.TemporaryDirectory() as folder:
+        bd.save_pretrained(subject.student, folder)
+        twin = bd.from_pretrained(folder, subject.model)
+    difference = first_difference(subject.run(twin), subject.run(subject.student))
+    require(not difference, difference)
+
+
+def check_deepcopy(subject: Subject) -> None:
+    """A deep copy gives the same output and shares no parameter."""
+    twin = copy.deepcopy(subject.student)
+    difference = first_difference(subject.run(twin), subject.run(subject.student))
+    require(not difference, difference)
+    own = {p.data_ptr() for p in subject.student.parameters() if p.numel()}
+    require(all(p.data_ptr() not in own for p in twin.parameters() if p.numel()), "it shares parameters")
+
+
+def check_again(subject: Subject) -> None:
+    """A second rewrite of the same network has the same plan and the same parameters."""
+    twin = bd.bidensify(subject.model, example_inputs=subject.example, verify=False)
+    require(twin.bidensify_plan.to_dict() == subject.plan.to_dict(), "a second rewrite has another plan")  # type: ignore[union-attr,operator]
+    own = subject.student.state_dict()
+    for name, value in twin.state_dict().items():
+        require(torch.equal(value, own[name]), f"a second rewrite has another {name}")
+
+
+def _captured(subject: Subject, capture: Callable[[nn.Module], Callable[..., Any]]) -> str:
+    """Runs ``capture`` on the original, then on the rewritten network, and compares outputs with eager ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            before = capture(copy.deepcopy(subject.model))
+            before(*subject.args, **subject.kwargs)
+        except Exception:
+            return ABSENT
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.manual_seed(0)
+            got = capture(copy.deepcopy(subject.student))(*subject.args, **subject.kwargs)
+    torch._dynamo.reset()
+    # Bits may flip where a sum in another order lands on the other side of a threshold; most of the output agrees.
+    apart = 0.0
+    for a, b in zip(tensors(got), tensors(subject.run(subject.student)), strict=True):
+        if a.is_floating_point() and a.numel():
+            apart = max(apart, ((a - b).norm() / b.norm().clamp(min=1e-12)).item())
+    require(apart < 0.1, f"the output differs from eager by {apart:.3g} of its norm")
+    return PASS
+
+
+def check_compile(subject: Subject) -> str:
+    """``torch.compile(fullgraph=True, backend="aot_eager")``: the capture and functionalization of the whole graph."""
+    return _captured(subject, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager"))
+
+
+def check_export(subject: Subject) -> str:
+    """``torch.export.export`` and a run of what it gives."""
+    return _captured(
+        subject, lambda model: torch.export.export(model, subject.args, subject.kwargs).module(check_guards=False)
+    )
+
+
+def check_kept(subject: Subject) -> None:
+    """The plan's blocks with generated code and not one layer, norm or activation exchanged: the original, bit for bit."""
+    data = subject.plan.to_dict()
+    for layer in data["layers"]:
+        layer.update(action="keep", way="", method="", bypass=False, norm=None, activation=False, layer_scale=None)
+    data["activations"] = []
+    for block in data["blocks"]:
+        block.update(edits=[], modules={})
+    twin = apply_plan(copy.deepcopy(subject.model), Plan.from_dict(data))
+    difference = first_difference(subject.run(twin), subject.expected)
+    require(not difference, difference)
+
+
+def check_signal(subject: Subject) -> str:
+    """``signal.joined_signals``: one full-precision signal joins each binary layer's output."""
+    counts = joined_signals(record(subject.student, subject.example))
+    require(bool(counts), "no binary layer ran")
+    wrong = {path: each for path, each in counts.items() if each != [1]}
+    shown = ", ".join(f"{path} {'/'.join(map(str, each))}" for path, each in list(wrong.items())[:6])
+    require(not wrong, f"{len(wrong)} of {len(counts)} layers: signals joined {shown}")
+    return PASS
+
+
+def check_scale(subject: Subject) -> dict[str, Any]:
+    """Standard deviation of every stage of the untrained rewrite against the original's, with batch statistics."""
+    ratios = stages.ratios(subject.model, subject.student, subject.run)
+    if not ratios:
+        return {"status": ABSENT}
+    low, high = min(ratios, key=lambda p: ratios[p]), max(ratios, key=lambda p: ratios[p])
+    result = {"low": round(ratios[low], 2), "high": round(ratios[high], 2), "low_at": low, "high_at": high}
+    inside = 0.25 <= ratios[low] and ratios[high] <= 4
+    message = f"{low} has {ratios[low]:.2f} and {high} {ratios[high]:.2f} times the original's deviation"
+    return {"status": PASS if inside else message, **result}
+
+
+def check_signs(subject: Subject) -> dict[str, Any]:
+    """After calibration on the batch, the share of binarizer channels with 5 % to 95 % of +1 on that batch."""
+    student = copy.deepcopy(subject.student)
+    bd.calibrate(student, [subject.kwargs if subject.kwargs else subject.args])
+    layers = dict(binary_layers(student))
+    mixed: Counter[str] = Counter()
+    channels: Counter[str] = Counter()
+    paths = {id(layer.binarizer): path for path, layer in layers.items()}
+    shares: dict[str, Tensor] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            x = args[0]
+            beta = module.codes(x)[0]
+            other = [d for d in range(x.dim()) if d != module.dim % x.dim()]
+            shares.setdefault(path, (x >= beta).float().mean(other))
+
+        return hook
+
+    hooks = [layer.binarizer.register_forward_pre_hook(note(paths[id(layer.binarizer)])) for layer in layers.values()]
+    subject.run(student.eval())
+    for each in hooks:
+        each.remove()
+    for path, share in shares.items():
+        channels[path] = share.numel()
+        mixed[path] = int(((share >= 0.05) & (share <= 0.95)).sum())
+    part = sum(mixed.values()) / max(1, sum(channels.values()))
+    worst = sorted(channels, key=lambda p: mixed[p] - channels[p])[:3]
+    message = f"{100 * part:.1f} % of channels have mixed signs; worst: " + ", ".join(
+        f"{path} {mixed[path]} of {channels[path]}" for path in worst
+    )
+    return {"status": PASS if part >= 0.95 else message, "share": round(part, 4)}
+
+
+def check_pack(subject: Subject) -> dict[str, Any]:
+    """Packs, and gives each packed layer what its latent twin saw: the largest difference, as a share of the largest value."""
+    student = copy.deepcopy(subject.student)
+    bd.calibrate(student, [subject.kwargs if subject.kwargs else subject.args])
+    student.eval()
+    packed = bd.pack(student)
+    worst, where = 0.0, ""
+    with outputs_of(student, {id(m): path for path, m in binary_layers(student)}) as seen:
+        subject.run(student)
+    with torch.no_grad():
+        for path, calls in seen.items():
+            for args, output in calls[:1]:
+                got = packed.get_submodule(path)(*args)
+                gap = ((got - output).abs().max() / output.abs().max().clamp(min=1e-12)).item()
+                worst, where = max((worst, where), (gap, path))
+    now = structure(subject.run(packed))
+    require(now == structure(subject.expected), f"the packed network's output is {now}")
+    return {"status": PASS if worst <= 1e-4 else f"{where} differs by {worst:.2g}", "worst": float(f"{worst:.1e}")}
+
+
+def layers_of(subject: Subject) -> dict[str, Any]:
+    """What the plan did, in numbers."""
+    plan = subject.plan
+    kept = Counter(layer.reason for layer in plan.kept)
+    ways = Counter(layer.way for layer in plan.binary)
+    unnamed = [layer.path for layer in plan.kept if not layer.reason]
+    return {
+        "layers": len(plan.layers),
+        "binary": len(plan.binary),
+        "kept": dict(sorted(kept.items())),
+        "unnamed": unnamed,
+        "mac_share": round(plan.binary_mac_share(), 4),
+        "eligible_mac_share": round(plan.binary_mac_share(eligible_only=True), 4),
+        "way_path": ways["path"],
+        "way_block": ways["block"],
+        "notes": list(plan.notes),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "activations": sum(isinstance(m, RPReLU) for m in subject.student.modules()),
+        "binary_modules": sum(isinstance(m, BinaryLayer) for m in subject.student.modules()),
+    }
+
+
+CHECKS: dict[str, Callable[[Subject], Any]] = {
+    "backward": check_backward,
+    "class": check_class,
+    "structure": check_structure,
+    "save_pretrained": check_save_pretrained,
+    "round_trip": check_round_trip,
+    "deepcopy": check_deepcopy,
+    "again": check_again,
+    "kept": check_kept,
+    "signal": check_signal,
+    "scale": check_scale,
+    "signs": check_signs,
+    "pack": check_pack,
+    "compile": check_compile,
+    "export": check_export,
+}
+
+
+def examine(entry: Entry, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Builds, rewrites and checks one network.
+
+    Returns:
+        A JSON-able row: "name", then "refused" (why the library itself does not build or run it) or "convert" ("pass"
+        or the message), "seconds", "layers" (see ``layers_of``) and "checks": name -> {"status": ..., ...}.
+    """
+    row: dict[str, Any] = {"name": entry.name}
+    if entry.unavailable:
+        return {**row, "refused": entry.unavailable}
+    try:
+        subject = Subject(entry)
+    except Exception as error:
+        return {**row, "refused": _short(error)}
+    progress("converts")
+    try:
+        subject.convert()
+    except Exception as error:
+        return {**row, "convert": _short(error), "seconds": 0.0}
+    row.update(convert=PASS, seconds=round(subject.seconds, 1), plan=layers_of(subject), checks={})
+    for name, check in CHECKS.items():
+        progress(name)
+        try:
+            result = check(subject)
+        except Exception as error:
+            result = _short(error)
+        row["checks"][name] = result if isinstance(result, dict) else {"status": result or PASS}
+    return row
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    name = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
+    return (name + text)[:400]

@@ -1,0 +1,70 @@
+"""Standard deviations of stages: what the untrained rewrite does to the scale of a network's activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bidensify.nn import BinaryLayer
+
+__all__ = ["ratios"]
+
+DEPTH = 3
+
+
+def _maps(value: Any) -> list[Tensor]:
+    """The feature maps in an output: float tensors with room for a deviation."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() and value.dim() >= 3 and value[0, 0].numel() > 1 else []
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in _maps(item)]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in _maps(item)]
+    return []
+
+
+def _stages(student: nn.Module) -> list[str]:
+    """Modules at most ``DEPTH`` below the network that hold binary layers, and the network itself."""
+    found = []
+    for path, module in student.named_modules():
+        if path.count(".") < DEPTH and not isinstance(module, BinaryLayer):
+            if any(isinstance(child, BinaryLayer) for child in module.modules()):
+                found.append(path)
+    return found
+
+
+def _deviations(model: nn.Module, stages: list[str], run: Callable[[nn.Module], Any]) -> dict[str, float]:
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # As in training: running statistics of an untrained network say nothing.
+            module.training = True
+    seen: dict[str, list[float]] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen.setdefault(path, []).extend(float(t.float().std()) for t in _maps(output))
+
+        return hook
+
+    for path in stages:
+        model.get_submodule(path).register_forward_hook(note(path))
+    run(model)
+    return {f"{path or 'output'}#{n}": value for path, values in seen.items() for n, value in enumerate(values)}
+
+
+def ratios(model: nn.Module, student: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, float]:
+    """Stage -> deviation in the rewritten network / deviation in the original.
+
+    Args:
+        model, student: the original and the rewritten network, uncalibrated.
+        run: runs a network on the example batch.
+    """
+    stages = _stages(student)
+    before, after = _deviations(model, stages, run), _deviations(student, stages, run)
+    # A stage that the original holds at (nearly) 0, as a last layer that is initialised to 0, has no scale to keep.
+    found = {key: after[key] / value for key, value in before.items() if key in after and value > 1e-6}
+    return {key.removesuffix("#0"): value for key, value in found.items()}
