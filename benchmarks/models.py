@@ -96,7 +96,6 @@ def run_one(name: str, seconds: float) -> dict[str, Any]:
 def row_of(name: str) -> None:
     """The subprocess's part: prints the row."""
     import torch
-
     from zoo.checks import examine
     from zoo.networks import networks
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bidensify.models import build_model
 
-__all__ = ["Entry", "networks"]
+__all__ = ["Entry", "networks", "strict"]
 
 DECODERS = (
     "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus", "UPerNet",
@@ -30,8 +30,9 @@ TIMM = {
     "hrnet_w18": 0, "swin_tiny_patch4_window7_224": 224, "maxvit_tiny_tf_224": 224, "fastvit_t8": 0, "repvit_m0_9": 0,
     "nf_resnet50": 0, "efficientvit_b0": 0, "mobilevitv2_050": 0, "mobilevitv2_100": 0,
 }  # fmt: skip
-# Not convolutional, or in part: signs and scales are reported for these, and hold for the others.
-ATTENTION = ("swin", "maxvit", "vit_", "mit_", "fastvit", "efficientvit", "mobilevit", "convnext")
+# Not convolutional, or in part: scales and signs are reported for these, and asked of all others. (The scale is asked
+# of MiT too.)
+ATTENTION = ("swin", "maxvit", "vit_", "mobilevit", "efficientvit", "transformers:")
 
 SIDE = 96
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -106,10 +107,22 @@ def _pixels(batch: int) -> Inputs:
     return (), {"pixel_values": image(batch, SIDE)}
 
 
+def strict(name: str, check: str) -> bool:
+    """Whether "scale" or "signs" outside its range is a failure for this network, rather than a figure."""
+    parts = (*ATTENTION, "mit_") if check == "signs" else ATTENTION
+    return not any(part in name for part in parts)
+
+
 def networks() -> dict[str, Entry]:
     """Every network of the page by name, in its order."""
-    entries = [_entry(f"smp:{decoder}/{encoder}", _images(SIDE)) for decoder in DECODERS for encoder in ENCODERS]
-    entries.append(_entry(f"smp:DPT/{VIT}", _images(SIDE)))
+    # PAN pools its encoder's last map, of a sixteenth of the side, three times.
+    sides = {"PAN": 128}
+    entries = [
+        _entry(f"smp:{decoder}/{encoder}", _images(sides.get(decoder, SIDE)))
+        for decoder in DECODERS
+        for encoder in ENCODERS
+    ]
+    entries.append(_entry(f"smp:DPT/{VIT}", _images(224)))
     for name in TORCHVISION:
         entries.append(_entry(f"torchvision:{name}", _images(128, 2) if "raft" in name else _images(SIDE)))
     entries += [_entry(f"timm:{name}", _images(side or SIDE)) for name, side in TIMM.items()]

@@ -184,6 +184,8 @@ class _Graph:
 def joined_signals(record: Record) -> dict[str, list[int]]:
     """Path of each binary layer -> numbers of full-precision signals found on the ways from it (all must be 1).
 
+    The list is empty for a layer whose output goes nowhere (an encoder's stage that no decoder reads).
+
     Args:
         record: of the rewritten network.
     """
@@ -223,15 +225,13 @@ def _walk(graph: _Graph, layer: fx.Node, joined: int) -> set[int]:
     return counts
 
 
-def _join(
-    graph: _Graph, layer: fx.Node, node: fx.Node, add: fx.Node, other: fx.Node, joined: int
-) -> int | None:
+def _join(graph: _Graph, layer: fx.Node, node: fx.Node, add: fx.Node, other: fx.Node, joined: int) -> int | None:
     """The number of signals behind an add, or None where the walk ends at it."""
     fork = graph.fork_of(add, node, other)
     if fork is None:
         # The walked value may itself be the projection of a shortcut.
         fork = graph.fork_of(add, other, node)
-    if fork is not None and graph.comes_before(fork, layer) and fork is not layer:
+    if fork is not None and fork is not layer and graph.comes_before(fork, layer):
         return joined + int(graph.carries(other))
     if joined == 0 and graph.carries(other):
         return 1

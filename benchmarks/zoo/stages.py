@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidensify.nn import BinaryLayer
+from bidensify.rewrite import Plan
 
 __all__ = ["ratios"]
 
@@ -18,7 +19,8 @@ DEPTH = 3
 def _maps(value: Any) -> list[Tensor]:
     """The feature maps in an output: float tensors with room for a deviation."""
     if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() and value.dim() >= 3 and value[0, 0].numel() > 1 else []
+        room = value.dim() >= 3 and value.numel() > value.shape[0] * value.shape[1]
+        return [value] if value.is_floating_point() and room else []
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in _maps(item)]
     if isinstance(value, (tuple, list)):
@@ -26,14 +28,26 @@ def _maps(value: Any) -> list[Tensor]:
     return []
 
 
-def _stages(student: nn.Module) -> list[str]:
-    """Modules at most ``DEPTH`` below the network that hold binary layers, and the network itself."""
-    found = []
-    for path, module in student.named_modules():
-        if path.count(".") < DEPTH and not isinstance(module, BinaryLayer):
-            if any(isinstance(child, BinaryLayer) for child in module.modules()):
-                found.append(path)
-    return found
+def _inside(path: str, stage: str) -> bool:
+    return not stage or path.startswith(f"{stage}.")
+
+
+def _stages(student: nn.Module, plan: Plan) -> list[str]:
+    """Modules at most ``DEPTH`` below the network that hold binary layers, and the network itself.
+
+    Not those with a layer that took over a norm from outside: there the original gives what it has not normalised yet.
+    """
+    return [
+        path
+        for path, module in student.named_modules()
+        if path.count(".") < DEPTH
+        and not isinstance(module, BinaryLayer)
+        and any(isinstance(child, BinaryLayer) for child in module.modules())
+        and not any(
+            layer.norm is not None and _inside(layer.path, path) and not _inside(layer.norm, path)
+            for layer in plan.binary
+        )
+    ]
 
 
 def _deviations(model: nn.Module, stages: list[str], run: Callable[[nn.Module], Any]) -> dict[str, float]:
@@ -56,14 +70,15 @@ def _deviations(model: nn.Module, stages: list[str], run: Callable[[nn.Module], 
     return {f"{path or 'output'}#{n}": value for path, values in seen.items() for n, value in enumerate(values)}
 
 
-def ratios(model: nn.Module, student: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, float]:
+def ratios(model: nn.Module, student: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> dict[str, float]:
     """Stage -> deviation in the rewritten network / deviation in the original.
 
     Args:
         model, student: the original and the rewritten network, uncalibrated.
+        plan: of the rewrite.
         run: runs a network on the example batch.
     """
-    stages = _stages(student)
+    stages = _stages(student, plan)
     before, after = _deviations(model, stages, run), _deviations(student, stages, run)
     # A stage that the original holds at (nearly) 0, as a last layer that is initialised to 0, has no scale to keep.
     found = {key: after[key] / value for key, value in before.items() if key in after and value > 1e-6}

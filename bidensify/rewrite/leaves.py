@@ -49,7 +49,8 @@ def is_leaf(module: nn.Module) -> bool:
     name = type(module).__name__
     if is_frozen_norm(module):
         return True
-    if name.startswith(("DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
+    # RPReLU: its functions are fused operators, which say less than its name.
+    if name.startswith(("RPReLU", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
         return True
     return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
 
