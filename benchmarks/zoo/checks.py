@@ -143,8 +143,9 @@ def gradients(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def check_backward(subject: Subject) -> None:
-    """Each latent weight that had a gradient has one, finite and not all zero; each binarizer too."""
+def check_backward(subject: Subject) -> dict[str, Any]:
+    """Each latent weight that had a gradient has one, and so has its binarizer; finite, all of them."""
+    silent = []
     before = gradients(subject, subject.model)
     after = gradients(subject, subject.student)
     for path, _ in binary_layers(subject.student):
@@ -155,8 +156,13 @@ def check_backward(subject: Subject) -> None:
             require(grad is not None, f"{path}.{name} gets no gradient")
             assert grad is not None
             require(bool(grad.isfinite().all()), f"{path}.{name} gets a gradient that is not finite")
-        if before[f"{path}.weight"].abs().max() > 0:
-            require(bool(after[f"{path}.weight"].abs().max() > 0), f"{path}.weight gets a gradient of zeros")
+        if before[f"{path}.weight"].abs().max() > 0 and not after[f"{path}.weight"].abs().max() > 0:
+            silent.append(path)
+    # Zeros are what the STE gives where no input lies near its threshold; figures, but many are a network that cannot learn.
+    require(
+        len(silent) <= 0.02 * len(subject.plan.binary), f"latent weights get gradients of zeros: {', '.join(silent)}"
+    )
+    return {"status": PASS, "zero_gradients": silent}
 
 
 def check_class(subject: Subject) -> None:
@@ -308,14 +314,14 @@ def check_signs(subject: Subject) -> dict[str, Any]:
     mixed: Counter[str] = Counter()
     channels: Counter[str] = Counter()
     paths = {id(layer.binarizer): path for path, layer in layers.items()}
-    shares: dict[str, Tensor] = {}
+    shares: dict[str, list[Tensor]] = {}
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
             x = args[0]
             beta = module.codes(x)[0]
             other = [d for d in range(x.dim()) if d != module.dim % x.dim()]
-            shares.setdefault(path, (x >= beta).float().mean(other))
+            shares.setdefault(path, []).append((x >= beta).float().mean(other))
 
         return hook
 
@@ -323,7 +329,8 @@ def check_signs(subject: Subject) -> dict[str, Any]:
     subject.run(student.eval())
     for each in hooks:
         each.remove()
-    for path, share in shares.items():
+    for path, calls in shares.items():
+        share = torch.stack(calls).mean(0)
         channels[path] = share.numel()
         mixed[path] = int(((share >= 0.05) & (share <= 0.95)).sum())
     part = sum(mixed.values()) / max(1, sum(channels.values()))

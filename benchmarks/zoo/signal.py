@@ -232,7 +232,8 @@ def _join(graph: _Graph, layer: fx.Node, node: fx.Node, add: fx.Node, other: fx.
         # The walked value may itself be the projection of a shortcut.
         fork = graph.fork_of(add, other, node)
     if fork is not None and fork is not layer and graph.comes_before(fork, layer):
-        return joined + int(graph.carries(other))
-    if joined == 0 and graph.carries(other):
-        return 1
-    return None
+        if graph.name(add) == "add":
+            return joined + int(graph.carries(other))
+        # A difference of two sides that both carry a signal carries none.
+        return abs(joined - int(graph.carries(other)))
+    return int(graph.carries(other)) if joined == 0 else None

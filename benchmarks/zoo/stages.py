@@ -35,8 +35,10 @@ def _inside(path: str, stage: str) -> bool:
 def _stages(student: nn.Module, plan: Plan) -> list[str]:
     """Modules at most ``DEPTH`` below the network that hold binary layers, and the network itself.
 
-    Not those with a layer that took over a norm from outside: there the original gives what it has not normalised yet.
+    Not those with a layer that took over a norm from outside: there the original gives what it has not normalised yet. Nor
+    those that end in a prediction: a kept layer's output is a stage's no more.
     """
+    predictors = [layer.path for layer in plan.kept if layer.reason == "prediction layer"]
     return [
         path
         for path, module in student.named_modules()
@@ -47,6 +49,7 @@ def _stages(student: nn.Module, plan: Plan) -> list[str]:
             layer.norm is not None and _inside(layer.path, path) and not _inside(layer.norm, path)
             for layer in plan.binary
         )
+        and not any(_inside(predictor, path) for predictor in predictors)
     ]
 
 

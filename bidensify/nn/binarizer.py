@@ -78,11 +78,13 @@ class ActivationBinarizer(nn.Module):
     def begin_calibration(self) -> None:
         """Forgets earlier calibration batches and starts listening."""
         self.calibrating = True
-        self._calibrated = 0
+        self._samples: Tensor | None = None
+        self._thinned = 1
 
     def end_calibration(self) -> None:
         """Stops listening."""
         self.calibrating = False
+        self._samples = None
 
     def _spatial(self, x: Tensor) -> tuple[int, ...]:
         """The dimensions that statistics are taken over: all but the sample's and the channel's."""
@@ -239,14 +241,18 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         return threshold_sign(x, beta, alpha, polynomial=True)
 
     def calibrate(self, x: Tensor) -> None:
-        """Sets b so that each channel has +1 and -1 on ``x``; several calls average their thresholds."""
+        """Sets b so that each channel has +1 and -1 on what came in since calibration began, ``x`` included."""
         moved = x.movedim(self.dim, 0).flatten(1)
         rest = (self._shaped(self.k, x).float() * self._mean(x)).expand_as(x).movedim(self.dim, 0).flatten(1)
-        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES)
-        threshold = mixing_threshold(moved[:, ::step].float() - rest[:, ::step])
-        self._calibrated += 1
-        threshold = threshold.reshape(self.b.shape).to(self.b.dtype)
-        self.b.copy_(self.b + (threshold - self.b) / self._calibrated)
+        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES) * self._thinned
+        values = moved[:, ::step].float() - rest[:, ::step]
+        if self._samples is not None:
+            values = torch.cat([self._samples, values], 1)
+        while values.shape[1] > 2 * _CALIBRATION_SAMPLES:
+            # Later calls are thinned as much, so that each weighs the same.
+            values, self._thinned = values[:, ::2], 2 * self._thinned
+        self._samples = values
+        self.b.copy_(mixing_threshold(values).reshape(self.b.shape))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act_scale={self.act_scale!r}"

@@ -22,6 +22,9 @@ from bidensify.rewrite.recorded import scope_of
 
 __all__ = ["plan_layers"]
 
+# At most so many channels hold values (a colour, a flow, a depth), whose signs alone say next to nothing.
+_RAW = 3
+
 _KINDS = ("conv2d", "conv_transpose2d", "linear")
 
 
@@ -90,8 +93,16 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
 def _is_predictor(flow: Flow, node: fx.Node) -> bool:
     """The layer's output reaches the network's, with no layer, norm or block around it in between.
 
-    Features of a backbone end in a norm or a residual add; a prediction does not.
+    Features of a backbone end in a norm or a residual add; a prediction does not. A prediction that is refined (optical
+    flow) goes on into the next round as well: what tells it from features is that it has values, not channels.
     """
+    channels = getattr(flow.module(node), "out_channels", None)
+    if channels is not None and channels <= _RAW:
+        ways = flow.forward_until(
+            node, stop=lambda n: n.op == "output", follow=lambda n: not (flow.is_layer(n) or flow.is_norm(n))
+        )
+        if any(True for _ in ways):
+            return True
     stack, seen = list(node.users), set()
     reaches = False
     while stack:
@@ -131,6 +142,8 @@ def _default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: 
             return "linear layer on vectors"
     if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
         return "first layer on the image"
+    if layer.kind != "linear" and layer.in_channels <= _RAW:
+        return f"on {layer.in_channels} raw values, as a first layer is"
     if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
         return "on a pooled 1×1 map"
     if any(_is_gate(flow, node) for node in nodes):

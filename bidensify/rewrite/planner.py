@@ -22,6 +22,7 @@ from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
 from bidensify.rewrite.proof import Traced, editable_event, operation_of, trace_block
 from bidensify.rewrite.recorded import Record, scope_of
 from bidensify.rewrite.residual import Residual, find_residuals
+from bidensify.rewrite.streams import drop_doubled
 from bidensify.rewrite.untouched import forget_unreal
 
 __all__ = ["Planner", "make_plan"]
@@ -208,6 +209,7 @@ class Planner:
         """
         self.plan_norms()
         self.plan_residuals()
+        drop_doubled(self)
         fused = {path for path, layer in self.layers.items() if layer.norm and self._fused(layer.norm)}
         plan_activations(self)
         for path, layer in self.layers.items():
