@@ -28,6 +28,7 @@ class Flow:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.order = {node: number for number, node in enumerate(record.graph.nodes)}
+        self._behind_layer: dict[fx.Node, bool] = {}
 
     # what a node is
 
@@ -201,7 +202,11 @@ class Flow:
 
     def has_upstream_layer(self, node: fx.Node) -> bool:
         """Whether any convolution or linear layer ran before this node on its path."""
-        return any(self.is_layer(item) for item in self.ancestors(node) if item is not node)
+        if not self._behind_layer:
+            for item in self.record.graph.nodes:
+                sources = self.tensors(item)
+                self._behind_layer[item] = any(self.is_layer(each) or self._behind_layer[each] for each in sources)
+        return self._behind_layer[node]
 
     def forward_until(
         self, node: fx.Node, stop: Callable[[fx.Node], bool], follow: Callable[[fx.Node], bool]

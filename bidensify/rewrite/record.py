@@ -24,6 +24,9 @@ from bidensify.rewrite.untouched import untouched
 
 __all__ = ["record"]
 
+# Four images of 128×128, what two of a pair of frames have.
+_LIGHT_PIXELS = 4 * 128 * 128
+
 
 class _Recorder(TorchFunctionMode):
     """Writes the graph: functions through the mode, module calls through ``Module.__call__``."""
@@ -171,11 +174,19 @@ def _copy_to(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return map_aggregate(value, lambda item: function(item) if isinstance(item, Tensor) else item)
 
 
+def _heavy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a run on fake tensors is the cheaper one: large inputs, or a network without values."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return True
+    pixels = sum(item.numel() // item.shape[1] for item in tensors_in([args, kwargs]) if item.dim() == 4)
+    return pixels > _LIGHT_PIXELS
+
+
 def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Runs ``model`` once in evaluation mode and writes down what it did.
 
-    Fake tensors carry the run where the model allows it, so that it costs no arithmetic; a model that looks at values
-    is run on small real tensors instead.
+    Small inputs run for real, which takes less time than the bookkeeping of fake tensors; larger ones, and networks on
+    the meta device, run on fake tensors, which cost no arithmetic. Where one way fails the other is tried.
 
     Args:
         model: any module; it is left as it was.
@@ -187,7 +198,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """
     failures: list[str] = []
     for args, kwargs in candidate_inputs(model, example_inputs):
-        for fake in (True, False):
+        for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
                 with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), torch.random.fork_rng():
                     if fake:

@@ -15,6 +15,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -53,7 +54,7 @@ def forget_unreal() -> None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], list[str]]]:
-    """Puts back every attribute of every module, and the containers among them, when the run is over.
+    """Puts back every attribute of every module, the containers among them and the buffers, when the run is over.
 
     Args:
         model: what runs inside.
@@ -66,6 +67,12 @@ def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], 
     modules = list(model.modules())
     before = [dict(module.__dict__) for module in modules]
     inside = [(value, value.copy()) for state in before for value in state.values() if type(value) in _CONTAINERS]
+    buffers = [
+        (buffer, buffer._version, buffer.clone())
+        for module in modules
+        for buffer in module._buffers.values()
+        if buffer is not None and not buffer.is_inference()
+    ]
     contents = {id(value): _items(content) for value, content in inside}
 
     def changed() -> list[str]:
@@ -88,5 +95,9 @@ def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], 
             _fill(module.__dict__, state)
         for container, content in inside:
             _fill(container, content)
+        for buffer, version, values in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
         if fake:
             forget_unreal()

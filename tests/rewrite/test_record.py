@@ -39,7 +39,6 @@ def test_nothing_stays_on_the_model() -> None:
 def test_graph_has_every_call_with_its_shape() -> None:
     model = Net()
     run = record(model)
-    assert run.fake
     calls = run.module_nodes()
     hits: dict[str, list[tuple[int, ...]]] = {}
     hooks = [
@@ -108,3 +107,49 @@ def test_example_inputs_of_every_kind(inputs: object) -> None:
 def test_example_inputs_of_no_kind() -> None:
     with pytest.raises(PlanError, match="example_inputs=str"):
         record(Net(), "image.png")
+
+
+class Messy(nn.Module):
+    """A forward that leaves all sorts of things behind: caches, lists, counters, new attributes, hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.middle = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 2, 1)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("grid", None)
+        self.seen: list[Tensor] = []
+        self.by_size: dict[object, Tensor] = {}
+        self.latest: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.grid = torch.ones_like(x)
+        self.latest = x
+        self.fresh = x.mean()
+        self.seen.append(x)
+        self.by_size[x.shape[-1]] = x
+        self.conv.register_forward_hook(lambda m, a, o: None)
+        self.train()
+        return self.last(self.middle(self.conv(x) + torch.rand(1)))
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_nothing_that_a_forward_leaves_behind_stays(size: int) -> None:
+    model = Messy().eval()
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    image = torch.randn(1, 3, size, size)
+    rng = torch.get_rng_state()
+    run = record(model, image)
+    assert run.fake == (size == 512)
+    for name, module in model.named_modules():
+        assert list(module.__dict__) == list(attributes[name])
+        assert all(module.__dict__[key] is value for key, value in attributes[name].items())
+    assert (model.seen, model.by_size, model.latest, model.grid) == ([], {}, None, None)
+    assert model.steps == 0
+    assert not model.conv._forward_hooks
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any("_tensor_constant" in name for module in model.modules() for name in vars(module))
