@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bidensify.nn.activation import RPReLU
+from bidensify.nn.activation import ByWidth, RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer, SignBinarizer
 from bidensify.nn.bypass import Bypass, fusion, fusion_down, fusion_matrix, fusion_up
 from bidensify.nn.calibration import calibrate
@@ -19,6 +19,7 @@ __all__ = [
     "BiDenseConvTranspose2d",
     "BiDenseLinear",
     "BinaryLayer",
+    "ByWidth",
     "Bypass",
     "DistributionAdaptiveBinarizer",
     "RPReLU",

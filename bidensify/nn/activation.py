@@ -5,13 +5,16 @@ RPReLU: ReActNet (Liu et al., ECCV 2020, eq. 3): a shift, a PReLU with one slope
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidensify.nn import fused, native
 
-__all__ = ["RPReLU"]
+__all__ = ["ByWidth", "RPReLU"]
 
 
 class RPReLU(nn.Module):
@@ -59,3 +62,25 @@ class RPReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "")
+
+
+class ByWidth(nn.Module):
+    """One activation for each number of channels, for a module that a network calls on several widths.
+
+    Args:
+        original: what the network had; it stays for every other width.
+        activations: number of channels -> activation.
+        dim: where the channels are: 1 or -1.
+
+    Shape: as the activations', kept.
+    """
+
+    def __init__(self, original: nn.Module, activations: Mapping[int, nn.Module], dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.original = original
+        self.widths = nn.ModuleDict({str(width): activation for width, activation in activations.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = str(x.shape[self.dim])
+        return cast(Tensor, self.widths[width](x) if width in self.widths else self.original(x))

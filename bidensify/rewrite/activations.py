@@ -36,8 +36,44 @@ def plan_activations(planner: Planner) -> None:
             planner.absorbed_activations.add(first)
             planner.activations[key] = ActivationPlan(key, "absorbed")
             continue
-        for node, layer_path in zip(nodes, behind):
-            _plan_site(planner, node, layer_path, key, shared)
+        wanted = [_activation_of(planner, node, layer_path) for node, layer_path in zip(nodes, behind)]
+        if not shared:
+            channels, dim, method = wanted[0]
+            if channels:
+                planner.activations[key] = ActivationPlan(key, "replace", channels, dim, method)
+            continue
+        left = [
+            (node, made)
+            for node, layer_path, made in zip(nodes, behind, wanted)
+            if not _plan_site(planner, node, layer_path, made)
+        ]
+        if any(made[0] for _, made in left):
+            _plan_left(planner, key, left)
+
+
+def _plan_left(planner: Planner, key: str, left: list[tuple[fx.Node, tuple[int, int, str]]]) -> None:
+    """What a shared module does at the calls that no edit of the code takes from it: an activation for each width."""
+    first = left[0][0]
+    where = (scope_of(first)[-1][0] if scope_of(first) else "") or "the network"
+    if key.startswith("\0"):
+        planner.site(first)
+        planner.note(
+            f"{where}: the functional activation {planner.flow.name(first)} stays as it is, since the code around it could "
+            "not be edited"
+        )
+        return
+    kinds = {(dim, method) for _, (channels, dim, method) in left if channels}
+    dim, method = min(kinds)
+    replaced = {channels for _, (channels, _, _) in left if channels}
+    stay = {(planner.flow.shape(node) or (0, 0))[dim] for node, (channels, _, _) in left if not channels}
+    if len(kinds) > 1 or replaced & stay:
+        planner.site(first)
+        planner.note(
+            f"{key}: the activation {planner.flow.name(first)} stays as it is: the code around it could not be edited, and "
+            "its calls on one width need different activations"
+        )
+        return
+    planner.activations[key] = ActivationPlan(key, "by_width", 0, dim, method, tuple(sorted(replaced)))
 
 
 def _plan_fused(planner: Planner) -> None:
@@ -55,34 +91,26 @@ def _plan_fused(planner: Planner) -> None:
             planner.activations[path] = ActivationPlan(path, "replace", channels, dim, method)
 
 
-def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, key: str, shared: bool) -> None:
-    channels, dim, method = _activation_of(planner, node, layer_path)
-    if not channels:
-        return
-    if not shared:
-        planner.activations[key] = ActivationPlan(key, "replace", channels, dim, method)
-        return
-    site = planner.site(node)
+def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, made: tuple[int, int, str]) -> bool:
+    """Edits the code at a call of a shared or functional activation; False: the call stays."""
+    channels, dim, method = made
+    site = planner.site(node, note=False) if channels else None
     if site is None:
-        where = scope_of(node)[-1][0] if scope_of(node) else ""
-        planner.note(
-            f"{where or 'the network'}: the activation {planner.flow.name(node)} is shared or functional and stays as "
-            "it is, since the code around it could not be edited"
-        )
-        return
+        return False
     path, event = site
     if event in planner.edits[path]:
-        return
+        return True
     if layer_path is not None and planner.layers[layer_path].activation and _folds(planner, node, layer_path):
         planner.absorbed_activations.add(layer_path)
         planner.edit(path, event, "forward")
         planner.edit_notes[path].append(f"the activation behind {layer_path} moves into it")
         planner.layers[layer_path] = replace(planner.layers[layer_path], way="block")
-        return
+        return True
     name = f"activation_{event}"
     planner.modules[path][name] = (channels, dim, method)
     planner.edit(path, event, "module", module=name)
     planner.edit_notes[path].append(f"the activation at step {event} becomes {name}")
+    return True
 
 
 def _folds(planner: Planner, node: fx.Node, layer_path: str) -> bool:

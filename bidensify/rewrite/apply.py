@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
-from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, make_binary
+from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, ByWidth, make_binary
 from bidensify.nn.weight import pretrained_spread, used_weight
 from bidensify.rewrite.blocks import apply_edits
-from bidensify.rewrite.generated import become
+from bidensify.rewrite.generated import become, without_hooks
 from bidensify.rewrite.kinds import is_frozen_norm
 from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
 from bidensify.rewrite.untouched import forget_unreal
@@ -202,6 +202,12 @@ def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> 
         if make is None:
             raise PlanError(f"{item.path}: method {item.method!r} has no activation; plan again")
         become(module, make(item.channels, item.dim).to(device=like.device, dtype=like.dtype))
+    elif item.action == "by_width":
+        make = get_method(item.method).activation
+        if make is None:
+            raise PlanError(f"{item.path}: method {item.method!r} has no activation; plan again")
+        activations = {width: make(width, item.dim).to(device=like.device, dtype=like.dtype) for width in item.widths}
+        become(module, ByWidth(without_hooks(module), activations, item.dim).train(module.training))
     elif item.action == "absorbed":
         become(module, nn.Identity())
     elif item.action == "norm":
@@ -271,6 +277,10 @@ def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str]) -> None:
                     renamed[f"{layer.norm}.{name}"] = f"{layer.path}.norm.{name}"
         elif f"{layer.path}.bias" in renamed and layer.layer_scale is None:
             renamed[f"{layer.path}.bias"] = f"{layer.path}.norm.bias"
+    for item in plan.activations:
+        if item.action == "by_width":
+            for name in [name for name in renamed if name.startswith(f"{item.path}.")]:
+                renamed[name] = f"{item.path}.original.{name[len(item.path) + 1 :]}"
     taken = {new for new in renamed.values() if new is not None}
     adapter = StateDictAdapter(renamed, sorted(after - before))
     # A norm's taken-over values come from the original's keys, so only what is really new keeps its own value.

@@ -78,7 +78,7 @@ def apply_edits(
         graph.erase_node(node)
         _erase_unused(graph, arguments)
     graph.lint()
-    exchange_forward(block, graph, dict(constants))
+    exchange_forward(block, graph, list(varying), dict(constants))
 
 
 def _erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

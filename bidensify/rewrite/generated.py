@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
-__all__ = ["become", "exchange_forward"]
+__all__ = ["become", "exchange_forward", "without_hooks"]
 
 
 def _make(base: type[nn.Module], body: str, wrapper: str, names: dict[str, str], constants: dict[str, Any]) -> type:
@@ -52,12 +54,13 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, vars(type(self))["_generated"], self.__dict__
 
 
-def exchange_forward(block: nn.Module, graph: fx.Graph, constants: dict[str, Any]) -> None:
+def exchange_forward(block: nn.Module, graph: fx.Graph, varying: Sequence[str], constants: dict[str, Any]) -> None:
     """Gives ``block`` the graph's code as its forward, under a subclass of its own class with its own signature.
 
     Args:
         block: the module; its class is changed in place.
         graph: the edited graph; its placeholders are the arguments that vary.
+        varying: the expressions that get them from the arguments of its own forward.
         constants: arguments that the graph was specialised to; another value is refused when the block is called.
     """
     base = type(block)
@@ -66,11 +69,11 @@ def exchange_forward(block: nn.Module, graph: fx.Graph, constants: dict[str, Any
     for name, value in code.globals.items():
         if re.search(rf"\b{re.escape(name)}\b", code.src):
             names[name] = _qualified(value)
-    if not constants:
+    if not constants and all(expression.isidentifier() for expression in varying):
         body, wrapper = code.src.strip() + "\n", ""
     else:
         body = code.src.strip().replace("def forward(", "def _body(", 1) + "\n"
-        wrapper = _wrapper(base, constants)
+        wrapper = _wrapper(base, varying, constants)
     made = _make(base, body, wrapper, names, constants)
     block.__class__ = made
 
@@ -85,11 +88,16 @@ def _qualified(value: Any) -> str:
     return str(_get_qualified_name(value))
 
 
-def _wrapper(base: type[nn.Module], constants: dict[str, Any]) -> str:
+def _wrapper(base: type[nn.Module], varying: Sequence[str], constants: dict[str, Any]) -> str:
     parameters = list(inspect.signature(base.forward).parameters.values())[1:]
-    parameters = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     listed, keyword_only = [], False
     for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if f"type({parameter.name}).__name__" in constants:
+                star = parameter.kind is parameter.VAR_POSITIONAL
+                listed.append(("*" if star else "**") + parameter.name)
+                keyword_only = keyword_only or star
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             listed.append("*")
             keyword_only = True
@@ -98,17 +106,24 @@ def _wrapper(base: type[nn.Module], constants: dict[str, Any]) -> str:
             listed.append(parameter.name)
         else:
             listed.append(f"{parameter.name}={parameter.default!r}")
-    varying = [p.name for p in parameters if p.name not in constants]
     lines = [f"def forward(self, {', '.join(listed)}):"]
     for name, value in constants.items():
         test = f"{name} is not None" if value is None else f"{name} != _constants[{name!r}]"
         lines.append(f"    if {test}:")
-        lines.append(
-            f'        raise ValueError(f"{base.__name__}: {name} was given as a {{type({name}).__name__}}, but the rewrite is '
-            f'of {name}={value!r}; rewrite with example inputs that run this case")'
-        )
+        what = f"{base.__name__}: {name} was given as a "
+        rule = f", but the rewrite is of {name}={value!r}; rewrite with example inputs that run this case"
+        lines.append(f"        raise ValueError({what!r} + type({name}).__name__ + {rule!r})")
     lines.append(f"    return self._body({', '.join(varying)})")
     return "\n".join(lines) + "\n"
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The same parameters and children under a second module that has no hooks."""
+    twin = copy.copy(module)
+    for name, value in twin.__dict__.items():
+        if "_hooks" in name and isinstance(value, dict):
+            twin.__dict__[name] = type(value)()
+    return twin
 
 
 def become(module: nn.Module, fresh: nn.Module) -> None:

@@ -86,10 +86,12 @@ class ActivationPlan:
     Attributes:
         path: module path.
         action: "replace" (the method's activation of ``channels``), "absorbed" (its work moved into a binary layer: it
-            hands its input through) or "norm" (a fused norm+act whose norm was absorbed: its activation alone stays).
+            hands its input through), "by_width" (called on several widths: the method's activation for each of ``widths``,
+            the network's own for any other) or "norm" (a fused norm+act whose norm was absorbed: its activation alone stays).
         channels: C.
         dim: the channel dimension, 1 or -1.
         method: whose activation.
+        widths: of "by_width".
     """
 
     path: str
@@ -97,6 +99,7 @@ class ActivationPlan:
     channels: int = 0
     dim: int = 1
     method: str = ""
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

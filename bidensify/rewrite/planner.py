@@ -74,7 +74,7 @@ class Planner:
             self.traced[path] = trace_block(self.record.modules[path], self.record.calls[path], self.names)
         return self.traced[path]
 
-    def site(self, node: fx.Node) -> tuple[str, int] | None:
+    def site(self, node: fx.Node, *, note: bool = True) -> tuple[str, int] | None:
         """(block path, event) of a node, if its block's code can be edited there in every call alike."""
         scope = scope_of(node)
         if not scope or "event" not in node.meta:
@@ -82,7 +82,8 @@ class Planner:
         path, event = scope[-1][0], int(node.meta["event"])
         traced = self.trace(path)
         if isinstance(traced, str):
-            self.note(f"{path or 'the network'}: its code is left as it is, since {traced}")
+            if note:
+                self.note(f"{path or 'the network'}: its code is left as it is, since {traced}")
             return None
         return (path, event) if editable_event(traced, event) else None
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bidensify.rewrite.arguments import NotTraceable, bind, values_of
 from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.recorded import Call, TensorSpec, plain_name
-from bidensify.rewrite.trace import NotTraceable, bind, trace_once
+from bidensify.rewrite.trace import trace_once
 from bidensify.rewrite.untouched import untouched
 
 __all__ = ["Traced", "editable_event", "operation_of", "trace_block"]
@@ -94,12 +95,23 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+def _containers(value: Any) -> Any:
+    """What nested lists and dictionaries hold, by identity."""
+    if isinstance(value, dict):
+        return {key: _containers(item) for key, item in value.items()}
+    return [_containers(item) for item in value] if isinstance(value, (tuple, list)) else id(value)
+
+
 def _values(call: Call, block: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Random tensors of the recorded shapes on the block's device."""
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def one(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: one(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(one(item) for item in value)
         if isinstance(value, TensorSpec):
             if value.dtype.is_floating_point:
                 return torch.randn(value.shape, generator=generator).to(device=device, dtype=value.dtype)
@@ -116,12 +128,15 @@ def _replay(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]
         # In-place code may write into its arguments, so each run gets its own.
         args, kwargs = _values(call, block)
         bound = signature.bind(block, *args, **kwargs).arguments
-        return function(*(bound[name] for name in varying))
+        return function(*values_of(varying, bound))
 
     replay = _Replay(fx.GraphModule(block, graph), names)
     with torch.no_grad(), untouched(block), frozen_flags(block), torch.random.fork_rng():
         args, kwargs = _values(call, block)
+        containers = _containers([args, kwargs])
         expected = block(*args, **kwargs)
+        if _containers([args, kwargs]) != containers:
+            raise NotTraceable("it writes into a list or dictionary that it is given")
         got = run(replay.run)
     if not _equal(expected, got):
         raise NotTraceable("its trace does not reproduce a recorded call")

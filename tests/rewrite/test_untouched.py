@@ -58,7 +58,7 @@ class Caching(nn.Module):
             self.second.register_forward_hook(lambda module, args, output: output * 2)
         self.calls.append(width)
         if self.position is None:
-            self.position = torch.arange(64) * 2.0
+            self.position = torch.arange(512) * 2.0
         if self.table.numel() != width:
             self.table = torch.ones(width)
         if width not in self.tables:
@@ -80,12 +80,10 @@ def state(model: Caching) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fake", [True, False])
-def test_nothing_of_a_run_stays(fake: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_run_stays(fake: bool) -> None:
     torch.manual_seed(0)
-    model, x = Caching().eval(), torch.randn(2, 3, 16, 16)
-    if not fake:
-        # A look at a value makes the fake run fail, so that the record is of a real one.
-        monkeypatch.setattr(Caching, "index", lambda self, length: torch.arange(int(torch.ones(()) * length)))
+    # Small inputs run for real, large ones on fake tensors.
+    model, x = Caching().eval(), torch.randn(2, 3, 256 if fake else 16, 256 if fake else 16)
     before = state(model)
     recorded = record(model, x)
     assert recorded.fake is fake
