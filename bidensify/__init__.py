@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bidensify._transformers import register_with_transformers
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ __all__ = [
     "save_pretrained",
     "summary",
 ]
+
+
+# A checkpoint whose configuration names bidensify loads with transformers once this package is imported.
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from bidensify.errors import ConfigError
 
@@ -116,6 +116,9 @@ class BidensifyConfig:
     Raises:
         ConfigError: a field outside its choices.
     """
+
+    # What transformers knows it by: from_pretrained(quantization_config=BidensifyConfig(...)).
+    quant_method: ClassVar[str] = "bidensify"
 
     method: str = "bidense"
     rules: tuple[Rule, ...] = ()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidensify._changed import announce
 from bidensify._files import atomic_write
 from bidensify._fingerprint import fingerprint
 from bidensify.errors import FormatError, PlanError
@@ -19,7 +20,7 @@ from bidensify.nn.weight import copy_model
 from bidensify.rewrite.apply import apply_plan
 from bidensify.rewrite.plan import Plan
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["empty_packed", "from_pretrained", "save_pretrained"]
 
 LATENT_VERSION = 1
 _HEADER = "bidensify.json"
@@ -200,23 +201,41 @@ def _load_latent(folder: Path, header: Mapping[str, Any], model: nn.Module | Non
     return result.eval()
 
 
+def empty_packed(model: nn.Module, layers: Mapping[str, Any], where: str) -> nn.Module:
+    """Puts empty packed layers in place of a rewritten network's binary ones, in place.
+
+    Args:
+        model: the network as its plan makes it.
+        layers: path -> ``PackedLayer.meta()``.
+        where: what errors call the source.
+
+    Returns:
+        ``model`` (or the packed layer itself where the network is a single layer).
+
+    Raises:
+        FormatError: the layers are not those of the network, or a description is damaged.
+    """
+    from bidensify.runtime import PackedLayer, replace_layers
+
+    latent = {path: module for path, module in model.named_modules() if isinstance(module, BinaryLayer)}
+    if set(layers) != set(latent):
+        odd = sorted(set(layers) ^ set(latent))
+        raise FormatError(f"{where}: its packed layers and its plan differ at {odd[0]!r}; save the model again")
+    packed = {path: PackedLayer.from_meta(meta, like=latent[path], name=path) for path, meta in layers.items()}
+    return replace_layers(model, packed)
+
+
 def _load_packed(folder: Path, model: nn.Module | None) -> nn.Module:
-    from bidensify.runtime import PackedLayer, read_packed, replace_layers, set_float_dtype
+    from bidensify.runtime import read_packed, set_float_dtype
     from bidensify.runtime.pack import finish
 
     header, tensors = read_packed(folder)
-    result = _rewritten(header, folder, model)
-    latent = {path: module for path, module in result.named_modules() if isinstance(module, BinaryLayer)}
-    layers = header["layers"]
-    if set(layers) != set(latent):
-        odd = sorted(set(layers) ^ set(latent))
-        raise FormatError(f"{folder}: its packed layers and its plan differ at {odd[0]!r}; save the model again")
-    packed = {path: PackedLayer.from_meta(meta, like=latent[path], name=path) for path, meta in layers.items()}
-    result = replace_layers(result, packed)
+    result = empty_packed(_rewritten(header, folder, model), header["layers"], str(folder))
     _load_state(result, tensors, folder)
     result.eval()
     finish(result)
     dtype = header.get("float_dtype")
     if isinstance(dtype, str):
-        set_float_dtype(result, getattr(torch, dtype))
+        return set_float_dtype(result, getattr(torch, dtype))
+    announce(result)
     return result

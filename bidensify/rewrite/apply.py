@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bidensify._changed import announce
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
@@ -264,6 +265,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         forget_unreal()
     _adapt_state_dict(model, plan, before)
     model.bidensify_plan = plan  # type: ignore[assignment]
+    announce(model)
     return model
 
 

@@ -91,10 +91,11 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_predictor(flow: Flow, node: fx.Node) -> bool:
-    """The layer's output reaches the network's, with no layer, norm or block around it in between.
+    """No layer, norm or block reads the layer's output any more: it is the network's, or nobody's.
 
     Features of a backbone end in a norm or a residual add; a prediction does not. A prediction that is refined (optical
-    flow) goes on into the next round as well: what tells it from features is that it has values, not channels.
+    flow) goes on into the next round as well: what tells it from features is that it has values, not channels. An auxiliary
+    head runs in evaluation mode too, where nobody reads it.
     """
     channels = getattr(flow.module(node), "out_channels", None)
     if channels is not None and channels <= _RAW:
@@ -104,15 +105,11 @@ def _is_predictor(flow: Flow, node: fx.Node) -> bool:
         if any(True for _ in ways):
             return True
     stack, seen = list(node.users), set()
-    reaches = False
     while stack:
         item = stack.pop()
         if item in seen:
             continue
         seen.add(item)
-        if item.op == "output":
-            reaches = True
-            continue
         if flow.is_layer(item) or flow.is_norm(item):
             return False
         if flow.is_add(item) and any(
@@ -123,7 +120,7 @@ def _is_predictor(flow: Flow, node: fx.Node) -> bool:
         ):
             return False
         stack.extend(item.users)
-    return reaches
+    return True
 
 
 def _default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: BidensifyConfig) -> str:

@@ -126,6 +126,12 @@ class BlockPlan:
 _T = TypeVar("_T")
 
 
+def _differing(item: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(item)}
+    return {name: value for name, value in dataclasses.asdict(item).items() if value != defaults[name]}
+
+
 def _load(cls: type[_T], data: Mapping[str, Any]) -> _T:
     known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - known)
@@ -181,20 +187,25 @@ class Plan:
         total = sum(layer.macs for layer in layers)
         return sum(layer.macs for layer in layers if layer.action == "binary") / total if total else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form with a ``version``."""
+    def to_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """JSON-able form with a ``version``.
+
+        Args:
+            compact: leave out what has its default value; ``from_dict`` reads both forms.
+        """
+        data = _differing if compact else dataclasses.asdict
         return {
             "version": PLAN_VERSION,
             "model_class": self.model_class,
             "inputs": self.inputs,
             "fingerprint": self.fingerprint,
             "config": self.config.to_dict(),
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-            "activations": [dataclasses.asdict(item) for item in self.activations],
+            "layers": [data(layer) for layer in self.layers],
+            "activations": [data(item) for item in self.activations],
             "blocks": [
                 {
                     "path": block.path,
-                    "edits": [dataclasses.asdict(edit) for edit in block.edits],
+                    "edits": [data(edit) for edit in block.edits],
                     "varying": list(block.varying),
                     "constants": dict(block.constants),
                     "modules": {name: list(value) for name, value in block.modules.items()},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidensify._changed import announce
 from bidensify.errors import ConfigError, PackError
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.weight import copy_model
@@ -48,7 +49,10 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
     packed: nn.Module = frozen[""] if "" in frozen else copy_model(model, memo)
     packed.eval()
     finish(packed)
-    return packed if float_dtype is None else set_float_dtype(packed, float_dtype)
+    if float_dtype is not None:
+        return set_float_dtype(packed, float_dtype)
+    announce(packed)
+    return packed
 
 
 def finish(packed: nn.Module) -> nn.Module:
@@ -122,6 +126,7 @@ def set_float_dtype(packed: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype != torch.float32:
         packed.register_forward_pre_hook(_CastIn(dtype), with_kwargs=True)
         packed.register_forward_hook(_CastOut(torch.float32))
+    announce(packed)
     return packed
 
 
