@@ -283,7 +283,7 @@ def finish(
     """What follows the dot products, see the module.
 
     Args:
-        dot: (N, C_out, H', W') float32; overwritten.
+        dot: (N, C_out, H', W') float32.
         half: (N,) float32, or None for 1.
         extra: (N, C_out, H', W') float32 that is added before the activation, or None.
         scale, bias, slope, post: as in ``Folded``.
@@ -293,11 +293,12 @@ def finish(
     """
     shape = (1, -1, 1, 1)
     factor = scale.view(shape) if half is None else scale.view(shape) * half.view(-1, 1, 1, 1)
-    y = dot.mul_(factor).add_(bias.view(shape))
+    # Out of place: this is also what the operator decomposes into for export.
+    y = dot * factor + bias.view(shape)
     if extra is not None:
-        y += extra
+        y = y + extra
     if slope is not None:
         y = torch.where(y > 0, y, y * slope.view(shape))
     if post is not None:
-        y += post.view(shape)
+        y = y + post.view(shape)
     return y
