@@ -217,14 +217,14 @@ def _fusion_down(x: Tensor, groups: int) -> Tensor:
     channels = x.shape[1]
     if groups == channels:
         return x
-    total = x[:, :groups].clone(memory_format=torch.preserve_format)
-    for start in range(groups, channels, groups):
-        count = min(groups, channels - start)
-        total[:, :count] += x[:, start : start + count]
     whole, larger = divmod(channels, groups)
-    total[:, :larger] /= whole + 1
-    total[:, larger:] /= whole
-    return total
+    total = x[:, :groups]
+    for start in range(groups, whole * groups, groups):
+        total = total + x[:, start : start + groups]
+    if larger:
+        total = torch.cat([total[:, :larger] + x[:, whole * groups :], total[:, larger:]], 1)
+    counts = whole + (torch.arange(groups, device=x.device) < larger).to(x.dtype)
+    return total / counts.view(1, -1, 1, 1)
 
 
 def bypass_signal(bypass: Bypass, x: Tensor, size: Sequence[int]) -> Tensor:
