@@ -11,7 +11,7 @@ Importing this module registers the quantizer "bidensify"; ``import bidensify`` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -123,6 +123,9 @@ def _remember(model: nn.Module) -> None:
 
     if isinstance(model, PreTrainedModel) and hasattr(model, "bidensify_plan"):
         model.config.quantization_config = _stored(model)
+        # Names of the layers' own tensors are none of the model's: its patterns, made for published checkpoints, would
+        # rename some of them ("norm." to "layernorm."), not always back.
+        model._weight_conversions = []
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.quantization_config = model.config.quantization_config
 
@@ -168,7 +171,12 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
         apply_plan(model, Plan.from_dict(stored.plan))
         if stored.layers is not None:
             empty_packed(model, stored.layers, "config.json")
+        _initialize_the_rest_alone(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """A stored model's tensors have the names that they had on the model."""
+        return [] if self.pre_quantized else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Rewrites a float model, or finishes a stored one."""
@@ -177,6 +185,7 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
             from bidensify.rewrite.api import bidensify
 
             return bidensify(model, self.quantization_config.config, inplace=True)
+        _initialize_as_before(model)
         _refuse_missing(model)
         if self._packed:
             _finish_packed(model, self.quantization_config.float_dtype)
@@ -200,6 +209,36 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """``torch.compile`` works on both states."""
         return True
+
+
+def _submodels(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(type(module), "_initialize_weights")]
+
+
+def _initialize_the_rest_alone(model: nn.Module) -> None:
+    """While the weights are loaded, modules whose tensors all come from the checkpoint are not initialised.
+
+    A model's own rules expect layers as they were (a bias, a norm beside the convolution).
+    """
+    for submodel in _submodels(model):
+        submodel.__dict__["_initialize_weights"] = _Rest(submodel._initialize_weights)  # type: ignore[arg-type]
+
+
+def _initialize_as_before(model: nn.Module) -> None:
+    for submodel in _submodels(model):
+        submodel.__dict__.pop("_initialize_weights", None)
+
+
+class _Rest:
+    """Initialises a module by its model's rules if any tensor of it was not loaded."""
+
+    def __init__(self, rules: Callable[..., None]) -> None:
+        self.rules = rules
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        loaded = (getattr(value, "_is_hf_initialized", False) for value in [*module.parameters(), *module.buffers()])
+        if not all(loaded):
+            self.rules(module, *args, **kwargs)
 
 
 def _refuse_split(model: nn.Module) -> None:

@@ -92,3 +92,12 @@ def test_converts_unchanged(key: str, tmp_path: Path) -> None:
 
     student.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+    auto = getattr(transformers, f"AutoModelFor{key.split(':')[1].split('/')[0]}")
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again).__name__ == type(model).__name__
+    state = student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    with torch.no_grad():
+        for got, wanted_output in zip(tensors(again(**inputs)), tensors(student(**inputs))):
+            torch.testing.assert_close(got, wanted_output, rtol=1e-3, atol=1e-4)
