@@ -200,7 +200,7 @@ def fold(layer: BinaryLayer, weight_scale: Tensor | None) -> Folded:
     elif type(activation) is nn.LeakyReLU:
         slope = torch.full_like(scale, activation.negative_slope)
     elif type(activation) is nn.PReLU and not isinstance(layer, nn.Linear):
-        slope = activation.weight.detach().expand(out)
+        slope = activation.weight.detach().expand(out).contiguous()
     if slope is not None or type(activation) is nn.Identity:
         activation = None
     return Folded(

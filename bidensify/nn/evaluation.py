@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import ConfigError
-from bidensify.nn import arithmetic, ops
+from bidensify.nn import arithmetic, evaluation_ops
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer, SignBinarizer
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.ste import sign
@@ -151,8 +151,9 @@ def _bits(binarizer: ActivationBinarizer, x: Tensor) -> tuple[Tensor, Tensor | N
     elif type(binarizer) is DistributionAdaptiveBinarizer:
         k, b = binarizer.k.detach().float().flatten(), binarizer.b.detach().float().flatten()
         a = binarizer.a.detach().float().reshape(1) if binarizer.act_scale == "per_tensor" else None
-        if ops.evaluates(x):
-            return *ops.eval_codes(x, k, b, a), None
+        if evaluation_ops.evaluates(x):
+            bits, alpha = evaluation_ops.codes(x, k, b, a)
+            return bits, None if a is None else alpha, None
         beta = arithmetic.thresholds(x, k, b)
         half = None if a is None else arithmetic.activation_scale(x, beta, a)
     else:
@@ -209,11 +210,21 @@ def _evaluate(layer: BinaryLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict
         assert sums is not None
         part = (sums * middle.view(-1, 1, 1, 1)) * folded.scale.view(1, -1, 1, 1)
         extra = part if extra is None else extra + part
-    y = _finish(y, half, extra, folded).to(x.dtype)
+    y = _finish(y, half, extra, folded, x.dtype)
     if linear:
         y = y.permute(0, 2, 3, 1).reshape(*shape[:-1], y.shape[1])
     return y if folded.activation is None else folded.activation(y)
 
 
-def _finish(y: Tensor, half: Tensor | None, extra: Tensor | None, folded: arithmetic.Folded) -> Tensor:
-    return arithmetic.finish(y, half, extra, folded.scale, folded.bias, folded.slope, folded.post)
+def _finish(
+    dot: Tensor, half: Tensor | None, extra: Tensor | None, folded: arithmetic.Folded, dtype: torch.dtype
+) -> Tensor:
+    """``arithmetic.finish`` and the rounding to ``dtype``."""
+    parts = (half, extra, folded.scale, folded.bias, folded.slope, folded.post)
+    last = torch.channels_last
+    dense = evaluation_ops.evaluates(dot) and (extra is None or extra.is_contiguous(memory_format=last))
+    if not dense or dtype not in (torch.float32, torch.bfloat16):
+        return arithmetic.finish(dot, *parts).to(dtype)
+    out = dot if dtype == torch.float32 else torch.empty_like(dot, dtype=dtype)
+    evaluation_ops.finish(dot, *parts, out)
+    return out

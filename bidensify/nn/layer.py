@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bidensify.nn import evaluation, fused, native, ops
+from bidensify.nn import evaluation, evaluation_ops, fused, native, ops
 from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
@@ -119,7 +119,11 @@ class BinaryLayer(nn.Module):
     def binary_weight(self) -> tuple[Tensor, Tensor | None]:
         """(±1 tensor in the latent weight's shape, s_o as (C_out,) or None where it is 1)."""
         latent = used_weight(self, super().forward) if self.makes_weight else self.latent_weight.detach()
-        return sign(latent), self.weight_binarizer.channel_scale(latent)
+        binarizer = self.weight_binarizer
+        if type(binarizer) is WeightBinarizer and binarizer.native(latent):
+            signs, scale = evaluation_ops.signs(latent)
+            return signs, scale if binarizer.scaled else None
+        return sign(latent), binarizer.channel_scale(latent)
 
     def conv_only(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bare layer of the class below, on an input that is binarized already: C_in -> C_out channels."""

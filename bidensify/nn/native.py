@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Codes",
+    "Finish",
     "Geometry",
     "Post",
     "PostGrad",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 VARIABLE = "BIDENSIFY_TRAIN_KERNELS"
-_ABI = 1
+_ABI = 2
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -83,6 +85,18 @@ class PostGrad(ctypes.Structure):
     ]
 
 
+class Codes(ctypes.Structure):
+    """``bdt_codes``."""
+
+    _fields_ = [(name, _P) for name in ("x", "k", "b", "a", "beta", "alpha", "y")]
+
+
+class Finish(ctypes.Structure):
+    """``bdt_finish``."""
+
+    _fields_ = [(name, _P) for name in ("dot", "half", "extra", "scale", "bias", "slope", "post", "y")]
+
+
 def _candidates() -> list[Path]:
     folders = [Path(__file__).parent]
     # An editable install leaves what it compiled in site-packages, and the Python files where they are.
@@ -110,6 +124,7 @@ def _library() -> ctypes.CDLL | None:
         library.bdt_instruction_set.restype = ctypes.c_char_p
         library.bdt_moments.argtypes = [_P, _P, _P, _P]
         library.bdt_weight_forward.argtypes = [_L, _L, _I, _P, _I, _P, _P]
+        library.bdt_eval_signs.argtypes = [_L, _L, _I, _P, _P, _P]
         library.bdt_weight_backward.argtypes = [_L, _L, _I, _P, _P, _P, _P]
         return library
     warnings.warn(

@@ -293,11 +293,3 @@ post_backward = torch.ops.bidensify.post_backward.default
 weight = torch.ops.bidensify.weight.default
 weight_again = torch.ops.bidensify.weight_again.default
 weight_backward = torch.ops.bidensify.weight_backward.default
-
-
-def evaluates(x: Tensor) -> bool:
-    return False
-
-
-def eval_codes(x: Tensor, k: Tensor, b: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    raise NotImplementedError

@@ -17,9 +17,18 @@ struct Tier {
   void (*weight_backward)(int64_t, int64_t, int, const float*, const float*, const float*, float*);
 };
 
+struct Evaluation {
+  void (*codes)(const bdt_shape&, const bdt_codes&);
+  void (*finish)(const bdt_shape&, const bdt_finish&);
+  void (*signs)(int64_t, int64_t, int, const float*, float*, float*);
+};
+
 const Tier* portable_tier();
 const Tier* avx2_tier();
 const Tier* avx512_tier();
+const Evaluation* portable_evaluation();
+const Evaluation* avx2_evaluation();
+const Evaluation* avx512_evaluation();
 
 }  // namespace bdt
 #endif

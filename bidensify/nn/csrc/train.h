@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a function's arguments or meaning change; the Python side refuses another number.
-#define BDT_ABI_VERSION 1
+#define BDT_ABI_VERSION 2
 
 enum bdt_scale { BDT_PER_TENSOR = 0, BDT_PER_CHANNEL = 1, BDT_NO_SCALE = 2 };
 
@@ -68,6 +68,21 @@ typedef struct bdt_post_grad {
   float *grad_weight, *grad_bias, *grad_bias_in, *grad_slope, *grad_bias_out;
 } bdt_post_grad;
 
+// Evaluation (bidensify/nn/arithmetic.py), channels innermost. Thresholds (n, c), -1 and +1 (n, s, c), and alpha (n) where a is
+// not null.
+typedef struct bdt_codes {
+  const void* x;
+  const float *k, *b, *a;
+  float *beta, *alpha, *y;
+} bdt_codes;
+
+// y = act((dot * (scale * half) + bias) + extra), y in float32 or, with half = 1 in the shape, bfloat16; y may be dot.
+typedef struct bdt_finish {
+  const float *dot, *half, *extra;          // (n, s, c); (n) or null; (n, s, c) or null
+  const float *scale, *bias, *slope, *post;  // (c) each, slope and post or null
+  void* y;
+} bdt_finish;
+
 BDT_API int32_t bdt_abi_version(void);
 // The instruction set in use: "avx512", "avx2" or "portable".
 BDT_API const char* bdt_instruction_set(void);
@@ -87,6 +102,10 @@ BDT_API int32_t bdt_weight_forward(int64_t rows, int64_t columns, int32_t thread
 // grad_w = grad * scale * 1[|w| <= 1].
 BDT_API int32_t bdt_weight_backward(int64_t rows, int64_t columns, int32_t threads, const float* w, const float* scale,
                                     const float* grad, float* grad_w);
+BDT_API int32_t bdt_eval_codes(const bdt_shape* shape, const bdt_codes* args);
+BDT_API int32_t bdt_eval_finish(const bdt_shape* shape, const bdt_finish* args);
+// Rows of a float32 weight: scale = mean |w| with its sum in float64, y = sign(w).
+BDT_API int32_t bdt_eval_signs(int64_t rows, int64_t columns, int32_t threads, const float* w, float* scale, float* y);
 
 #ifdef __cplusplus
 }
