@@ -213,18 +213,19 @@ def fold(layer: BinaryLayer, weight_scale: Tensor | None) -> Folded:
 
 
 def _fusion_down(x: Tensor, groups: int) -> Tensor:
-    """``fusion_down`` of (N, C, H, W) with members added in the order of their channels."""
+    """``fusion_down`` of (N, C, H, W) with members added in the order of their channels; channels_last."""
     channels = x.shape[1]
     if groups == channels:
         return x
+    last = x.permute(0, 2, 3, 1)
     whole, larger = divmod(channels, groups)
-    total = x[:, :groups]
+    total = last[..., :groups]
     for start in range(groups, whole * groups, groups):
-        total = total + x[:, start : start + groups]
+        total = total + last[..., start : start + groups]
     if larger:
-        total = torch.cat([total[:, :larger] + x[:, whole * groups :], total[:, larger:]], 1)
+        total = torch.cat([total[..., :larger] + last[..., whole * groups :], total[..., larger:]], -1)
     counts = whole + (torch.arange(groups, device=x.device) < larger).to(x.dtype)
-    return total / counts.view(1, -1, 1, 1)
+    return (total / counts).permute(0, 3, 1, 2)
 
 
 def bypass_signal(bypass: Bypass, x: Tensor, size: Sequence[int]) -> Tensor:

@@ -220,10 +220,11 @@ def _finish(
     dot: Tensor, half: Tensor | None, extra: Tensor | None, folded: arithmetic.Folded, dtype: torch.dtype
 ) -> Tensor:
     """``arithmetic.finish`` and the rounding to ``dtype``."""
+    # Packed layers give channels_last, and the float layers behind round by the format that they get.
+    dot = dot.contiguous(memory_format=torch.channels_last)
+    extra = None if extra is None else extra.contiguous(memory_format=torch.channels_last)
     parts = (half, extra, folded.scale, folded.bias, folded.slope, folded.post)
-    last = torch.channels_last
-    dense = evaluation_ops.evaluates(dot) and (extra is None or extra.is_contiguous(memory_format=last))
-    if not dense or dtype not in (torch.float32, torch.bfloat16):
+    if not evaluation_ops.evaluates(dot) or dtype not in (torch.float32, torch.bfloat16):
         return arithmetic.finish(dot, *parts).to(dtype)
     out = dot if dtype == torch.float32 else torch.empty_like(dot, dtype=dtype)
     evaluation_ops.finish(dot, *parts, out)

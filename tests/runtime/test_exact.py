@@ -122,6 +122,7 @@ def test_latent_and_packed_layers_give_the_same_bits(
             torch.set_num_threads(before)
             if x.dim() == 4 and not isinstance(layer, nn.Linear):
                 assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), want)
+                assert want.is_contiguous(memory_format=torch.channels_last)
             for kernel in KERNELS:
                 torch.set_num_threads(threads)
                 assert torch.equal(PackedLayer.from_layer(layer, kernel=kernel)(x), want), kernel
