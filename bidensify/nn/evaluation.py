@@ -6,6 +6,7 @@ The convolution is taken over -1 and +1 in float32, where its sums are exact int
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,10 @@ def _extra(layer: BinaryLayer, x: Tensor, size: tuple[int, int]) -> Tensor | Non
     return arithmetic.own_signal(bypass, x, size).float()
 
 
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def evaluate(layer: BinaryLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """``layer(x)`` in evaluation mode without gradients, or None where the layer is to be called as in training.
 
@@ -186,7 +191,7 @@ def evaluate(layer: BinaryLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     """
     if not _applies(layer, x):
         return None
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(x.device.type):
         return _evaluate(layer, x, args, kwargs)
 
 

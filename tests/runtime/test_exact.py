@@ -183,3 +183,9 @@ def test_evaluation_mode_still_has_gradients_where_they_are_wanted() -> None:
     layer.train()
     with torch.no_grad():
         assert evaluation.evaluate(layer, x, (), {}) is None
+
+
+def test_a_latent_layer_on_the_meta_device_gives_its_shape() -> None:
+    layer = settle(BiDenseConv2d(20, 36, 3, 2, 1)).to("meta")
+    with torch.no_grad():
+        assert layer(torch.empty(2, 20, 9, 9, device="meta")).shape == (2, 36, 5, 5)
