@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bidensify._files import atomic_write
 from bidensify.errors import CheckError, ConfigError, FormatError, MissingExtraError, PlanError
+from bidensify.nn.arithmetic import any_order
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
 
 __all__ = ["Exported", "export"]
@@ -167,7 +168,8 @@ def _write_onnx(
     from bidensify.runtime.ops import reference_operator
 
     operator = torch.ops.bidensify.packed_conv2d.default
-    plain = program.run_decompositions({operator: reference_operator})
+    with any_order():
+        plain = program.run_decompositions({operator: reference_operator})
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         # Without optimize=False constants are folded, and the bits become floats.

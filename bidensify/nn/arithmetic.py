@@ -19,7 +19,9 @@ Source of the layer itself: BiDense (arXiv 2411.10346), eq. 1-6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ __all__ = [
     "BLOCK",
     "Folded",
     "activation_scale",
+    "any_order",
     "block_sums",
     "bypass_signal",
     "codes",
@@ -55,6 +58,20 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# Set while the arithmetic is written out for another runtime, which has an order of its own.
+_any_order: ContextVar[bool] = ContextVar("any_order", default=False)
+
+
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Within it sums are taken in whatever order ``torch.sum`` likes: a graph of a few nodes, equal to rounding."""
+    token = _any_order.set(True)
+    try:
+        yield
+    finally:
+        _any_order.reset(token)
+
+
 def block_sums(x: Tensor) -> Tensor:
     """Sums over the last dimension in the order that is defined above.
 
@@ -64,6 +81,8 @@ def block_sums(x: Tensor) -> Tensor:
     Returns:
         (N, C) float64 (float32 on a device without it).
     """
+    if _any_order.get():
+        return x.sum(-1)
     padded = F.pad(x, (0, -x.shape[2] % BLOCK))
     quads = padded.reshape(*x.shape[:2], -1, BLOCK // 4, 4)
     sums = (quads[..., 0] + quads[..., 1]) + (quads[..., 2] + quads[..., 3])
