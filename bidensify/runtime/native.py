@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bidensify.errors import ConfigError
-from bidensify.runtime.prepare import Arguments, prepare
+from bidensify.runtime.deferred import Part
+from bidensify.runtime.prepare import Arguments, PartArguments, prepare
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["KERNEL_VARIABLE", "LIBRARY_VARIABLE", "available_kernels", "load", "run", "tier"]
+__all__ = ["KERNEL_VARIABLE", "LIBRARY_VARIABLE", "available_kernels", "load", "run", "takes_parts", "tier"]
 
 KERNEL_VARIABLE = "BIDENSIFY_KERNEL"
 LIBRARY_VARIABLE = "BIDENSIFY_LIBRARY"
@@ -55,6 +57,13 @@ def load() -> ctypes.CDLL | None:
     library.bd_tiers.restype = ctypes.c_uint32
     library.bd_packed_conv2d.restype = ctypes.c_int32
     library.bd_packed_conv2d.argtypes = [ctypes.POINTER(Arguments)]
+    if takes_parts(library):
+        library.bd_packed_conv2d_parts.restype = ctypes.c_int32
+        library.bd_packed_conv2d_parts.argtypes = [
+            ctypes.POINTER(Arguments),
+            ctypes.POINTER(PartArguments),
+            ctypes.c_int32,
+        ]
     if library.bd_abi_version() != _ABI:
         warnings.warn(
             f"bidensify runs packed layers on its slow reference path: {path.name} is of interface "
@@ -65,6 +74,11 @@ def load() -> ctypes.CDLL | None:
         return None
     _share_threads(library)
     return library
+
+
+def takes_parts(library: ctypes.CDLL | None) -> bool:
+    """Whether the library reads inputs that lie in parts (one that was built earlier may not)."""
+    return library is not None and hasattr(library, "bd_packed_conv2d_parts")
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
@@ -144,12 +158,14 @@ def run(
     levels: Tensor | None,
     residual: Tensor | None,
     *,
+    parts: Sequence[Part] | None = None,
     dots: bool = False,
 ) -> Tensor:
     """Runs the native operator: see ``packed_reference`` for the arguments.
 
     Args:
         tier: from ``tier``.
+        parts: what ``x`` consists of, which is then not read.
         dots: returns the integer dot products (N, C_out, H', W') int32 instead of y.
     """
     library = load()
@@ -159,14 +175,17 @@ def run(
         side, tiles = side.contiguous(), tiles.contiguous()
     # The kernels read raw memory: nothing reaches them whose size was not looked at.
     call.check(x, tiles, side, thresholds, levels, residual)
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if parts is not None:
+        call.check_parts(parts, x)
+    elif not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty(call.out_shape, dtype=call.out_dtype, memory_format=torch.channels_last)
     # What the pointers below point to must live until the call returns.
     keep = []
     arguments = call.arguments()
     arguments.threads = torch.get_num_threads()
-    arguments.x = x.data_ptr()
+    if parts is None:
+        arguments.x = x.data_ptr()
     arguments.tiles = tiles.data_ptr()
     if dots:
         arguments.dots = out.data_ptr()
@@ -185,7 +204,12 @@ def run(
         keep.append(levels.contiguous())
         arguments.levels, arguments.per_sample_levels = keep[-1].data_ptr(), 1
     if x.shape[0]:
-        status = library.bd_packed_conv2d(ctypes.byref(arguments))
+        if parts is None:
+            status = library.bd_packed_conv2d(ctypes.byref(arguments))
+        else:
+            records = [PartArguments(part.x.data_ptr(), part.x.shape[1], part.up, part.up) for part in parts]
+            table = (PartArguments * len(records))(*records)
+            status = library.bd_packed_conv2d_parts(ctypes.byref(arguments), table, len(records))
         if status:
             raise RuntimeError(
                 f"the packed kernel failed: {_STATUS.get(status, status)} ({spec}, input {tuple(x.shape)})"

@@ -62,7 +62,9 @@ def _cpu(
     tier = native.tier(kernel)
     if tier is None or x.dtype not in (torch.float32, torch.bfloat16):
         return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
-    return native.run(tier, x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
+    # A mode of the caller's has seen this operator; it need not see every size that is read here.
+    with torch._C.DisableTorchFunction():
+        return native.run(tier, x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
 
 
 def _fake(

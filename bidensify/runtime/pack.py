@@ -11,6 +11,7 @@ from bidensify._changed import announce
 from bidensify.errors import ConfigError, PackError
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.weight import copy_model
+from bidensify.runtime.deferred import defer_concatenations
 from bidensify.runtime.ops import check_kernel
 from bidensify.runtime.packed import PackedLayer, packed_layers
 
@@ -56,11 +57,13 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
 
 
 def finish(packed: nn.Module) -> nn.Module:
-    """Puts the weights of float convolutions in channels_last, the order that packed layers read and write."""
+    """Puts the weights of float convolutions in channels_last, the order that packed layers read and write, and lets packed
+    layers read concatenations in parts.
+    """
     for module in packed.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, BinaryLayer):
             module.to(memory_format=torch.channels_last)
-    return packed
+    return packed if isinstance(packed, PackedLayer) else defer_concatenations(packed)
 
 
 def replace_layers(model: nn.Module, layers: dict[str, PackedLayer]) -> nn.Module:

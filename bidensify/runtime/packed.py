@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import BinaryLayer, arithmetic
-from bidensify.runtime import ops
+from bidensify.runtime import native, ops
 from bidensify.runtime.bits import signs_from_tiles, tiles_from_bits
+from bidensify.runtime.deferred import Deferred
 from bidensify.runtime.spec import LayerSpec
 
 __all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedFacts", "PackedLayer", "PackedLinear", "packed_layers"]
@@ -164,6 +165,11 @@ class PackedLayer(nn.Module):
 
     def _run(self, x: Tensor, ints: list[int]) -> Tensor:
         """x: (N, C_in, H, W) -> (N, C_out, H', W'), without an activation of the method's own."""
+        if type(x) is Deferred:
+            from_parts = self._run_parts(x, ints)
+            if from_parts is not None:
+                return from_parts
+            x = x.make()
         thresholds = levels = residual = None
         if self.binarizer is not None:
             thresholds, levels = arithmetic.codes(self.binarizer, x)
@@ -173,6 +179,18 @@ class PackedLayer(nn.Module):
         y: Tensor = torch.ops.bidensify.packed_conv2d(
             x, self.tiles, self.side, ints, thresholds, levels, residual, self.kernel
         )
+        return y
+
+    def _run_parts(self, x: Deferred, ints: list[int]) -> Tensor | None:
+        """The same from the parts of an input that was never made; None where this layer or its kernel needs it whole."""
+        if self.binarizer is not None or self.bypass is not None or x.parts is None:
+            return None
+        tier = native.tier(self.kernel)
+        if tier is None or not native.takes_parts(native.load()):
+            return None
+        with torch._C.DisableTorchFunction():
+            y = native.run(tier, x, self.tiles, self.side, LayerSpec.from_ints(ints), None, None, None, parts=x.parts)
+        x.consumed = True
         return y
 
     def _activated(self, y: Tensor) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bidensify.errors import ConfigError
+from bidensify.runtime.deferred import Part
 from bidensify.runtime.reference import make_bypass
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["Arguments", "Prepared", "bypass_map", "prepare"]
+__all__ = ["Arguments", "PartArguments", "Prepared", "bypass_map", "prepare"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -34,6 +36,17 @@ class Arguments(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in ("k", "b", "a", "levels")]
         + [("per_sample_levels", ctypes.c_int32)]
         + [(name, ctypes.c_void_p) for name in ("thresholds", "scale", "bias", "slope", "post", "rows", "cols", "dots")]
+    )
+
+
+class PartArguments(ctypes.Structure):
+    """bd_part of bidensify_kernels.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("channels", ctypes.c_int64),
+        ("up_h", ctypes.c_int32),
+        ("up_w", ctypes.c_int32),
     )
 
 
@@ -102,6 +115,28 @@ class Prepared:
                 )
         if residual is not None and tuple(residual.shape) != self.out_shape:
             raise ConfigError(f"packed_conv2d: residual of shape {tuple(residual.shape)} must be {self.out_shape}")
+
+    def check_parts(self, parts: Sequence[Part], x: Tensor) -> None:
+        """Raises ConfigError where parts do not make up an input of x's shape and dtype."""
+        n, channels, height, width = x.shape
+        found = 0
+        for part in parts:
+            size = (n, part.x.shape[1], height // part.up, width // part.up)
+            dense = part.x.is_contiguous(memory_format=torch.channels_last)
+            if (
+                tuple(part.x.shape) != size
+                or height % part.up
+                or width % part.up
+                or part.x.dtype != x.dtype
+                or not dense
+            ):
+                raise ConfigError(
+                    f"packed_conv2d: a part of shape {tuple(part.x.shape)} and dtype {part.x.dtype}, upsampled {part.up} "
+                    f"times, is not a channels_last part of an input {tuple(x.shape)} of {x.dtype}"
+                )
+            found += part.x.shape[1]
+        if found != channels:
+            raise ConfigError(f"packed_conv2d: the parts have {found} channels, the input {channels}")
 
 
 @lru_cache(maxsize=1024)

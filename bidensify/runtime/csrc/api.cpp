@@ -24,12 +24,23 @@ const bd::Inner* inner_of(int32_t tier) {
   }
 }
 
+bool sound_parts(const bd_conv_args& a, const bd_part* parts, int32_t count) {
+  int64_t channels = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const bd_part& part = parts[i];
+    if (!part.x || part.channels < 1 || part.channels > a.cin || part.up_h < 1 || part.up_w < 1) return false;
+    if (a.h % part.up_h || a.w % part.up_w) return false;
+    channels += part.channels;
+  }
+  return channels == a.cin;
+}
+
 bool sound(const bd_conv_args& a) {
   const int64_t sizes[] = {a.h, a.w, a.cin, a.oh, a.ow, a.cout, a.kh, a.kw, a.sh, a.sw, a.dh, a.dw, a.groups, a.threads};
   for (int64_t size : sizes)
     if (size < 1) return false;
   if (a.n < 0 || a.pad_top < 0 || a.pad_left < 0 || a.cin % a.groups || a.cout % a.groups) return false;
-  if (!a.x || !a.tiles || !a.scale || !a.bias || (!a.y && !a.dots)) return false;
+  if (!a.tiles || !a.scale || !a.bias || (!a.y && !a.dots)) return false;
   if (a.dtype != BD_FLOAT32 && a.dtype != BD_BFLOAT16) return false;
   if (a.depthwise && (a.transposed || a.groups != a.cin || a.groups != a.cout)) return false;
   if (a.bypass < BD_BYPASS_NONE || a.bypass > BD_BYPASS_AVERAGE || (a.a && a.levels)) return false;
@@ -46,6 +57,17 @@ bool sound(const bd_conv_args& a) {
       if (a.cols[i] < 0 || a.cols[i] >= a.w) return false;
   }
   return true;
+}
+
+int32_t run(const bd_conv_args& args, const bd_part* parts, int32_t count) {
+  const bd::Inner* inner = inner_of(args.tier);
+  if (inner == nullptr) return BD_NO_TIER;
+  try {
+    bd::Layer(args, *inner, parts, count).run();
+  } catch (const std::exception&) {
+    return BD_NO_MEMORY;
+  }
+  return BD_OK;
 }
 
 }  // namespace
@@ -76,15 +98,13 @@ uint32_t bd_tiers(void) {
 void bd_set_parallel(bd_parallel parallel) { bd::set_runtime(parallel); }
 
 int32_t bd_packed_conv2d(const bd_conv_args* args) {
-  if (args == nullptr || !sound(*args)) return BD_BAD_ARGUMENT;
-  const bd::Inner* inner = inner_of(args->tier);
-  if (inner == nullptr) return BD_NO_TIER;
-  try {
-    bd::Layer(*args, *inner).run();
-  } catch (const std::exception&) {
-    return BD_NO_MEMORY;
-  }
-  return BD_OK;
+  if (args == nullptr || args->x == nullptr || !sound(*args)) return BD_BAD_ARGUMENT;
+  return run(*args, nullptr, 0);
+}
+
+int32_t bd_packed_conv2d_parts(const bd_conv_args* args, const bd_part* parts, int32_t count) {
+  if (args == nullptr || parts == nullptr || !sound(*args) || !sound_parts(*args, parts, count)) return BD_BAD_ARGUMENT;
+  return run(*args, parts, count);
 }
 
 }  // extern "C"

@@ -55,6 +55,14 @@ typedef struct bd_conv_args {
   int32_t* dots;           // or null: (n, oh, ow, cout) receives the integer dot products instead of y (tests)
 } bd_conv_args;
 
+// Some channels of an input that lies in several tensors: dense NHWC (n, h / up_h, w / up_w, channels), each pixel standing
+// for up_h x up_w of the input's (nearest-neighbour upsampling).
+typedef struct bd_part {
+  const void* x;
+  int64_t channels;
+  int32_t up_h, up_w;
+} bd_part;
+
 BD_API int32_t bd_abi_version(void);
 // Bit i is set where tier i was built and this processor runs it.
 BD_API uint32_t bd_tiers(void);
@@ -64,6 +72,8 @@ typedef void (*bd_parallel)(void (*body)(void*), void* data, unsigned threads, u
 BD_API void bd_set_parallel(bd_parallel parallel);
 // Runs a layer; returns a bd_status.
 BD_API int32_t bd_packed_conv2d(const bd_conv_args* args);
+// The same where x lies in parts, which hold its channels in order; args->x is not read.
+BD_API int32_t bd_packed_conv2d_parts(const bd_conv_args* args, const bd_part* parts, int32_t count);
 
 #ifdef __cplusplus
 }

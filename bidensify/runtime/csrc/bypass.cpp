@@ -10,15 +10,20 @@ namespace bd {
 
 void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s) {
   const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
+  // The input pixels that this row's bypass reads are of one stretch: a few rows, or the row's own pixels.
+  const int64_t top = a_.bypass == BD_BYPASS_AVERAGE ? r * a_.sh - a_.bypass_pad_h : a_.rows ? a_.rows[r] : r;
+  const int64_t above = std::max<int64_t>(0, top);
+  const int64_t below = a_.bypass == BD_BYPASS_AVERAGE ? std::min<int64_t>(a_.h, top + a_.kh) : top + 1;
+  const int64_t first = pointwise_ ? place : above * a_.w;
+  const char* x = nullptr;
+  if (a_.bypass != BD_BYPASS_NONE && (pointwise_ || below > above))
+    x = this->pixels(sample, first, pointwise_ ? pixels : (below - above) * a_.w, s.room);
+  auto pixel = [&](int64_t p) { return x + (p - first) * a_.cin * element_; };
+  auto source = [&](int64_t ow) { return pixel(pointwise_ ? place + ow : top * a_.w + (a_.cols ? a_.cols[ow] : ow)); };
   if (direct_) {
-    const int64_t row = a_.rows ? a_.rows[r] : r;
     int64_t i = 0;
     for (const Run& run : runs_)
-      for (int64_t j = 0; j < run.count && i < pixels; ++j, ++i) {
-        const int64_t ow = run.start + j * run.step;
-        const int64_t from = pointwise_ ? place + ow : row * a_.w + (a_.cols ? a_.cols[ow] : ow);
-        s.source[i] = pixel(sample, from);
-      }
+      for (int64_t j = 0; j < run.count && i < pixels; ++j, ++i) s.source[i] = source(run.start + j * run.step);
   }
   if (!buffered_) return;
   if (direct_ || a_.bypass == BD_BYPASS_NONE) {
@@ -27,16 +32,14 @@ void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s
     for (int64_t ow = 0; ow < pixels; ++ow) {
       float* out = s.buffer + ow * a_.cout;
       if (a_.bypass == BD_BYPASS_INDEX) {
-        const int64_t from = pointwise_ ? place + ow
-                                        : (a_.rows ? a_.rows[r] : r) * a_.w + (a_.cols ? a_.cols[ow] : ow);
-        inner_.fuse(pixel(sample, from), a_.dtype, a_.cin, a_.cout, out);
+        inner_.fuse(source(ow), a_.dtype, a_.cin, a_.cout, out);
         continue;
       }
       s.window.clear();
-      const int64_t top = r * a_.sh - a_.bypass_pad_h, left = ow * a_.sw - a_.bypass_pad_w;
-      for (int64_t ih = std::max<int64_t>(0, top); ih < std::min<int64_t>(a_.h, top + a_.kh); ++ih)
+      const int64_t left = ow * a_.sw - a_.bypass_pad_w;
+      for (int64_t ih = above; ih < below; ++ih)
         for (int64_t iw = std::max<int64_t>(0, left); iw < std::min<int64_t>(a_.w, left + a_.kw); ++iw)
-          s.window.push_back(pixel(sample, ih * a_.w + iw));
+          s.window.push_back(pixel(ih * a_.w + iw));
       if (a_.cin == a_.cout) {
         inner_.average(s.window.data(), (int)s.window.size(), a_.dtype, a_.cin, out);
       } else {

@@ -25,7 +25,8 @@ thread_local Buffer shared_buffer;
 
 thread_local Buffer row_buffer;
 
-Layer::Layer(const bd_conv_args& args, const Inner& inner) : a_(args), inner_(inner) {
+Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts, int32_t part_count)
+    : a_(args), inner_(inner), inputs_(parts), input_count_(part_count) {
   x_ = static_cast<const char*>(a_.x);
   element_ = a_.dtype == BD_FLOAT32 ? 4 : 2;
   in_group_ = a_.cin / a_.groups;
@@ -179,11 +180,14 @@ Layer::Scratch Layer::scratch() const {
   const size_t buffer = take(buffered_ ? row_pixels_ * a_.cout * 4 + 64 : 0);
   const size_t pixel = take(cin_padded_ * 4), source = take(row_pixels_ * (int64_t)sizeof(void*));
   const size_t kvalid = take((row_pixels_ + kLanes) * 4);
+  const int64_t bypass_pixels = pointwise_ ? row_pixels_ : a_.w * (a_.bypass == BD_BYPASS_AVERAGE ? a_.kh : 1);
+  const size_t room_at = take(a_.bypass == BD_BYPASS_NONE ? 0 : room(bypass_pixels));
   char* memory = row_buffer.get(at);
   s.buffer = buffered_ ? reinterpret_cast<float*>(memory + buffer) : nullptr;
   s.pixel = reinterpret_cast<float*>(memory + pixel);
   s.source = reinterpret_cast<const void**>(memory + source);
   s.kvalid = reinterpret_cast<int32_t*>(memory + kvalid);
+  s.room = memory + room_at;
   return s;
 }
 

@@ -12,9 +12,11 @@
 
 namespace bd {
 
+inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
 class Layer {
  public:
-  Layer(const bd_conv_args& args, const Inner& inner);
+  Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts, int32_t part_count);
   void run();
 
  private:
@@ -34,12 +36,15 @@ class Layer {
   void add_middle(int64_t sample, int64_t r, Scratch& s);
   void fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const;
   int64_t part_start(int64_t part) const;
-  const char* pixel(int64_t sample, int64_t p) const { return x_ + ((sample * a_.h * a_.w + p) * a_.cin) * element_; }
+  const char* pixels(int64_t sample, int64_t first, int64_t count, char* room) const;
+  int64_t room(int64_t count) const { return inputs_ ? round_up(count * a_.cin * element_, 64) : 0; }
   void write_dots(const int32_t* counts, int64_t count_step, int pixels, int channels, const int32_t* kvalid, int kvalid_step,
                   int64_t first, int64_t step) const;
 
   const bd_conv_args& a_;
   const Inner& inner_;
+  const bd_part* inputs_;  // or null: x_ is one tensor
+  int32_t input_count_;
   const char* x_;
   int64_t element_;
   int64_t in_group_, out_group_, lanes_, stride_, tiles_, words_, row_words_;

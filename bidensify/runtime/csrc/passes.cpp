@@ -25,14 +25,37 @@ float round_to(float v, int dtype) {
 void Layer::sum_part(int64_t first, int64_t u) {
   const int64_t sample = first + u / parts_, part = u % parts_;
   double* total = partial_ + u * a_.cin;
-  float* acc = reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4));
+  char* memory = row_buffer.get((size_t)(cin_padded_ * 4 + room(kBlock)));
+  float* acc = reinterpret_cast<float*>(memory);
   for (int64_t c = 0; c < a_.cin; ++c) total[c] = 0;
   const int64_t end = part_start(part + 1);
   for (int64_t p = part_start(part); p < end; p += kBlock) {
     memset(acc, 0, (size_t)a_.cin * 4);
-    inner_.sum(pixel(sample, p), a_.dtype, std::min(kBlock, end - p), a_.cin, acc);
+    const int64_t n = std::min(kBlock, end - p);
+    inner_.sum(pixels(sample, p, n, memory + cin_padded_ * 4), a_.dtype, n, a_.cin, acc);
     for (int64_t c = 0; c < a_.cin; ++c) total[c] += acc[c];
   }
+}
+
+// Pixels first..first+count-1 of a sample, side by side: where they lie, or gathered in `room`.
+const char* Layer::pixels(int64_t sample, int64_t first, int64_t count, char* room) const {
+  if (inputs_ == nullptr) return x_ + (sample * a_.h * a_.w + first) * a_.cin * element_;
+  const int64_t step = a_.cin * element_;
+  char* start = room;
+  for (int32_t i = 0; i < input_count_; ++i) {
+    const bd_part& part = inputs_[i];
+    const int64_t bytes = part.channels * element_, width = a_.w / part.up_w, height = a_.h / part.up_h;
+    const char* x = static_cast<const char*>(part.x) + sample * height * width * bytes;
+    char* to = start;
+    for (int64_t p = first; p < first + count;) {
+      const int64_t row = p / a_.w, end = std::min(first + count, (row + 1) * a_.w);
+      const char* line = x + row / part.up_h * width * bytes;
+      for (int64_t column = p - row * a_.w; p < end; ++p, ++column, to += step)
+        memcpy(to, line + column / part.up_w * bytes, (size_t)bytes);
+    }
+    start += bytes;
+  }
+  return room;
 }
 
 void Layer::threshold(int64_t first, int64_t n) {
@@ -57,23 +80,25 @@ void Layer::pack_part(int64_t sample, int64_t part) {
   const int64_t s = sample - base_;
   const float* beta = beta_ + s * cin_padded_;
   const int64_t end = part_start(part + 1);
-  float* acc = distance_ ? reinterpret_cast<float*>(row_buffer.get((size_t)cin_padded_ * 4)) : nullptr;
+  char* memory = row_buffer.get((size_t)(cin_padded_ * 4 + room(kBlock)));
+  float* acc = distance_ ? reinterpret_cast<float*>(memory) : nullptr;
   double lanes[kLanes] = {};
   for (int64_t p = part_start(part); p < end; p += kBlock) {
     const int64_t n = std::min(kBlock, end - p);
+    const char* x = pixels(sample, p, n, memory + cin_padded_ * 4);
     if (a_.depthwise) {
       int64_t places[kBlock];
       for (int64_t i = 0, h = p / a_.w, w = p % a_.w; i < n; ++i) {
         places[i] = h * words_ * plane_ + column_place_[w];
         if (++w == a_.w) w = 0, ++h;
       }
-      inner_.pack(pixel(sample, p), a_.dtype, n, a_.cin, a_.cin, beta, bits_ + s * a_.h * words_ * plane_, places, 0, plane_,
+      inner_.pack(x, a_.dtype, n, a_.cin, a_.cin, beta, bits_ + s * a_.h * words_ * plane_, places, 0, plane_,
                   acc, lanes);
       continue;
     }
     uint32_t* out = bits_ + (s * a_.h * a_.w + p) * row_words_;
     for (int64_t g = 0; g < a_.groups; ++g)
-      inner_.pack(pixel(sample, p) + g * in_group_ * element_, a_.dtype, n, a_.cin, in_group_, beta + g * in_group_,
+      inner_.pack(x + g * in_group_ * element_, a_.dtype, n, a_.cin, in_group_, beta + g * in_group_,
                   out + g * words_, nullptr, row_words_, 1, acc, lanes);
   }
   double distance = 0;

@@ -34,11 +34,10 @@ struct Buffer {
 // Of the thread at work: rows, sums.
 extern thread_local Buffer row_buffer;
 
-inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
-
 struct Layer::Scratch {
   float* buffer;               // (row pixels, cout) of the bypass and what else is added before the activation
   float* pixel;                // (cin)
+  char* room;                  // the pixels that the bypass of a row reads, where x lies in parts
   const void** source;         // (row pixels), in the order of the runs
   int32_t* kvalid;             // (row pixels rounded up), depthwise
   std::vector<Tap> rows;

@@ -40,6 +40,18 @@ float from_bf16(uint16_t h) {
   return f;
 }
 
+// The first half of the channels of all pixels, then the second.
+std::vector<char> split(const bd_conv_args& a, size_t element) {
+  const int64_t half = a.cin / 2 * (int64_t)element, rest = a.cin * (int64_t)element - half, pixels = a.n * a.h * a.w;
+  std::vector<char> out((size_t)(pixels * (half + rest)));
+  for (int64_t p = 0; p < pixels; ++p) {
+    const char* x = (const char*)a.x + p * (half + rest);
+    memcpy(out.data() + p * half, x, (size_t)half);
+    memcpy(out.data() + pixels * half + p * rest, x + half, (size_t)rest);
+  }
+  return out;
+}
+
 const char* const kNames[] = {"portable", "avx2", "avx512", "neon"};
 
 }  // namespace
@@ -111,6 +123,22 @@ int main(int argc, char** argv) {
           ++failures;
           fprintf(stderr, "case %d, %s, %d threads: status %d, error %g (allowed %g), dot products %s\n", (int)c, kNames[tier],
                   threads, (int)status, (double)error, (double)allowed, exact ? "exact" : "WRONG");
+        }
+        // The same input in two parts gives the same bits.
+        if (a.cin > 1) {
+          void* again = malloc((size_t)count * element);
+          const std::vector<char> halves = split(a, element);
+          const int64_t half = a.cin / 2, pixels = a.n * a.h * a.w;
+          const bd_part parts[2] = {{halves.data(), half, 1, 1},
+                                    {halves.data() + pixels * half * (int64_t)element, a.cin - half, 1, 1}};
+          bd_conv_args b = a;
+          b.x = nullptr, b.dots = nullptr, b.y = again;
+          if (bd_packed_conv2d_parts(&b, parts, 2) || memcmp(y, again, (size_t)count * element)) {
+            ++failures;
+            fprintf(stderr, "case %d, %s, %d threads: parts give something else\n", (int)c, kNames[tier], threads);
+          }
+          if (bd_packed_conv2d_parts(&b, parts, 1) != BD_BAD_ARGUMENT) ++failures, fprintf(stderr, "case %d: half an input was taken\n", (int)c);
+          free(again);
         }
         free(y);
         free(dots);
