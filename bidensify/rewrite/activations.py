@@ -31,7 +31,7 @@ def plan_activations(planner: Planner) -> None:
         behind = [_layer_before(planner, node) for node in nodes]
         first = behind[0]
         alone = not key.startswith("\0") and all(each == first for each in behind)
-        if first is not None and alone and len(nodes) == len(planner.nodes[first]) and planner.layers[first].activation:
+        if first is not None and alone and len(nodes) == len(planner.nodes[first]) and _takes(planner, first):
             # One module behind one layer: its work moves into the layer.
             planner.absorbed_activations.add(first)
             planner.activations[key] = ActivationPlan(key, "absorbed")
@@ -100,7 +100,7 @@ def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, made: tu
     path, event = site
     if event in planner.edits[path]:
         return True
-    if layer_path is not None and planner.layers[layer_path].activation and _folds(planner, node, layer_path):
+    if layer_path is not None and _takes(planner, layer_path) and _folds(planner, node, layer_path):
         planner.absorbed_activations.add(layer_path)
         planner.edit(path, event, "forward")
         planner.edit_notes[path].append(f"the activation behind {layer_path} moves into it")
@@ -111,6 +111,11 @@ def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, made: tu
     planner.edit(path, event, "module", module=name)
     planner.edit_notes[path].append(f"the activation at step {event} becomes {name}")
     return True
+
+
+def _takes(planner: Planner, layer_path: str) -> bool:
+    """Whether a layer takes its activation in; what hooks read of a layer is its output before that."""
+    return planner.layers[layer_path].activation and not planner.record.modules[layer_path]._forward_hooks
 
 
 def _folds(planner: Planner, node: fx.Node, layer_path: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from bidensify.config import BidensifyConfig
@@ -32,7 +33,18 @@ def _config(config: BidensifyConfig | None, method: str | None) -> BidensifyConf
     return config
 
 
-def _refuse_binary(model: nn.Module) -> None:
+def _refuse(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"{type(model).__name__} is no nn.Module; give the network")
+    if type(model).__name__ == "OptimizedModule":
+        raise PlanError("the network is compiled: convert the network itself, then compile the result")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlanError("the network is scripted: convert the network that it was made from")
+    for path, module in model.named_modules():
+        if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise PlanError(
+                f"{path}: {type(module).__name__} does not know its channels yet; run the network once, then convert it"
+            )
     for path, module in model.named_modules():
         if isinstance(module, BinaryLayer):
             raise PlanError(f"{path}: the network is binary already; give the full-precision one")
@@ -54,7 +66,7 @@ def plan(model: nn.Module, config: BidensifyConfig | None = None, *, example_inp
         ConfigError: an unknown method.
     """
     config = _config(config, None)
-    _refuse_binary(model)
+    _refuse(model)
     return make_plan(record(model, example_inputs), model, config)
 
 
@@ -87,7 +99,7 @@ def bidensify(
         CheckError: the result does not keep what a rewrite guarantees.
     """
     config = _config(config, method)
-    _refuse_binary(model)
+    _refuse(model)
     recorded = record(model, example_inputs)
     planned = make_plan(recorded, model, config)
     expected = second_size(model, recorded) if verify else None

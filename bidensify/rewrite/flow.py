@@ -107,10 +107,8 @@ class Flow:
         return node.op == "call_function" and self.name(node) in _SHAPE_FUNCTIONS
 
     def is_add(self, node: fx.Node) -> bool:
-        """Whether a node adds two tensors of one shape."""
+        """Whether a node adds two tensors of one shape, weighted or not."""
         if node.op != "call_function" or self.name(node) != "add" or len(self.tensors(node)) != 2:
-            return False
-        if node.kwargs.get("alpha", 1) != 1:
             return False
         first, second = self.tensors(node)
         return self.shape(first) is not None and self.shape(first) == self.shape(second) == self.shape(node)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
-__all__ = ["become", "exchange_forward", "without_hooks"]
+__all__ = ["become", "exchange_forward", "unimportable", "without_hooks"]
 
 
 def _make(base: type[nn.Module], body: str, wrapper: str, names: dict[str, str], constants: dict[str, Any]) -> type:
@@ -76,6 +76,20 @@ def exchange_forward(block: nn.Module, graph: fx.Graph, varying: Sequence[str], 
         wrapper = _wrapper(base, varying, constants)
     made = _make(base, body, wrapper, names, constants)
     block.__class__ = made
+
+
+def unimportable(graph: fx.Graph) -> str | None:
+    """A function or class that the graph's code uses and that a pickled copy could not find again, or None."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        try:
+            found = _resolve(_qualified(node.target))
+        except (ImportError, AttributeError, ValueError, RuntimeError):
+            found = None
+        if found is not node.target:
+            return getattr(node.target, "__qualname__", str(node.target))
+    return None
 
 
 def _qualified(value: Any) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize, prune
 
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
@@ -18,14 +18,10 @@ from bidensify.methods import get_method
 from bidensify.rewrite.flow import Flow
 from bidensify.rewrite.kinds import macs_of
 from bidensify.rewrite.plan import LayerPlan
+from bidensify.rewrite.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.recorded import scope_of
 
 __all__ = ["plan_layers"]
-
-# At most so many channels hold values (a colour, a flow, a depth), whose signs alone say next to nothing.
-_RAW = 3
-
-_KINDS = ("conv2d", "conv_transpose2d", "linear")
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
@@ -63,117 +59,6 @@ def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) ->
         reason="",
         makes_weight=bool(uses) and not any(uses),
     )
-
-
-def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
-    source = flow.data_input(node)
-    shape, out = flow.shape(source) if source is not None else None, flow.shape(node)
-    return shape is not None and out is not None and shape[2:] == (1, 1) and out[2:] == (1, 1)
-
-
-def _is_gate(flow: Flow, node: fx.Node) -> bool:
-    """The layer's output is squashed (sigmoid, ...) and then multiplies something."""
-    current = flow.only_user(node)
-    while current is not None and (flow.is_norm(current) or flow.is_pass(current)):
-        current = flow.only_user(current)
-    if current is None or not flow.is_gate(current):
-        return False
-    reached = flow.forward_until(
-        current,
-        stop=lambda n: flow.name(n) in ("mul", "matmul", "bmm"),
-        follow=lambda n: (
-            flow.is_pass(n)
-            or flow.is_reorder(n)
-            or flow.name(n) in ("expand", "expand_as", "interpolate", "add", "sub")
-        ),
-    )
-    return any(True for _ in reached)
-
-
-def _is_predictor(flow: Flow, node: fx.Node) -> bool:
-    """No layer, norm or block reads the layer's output any more: it is the network's, or nobody's.
-
-    Features of a backbone end in a norm or a residual add; a prediction does not. A prediction that is refined (optical
-    flow) goes on into the next round as well: what tells it from features is that it has values, not channels. An auxiliary
-    head runs in evaluation mode too, where nobody reads it.
-    """
-    channels = getattr(flow.module(node), "out_channels", None)
-    if channels is not None and channels <= _RAW:
-        ways = flow.forward_until(
-            node, stop=lambda n: n.op == "output", follow=lambda n: not (flow.is_layer(n) or flow.is_norm(n))
-        )
-        if any(True for _ in ways):
-            return True
-    stack, seen = list(node.users), set()
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        if flow.is_layer(item) or flow.is_norm(item):
-            return False
-        if flow.is_add(item) and any(
-            flow.ancestors(other, scope_of(item)) & flow.ancestors(node, scope_of(item))
-            and flow.has_upstream_layer(other)
-            for other in flow.tensors(item)
-            if node not in flow.ancestors(other)
-        ):
-            return False
-        stack.extend(item.users)
-    return True
-
-
-def _default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: BidensifyConfig) -> str:
-    """Why the layer stays in full precision by default, or an empty string."""
-    if not nodes:
-        return "never called in the recorded run"
-    if layer.kind not in _KINDS:
-        return f"{layer.kind} is out of reach"
-    if layer.kind == "linear":
-        dims = {len(flow.shape(node) or ()) for node in nodes}
-        if config.linear == "off":
-            return "linear layers are off (linear='off')"
-        if config.linear == "pointwise" and dims != {4}:
-            return "linear layer on tokens (linear='pointwise' takes NHWC maps alone)"
-        if dims & {1, 2}:
-            return "linear layer on vectors"
-    if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
-        return "first layer on the image"
-    if layer.kind != "linear" and layer.in_channels <= _RAW:
-        return f"on {layer.in_channels} raw values, as a first layer is"
-    if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
-        return "on a pooled 1×1 map"
-    if any(_is_gate(flow, node) for node in nodes):
-        return "gate"
-    if config.keep_last and any(_is_predictor(flow, node) for node in nodes):
-        return "prediction layer"
-    return ""
-
-
-def _maker(module: nn.Module) -> str:
-    """What makes the weight that a layer convolves with."""
-    if parametrize.is_parametrized(module, "weight"):
-        parts = module.get_submodule("parametrizations.weight").children()
-        return "the parametrization " + ", ".join(type(part).__name__ for part in parts)
-    hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
-    hooks = [hook for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
-    if hooks:
-        return "the hook " + ", ".join(hook.__name__ for hook in hooks)
-    return f"the forward of {type(module).__name__}"
-
-
-def _unusual(flow: Flow, layer: LayerPlan, module: nn.Module) -> str:
-    """Why a layer that is called is no convolution with one weight, or an empty string."""
-    if layer.calls == 0 or layer.kind not in _KINDS:
-        return ""
-    uses = flow.record.weights.get(layer.path, [])
-    if len(uses) == layer.calls and len(set(uses)) == 1:
-        if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
-            return (
-                "its weights are pruned, and a bit has no zero (torch.nn.utils.prune.remove makes them plain weights)"
-            )
-        return ""
-    return f"the forward of {type(module).__name__} is not one convolution with its weight"
 
 
 def _matches(rule: Rule, layer: LayerPlan, module: nn.Module) -> bool:
@@ -222,11 +107,11 @@ def _decide(
             activation = rule.action.get("activation", config.activation) != "keep"
         elif rule.action != "binarize":
             method = str(rule.action)
-    impossible = unusual or layer.calls == 0 or layer.kind not in _KINDS
+    impossible = unusual or layer.calls == 0 or layer.kind not in KINDS
     if (reason and not forced) or impossible:
         return replace(layer, action="keep", reason=unusual or reason, eligible=False)
     found = get_method(method)
-    maker = f"; binarizes the weight that {_maker(module)} makes" if layer.makes_weight else ""
+    maker = f"; binarizes the weight that {weight_maker(module)} makes" if layer.makes_weight else ""
     return replace(
         layer,
         reason=(forced or "default") + maker,
@@ -266,7 +151,7 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
         for each in config.rules:
             # A rule behind one that decides first still matches something: only a rule without effect is a mistake.
             matches[each.match] += _matches(each, layer, modules[path])
-        reason, unusual = _default_reason(flow, layer, nodes, config), _unusual(flow, layer, modules[path])
+        reason, unusual = default_reason(flow, layer, nodes, config), unusual_layer(flow, layer, modules[path])
         layers.append(_decide(layer, modules[path], reason, unusual, rule, config))
     for name, count in matches.items():
         if count == 0:
@@ -275,10 +160,32 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
                 f"rule {name!r} matches no convolution or linear layer of the network. Near names: "
                 f"{', '.join(near) if near else ', '.join(list(modules)[:6]) + ' ...'}"
             )
+    layers.extend(_scripted(flow))
     for node in flow.record.graph.nodes:
         if node.op == "call_function" and flow.is_layer(node):
             layers.append(_functional(flow, node))
     return layers, matches
+
+
+def _scripted(flow: Flow) -> Iterator[LayerPlan]:
+    for path, module in flow.record.modules.items():
+        name = getattr(module, "original_name", "")
+        if isinstance(module, torch.jit.ScriptModule) and name in ("Conv2d", "ConvTranspose2d", "Linear"):
+            yield LayerPlan(
+                path=path,
+                kind="scripted",
+                in_channels=int(getattr(module, "in_channels", getattr(module, "in_features", 0))),
+                out_channels=int(getattr(module, "out_channels", getattr(module, "out_features", 0))),
+                kernel_size=(),
+                stride=(),
+                groups=1,
+                output=(),
+                macs=0,
+                calls=0,
+                action="keep",
+                reason="inside a scripted module, whose code is fixed",
+                eligible=False,
+            )
 
 
 def _functional(flow: Flow, node: fx.Node) -> LayerPlan:

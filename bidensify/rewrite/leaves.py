@@ -28,7 +28,7 @@ def is_leaf(module: nn.Module) -> bool:
         return False
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    if type(module).__module__.startswith("torch.nn."):
+    if type(module).__module__.startswith("torch.nn.") and not type(module).__module__.startswith("torch.nn.parallel."):
         return not isinstance(module, (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)) or bool(
             module._parameters
         )

@@ -103,6 +103,7 @@ class Planner:
         traced = self.trace(path)
         assert isinstance(traced, Traced)
         node = traced.events[event]
+        assert node is not None
         self.edits[path][event] = BlockEdit(node.name, operation_of(node), action, argument, module)
 
     def note_frozen(self) -> None:

@@ -6,6 +6,7 @@ trace has the same code in training and evaluation mode and reproduces every rec
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bidensify.rewrite.arguments import NotTraceable, bind, values_of
+from bidensify.rewrite.generated import unimportable
 from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.trace import trace_once
@@ -45,7 +47,7 @@ class Traced:
     """A block's proven trace: its graph, the node of each recorded event, arguments that vary and that are fixed."""
 
     graph: fx.Graph
-    events: list[fx.Node]
+    events: list[fx.Node | None]
     varying: list[str]
     constants: dict[str, Any]
 
@@ -76,7 +78,8 @@ class _Replay(fx.Interpreter):
             else:
                 name = plain_name(n.target)
             plucked = n.target is operator.getitem and not isinstance(args[0], Tensor)
-            if not plucked and (name == "setitem" or _has_tensor(result)):
+            gathered = isinstance(n.target, type)
+            if not plucked and not gathered and (name == "setitem" or _has_tensor(result)):
                 self.seen.append(("function", name, n))
         return result
 
@@ -90,9 +93,16 @@ def _has_tensor(value: Any) -> bool:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+    # A trace gives lists and dictionaries of torch.fx's own; the code that is generated gives plain ones.
+    if (isinstance(a, list) and isinstance(b, list)) or (isinstance(a, tuple) and type(a) is type(b)):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b))
-    return type(a) is type(b) and bool(a == b)
+    if type(a) is dict and isinstance(b, dict):
+        return list(a) == list(b) and all(_equal(a[key], b[key]) for key in a)
+    if type(a) is not type(b):
+        return False
+    if dataclasses.is_dataclass(a):
+        return all(_equal(getattr(a, item.name), getattr(b, item.name)) for item in dataclasses.fields(a))
+    return bool(a == b)
 
 
 def _containers(value: Any) -> Any:
@@ -121,7 +131,9 @@ def _values(call: Call, block: nn.Module) -> tuple[tuple[Any, ...], dict[str, An
     return tuple(one(v) for v in call.args), {key: one(v) for key, v in call.kwargs.items()}
 
 
-def _replay(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str], varying: list[str]) -> list[fx.Node]:
+def _replay(
+    block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str], varying: list[str]
+) -> list[fx.Node | None]:
     signature = inspect.signature(type(block).forward)
 
     def run(function: Callable[..., Any]) -> Any:
@@ -134,7 +146,8 @@ def _replay(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]
     with torch.no_grad(), untouched(block), frozen_flags(block), torch.random.fork_rng():
         args, kwargs = _values(call, block)
         containers = _containers([args, kwargs])
-        expected = block(*args, **kwargs)
+        # Hooks of the block itself run around either forward.
+        expected = type(block).forward(block, *args, **kwargs)
         if _containers([args, kwargs]) != containers:
             raise NotTraceable("it writes into a list or dictionary that it is given")
         got = run(replay.run)
@@ -142,14 +155,18 @@ def _replay(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]
         raise NotTraceable("its trace does not reproduce a recorded call")
     recorded = [(event.kind, _same_name(event.name)) for event in call.events]
     traced = [(kind, _same_name(name)) for kind, name, _ in replay.seen]
-    if recorded != traced:
+    # What hooks of the block do stands before or behind the steps of its forward.
+    spare = len(recorded) - len(traced) if block._forward_hooks or block._forward_pre_hooks else 0
+    starts = [start for start in range(spare + 1) if recorded[start : start + len(traced)] == traced]
+    if len(starts) != 1 or len(recorded) - len(traced) != spare:
         raise NotTraceable("its trace takes other steps than the recorded call")
-    return [node for _, _, node in replay.seen]
+    nodes: list[fx.Node | None] = [node for _, _, node in replay.seen]
+    return [None] * starts[0] + nodes + [None] * (spare - starts[0])
 
 
-def _align(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]) -> list[fx.Node]:
+def _align(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str]) -> list[fx.Node | None]:
     """The node of each event without values: by name and order (a network on the meta device)."""
-    nodes: list[fx.Node] = []
+    nodes: list[fx.Node | None] = []
     wanted = [(event.kind, _same_name(event.name)) for event in call.events]
     for node in graph.nodes:
         if len(nodes) == len(wanted):
@@ -184,7 +201,10 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
         graph = trace_once(block, False, varying, constants)
         if str(graph) != str(trace_once(block, True, varying, constants)):
             return "its code differs between training and evaluation"
-        events: list[fx.Node] = []
+        nameless = unimportable(graph)
+        if nameless is not None:
+            return f"its code uses {nameless}, which cannot be imported by name"
+        events: list[fx.Node | None] = []
         on_meta = any(p.device.type == "meta" for p in block.parameters())
         done: list[Any] = []
         for call in calls:
@@ -193,7 +213,7 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
                 continue
             done.append(key)
             found = _align(block, graph, call, names) if on_meta else _replay(block, graph, call, names, varying)
-            if events and [n.name for n in found] != [n.name for n in events]:
+            if events and found != events:
                 return "its calls take different steps"
             events = found
     except NotTraceable as reason:
@@ -213,4 +233,5 @@ def operation_of(node: fx.Node) -> str:
 
 def editable_event(traced: Traced, event: int) -> bool:
     """Whether something reads the event's result (code that only writes in place cannot be replaced)."""
-    return len(traced.events[event].users) > 0
+    node = traced.events[event]
+    return node is not None and len(node.users) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -111,13 +112,20 @@ def tensors_in(value: Any) -> list[Tensor]:
         elif isinstance(item, (tuple, list)):
             for each in item:
                 visit(each)
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            visit(_fields(item))
 
     visit(value)
     return found
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass's fields as a dict."""
+    return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+
+
 def specs(value: Any) -> Any:
-    """``value`` with every tensor replaced by its ``TensorSpec``; mappings become dicts."""
+    """``value`` with every tensor replaced by its ``TensorSpec``; mappings and dataclasses become dicts."""
     if isinstance(value, Tensor):
         return TensorSpec(tuple(value.shape), value.dtype)
     if isinstance(value, Mapping):
@@ -126,4 +134,6 @@ def specs(value: Any) -> Any:
         return tuple(specs(item) for item in value)
     if isinstance(value, list):
         return [specs(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, TensorSpec)):
+        return {"": type(value).__name__, **specs(_fields(value))}
     return value

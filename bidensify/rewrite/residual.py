@@ -191,5 +191,6 @@ def find_residuals(planner: Planner) -> Iterator[Residual]:
         if last is None:
             continue
         path, scales = last
-        removable = identity and len(scales) <= 1 and _carried(planner, main, fork, scales)
+        weighted = node.kwargs.get("alpha", 1) != 1
+        removable = identity and not weighted and len(scales) <= 1 and _carried(planner, main, fork, scales)
         yield Residual(node, main, path, removable, scales)

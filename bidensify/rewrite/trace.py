@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bidensify.rewrite.arguments import NotTraceable, call_expression, placeholder
@@ -14,7 +15,23 @@ from bidensify.rewrite.untouched import untouched
 __all__ = ["trace_once"]
 
 
+def _modes() -> tuple[Any, ...]:
+    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
 class _BlockTracer(fx.Tracer):
+    """Children are leaves. Code under another gradient or autocast mode is refused: a graph does not hold the mode."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise NotTraceable("it changes the gradient or autocast mode on its way")
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 

@@ -1,0 +1,128 @@
+"""Why a layer stays in full precision by default: where it stands in the network, what its forward does."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.nn.utils import parametrize, prune
+
+from bidensify.config import BidensifyConfig
+from bidensify.rewrite.flow import Flow
+from bidensify.rewrite.plan import LayerPlan
+from bidensify.rewrite.recorded import scope_of
+
+__all__ = ["KINDS", "default_reason", "unusual_layer", "weight_maker"]
+
+KINDS = ("conv2d", "conv_transpose2d", "linear")
+# At most so many channels hold values (a colour, a flow, a depth), whose signs alone say next to nothing.
+_RAW = 3
+
+
+def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
+    source = flow.data_input(node)
+    shape, out = flow.shape(source) if source is not None else None, flow.shape(node)
+    return shape is not None and out is not None and shape[2:] == (1, 1) and out[2:] == (1, 1)
+
+
+def _is_gate(flow: Flow, node: fx.Node) -> bool:
+    """The layer's output is squashed (sigmoid, ...) and then multiplies something."""
+    current = flow.only_user(node)
+    while current is not None and (flow.is_norm(current) or flow.is_pass(current)):
+        current = flow.only_user(current)
+    if current is None or not flow.is_gate(current):
+        return False
+    reached = flow.forward_until(
+        current,
+        stop=lambda n: flow.name(n) in ("mul", "matmul", "bmm"),
+        follow=lambda n: (
+            flow.is_pass(n)
+            or flow.is_reorder(n)
+            or flow.name(n) in ("expand", "expand_as", "interpolate", "add", "sub")
+        ),
+    )
+    return any(True for _ in reached)
+
+
+def _is_predictor(flow: Flow, node: fx.Node) -> bool:
+    """No layer, norm or block reads the layer's output any more: it is the network's, or nobody's.
+
+    Features of a backbone end in a norm or a residual add; a prediction does not. A prediction that is refined (optical
+    flow) goes on into the next round as well: what tells it from features is that it has values, not channels. An auxiliary
+    head runs in evaluation mode too, where nobody reads it.
+    """
+    channels = getattr(flow.module(node), "out_channels", None)
+    if channels is not None and channels <= _RAW:
+        ways = flow.forward_until(
+            node, stop=lambda n: n.op == "output", follow=lambda n: not (flow.is_layer(n) or flow.is_norm(n))
+        )
+        if any(True for _ in ways):
+            return True
+    stack, seen = list(node.users), set()
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        if flow.is_layer(item) or flow.is_norm(item):
+            return False
+        if flow.is_add(item) and any(
+            flow.ancestors(other, scope_of(item)) & flow.ancestors(node, scope_of(item))
+            and flow.has_upstream_layer(other)
+            for other in flow.tensors(item)
+            if node not in flow.ancestors(other)
+        ):
+            return False
+        stack.extend(item.users)
+    return True
+
+
+def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: BidensifyConfig) -> str:
+    """Why the layer stays in full precision by default, or an empty string."""
+    if not nodes:
+        return "never called in the recorded run"
+    if layer.kind not in KINDS:
+        return f"{layer.kind} is out of reach"
+    if layer.kind == "linear":
+        dims = {len(flow.shape(node) or ()) for node in nodes}
+        if config.linear == "off":
+            return "linear layers are off (linear='off')"
+        if config.linear == "pointwise" and dims != {4}:
+            return "linear layer on tokens (linear='pointwise' takes NHWC maps alone)"
+        if dims & {1, 2}:
+            return "linear layer on vectors"
+    if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
+        return "first layer on the image"
+    if layer.kind != "linear" and layer.in_channels <= _RAW:
+        return f"on {layer.in_channels} raw values, as a first layer is"
+    if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
+        return "on a pooled 1×1 map"
+    if any(_is_gate(flow, node) for node in nodes):
+        return "gate"
+    if config.keep_last and any(_is_predictor(flow, node) for node in nodes):
+        return "prediction layer"
+    return ""
+
+
+def weight_maker(module: nn.Module) -> str:
+    """What makes the weight that a layer convolves with."""
+    if parametrize.is_parametrized(module, "weight"):
+        parts = module.get_submodule("parametrizations.weight").children()
+        return "the parametrization " + ", ".join(type(part).__name__ for part in parts)
+    hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
+    if hooks:
+        return "the hook " + ", ".join(hook.__name__ for hook in hooks)
+    return f"the forward of {type(module).__name__}"
+
+
+def unusual_layer(flow: Flow, layer: LayerPlan, module: nn.Module) -> str:
+    """Why a layer that is called is no convolution with one weight, or an empty string."""
+    if layer.calls == 0 or layer.kind not in KINDS:
+        return ""
+    uses = flow.record.weights.get(layer.path, [])
+    if len(uses) == layer.calls and len(set(uses)) == 1:
+        if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            return (
+                "its weights are pruned, and a bit has no zero (torch.nn.utils.prune.remove makes them plain weights)"
+            )
+        return ""
+    return f"the forward of {type(module).__name__} is not one convolution with its weight"
