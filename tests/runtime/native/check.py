@@ -14,6 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -58,14 +61,21 @@ def say(*command: str | Path, **options: object) -> None:
 def objects(
     folder: Path, compiler: str, flags: list[str], tiers: dict[str, list[str]], defines: list[str]
 ) -> list[Path]:
-    """Compiles the library's files."""
-    made = []
-    for name in [*COMMON, *tiers]:
-        made.append(folder / f"{name}.o")
-        say(compiler, *FLAGS, *flags, *tiers.get(name, []), *defines, "-c", SOURCES / f"{name}.cpp", "-o", made[-1])
-    return made
+    """Compiles the library's files, as many at once as there are processors."""
+    made = {name: folder / f"{name}.o" for name in [*COMMON, *tiers]}
+
+    def compiled(name: str) -> int:
+        options = [*FLAGS, *flags, *tiers.get(name, []), *defines, "-c", SOURCES / f"{name}.cpp", "-o", made[name]]
+        return subprocess.run([compiler, *map(str, options)], check=False).returncode
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = [name for name, code in zip(made, pool.map(compiled, made), strict=True) if code]
+    if failed:
+        sys.exit(f"{compiler} failed on {failed}")
+    return list(made.values())
 
 
+@cache
 def record(folder: Path) -> Path:
     """Writes the cases; they come from the reference path."""
     sys.path.insert(0, str(HERE))
@@ -76,7 +86,9 @@ def record(folder: Path) -> Path:
     return path
 
 
+@cache
 def sanitized(folder: Path) -> list[Path]:
+    """The library's files with both sanitizers; compiled once for all checks."""
     x86 = os.uname().machine in ("x86_64", "amd64")
     tiers = X86 if x86 else {"inner_neon": []}
     defines = ["-DBD_WITH_AVX2", "-DBD_WITH_AVX512"] if x86 else ["-DBD_WITH_NEON"]
@@ -105,7 +117,14 @@ def fuzz(folder: Path, count: int = 10_000) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "BIDENSIFY_LIBRARY": str(library),
     }
-    say(sys.executable, HERE / "fuzz_format.py", str(count), env=environment)
+    # Each share has its own seed; one thread each, since the processors are shared out already.
+    shares = os.cpu_count() or 1
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, str(HERE / "fuzz_format.py"), str(-(-count // shares))]
+    running = [subprocess.Popen([*command, str(seed)], env=environment) for seed in range(shares)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit(f"fuzz: the shares ended with {codes}")
 
 
 def neon(folder: Path) -> None:
@@ -118,7 +137,9 @@ def neon(folder: Path) -> None:
         sys.exit(
             "neon: needs g++-12-aarch64-linux-gnu and qemu-user (apt-get install g++-12-aarch64-linux-gnu qemu-user)"
         )
-    made = objects(folder, compiler, ["-O3"], {"inner_neon": []}, ["-DBD_WITH_NEON"])
+    place = folder / "aarch64"
+    place.mkdir()
+    made = objects(place, compiler, ["-O3"], {"inner_neon": []}, ["-DBD_WITH_NEON"])
     program = folder / "replay_neon"
     say(compiler, *FLAGS, f"-I{SOURCES}", HERE / "replay.cpp", *made, "-o", program, "-static", "-pthread")
     say(emulator, program, record(folder))
@@ -130,10 +151,11 @@ def main(names: list[str]) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
         sys.exit(f"unknown checks {unknown}; there are {sorted(known)}")
-    for name in names or list(known):
-        with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place:
+        for name in names or list(known):
+            start = time.monotonic()
             known[name](Path(place))
-            print(f"{name}: passed", flush=True)
+            print(f"{name}: passed in {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
