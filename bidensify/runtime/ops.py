@@ -49,6 +49,22 @@ def reference_operator(
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def _without_kernels(
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    """What runs on CUDA, MPS and XPU, and on the CPU for ``kernel="reference"``."""
+    # Autocast reaches the convolution inside, whose sums are no integers in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
+
+
 def _cpu(
     x: Tensor,
     tiles: Tensor,
@@ -61,7 +77,7 @@ def _cpu(
 ) -> Tensor:
     tier = native.tier(kernel)
     if tier is None or x.dtype not in (torch.float32, torch.bfloat16):
-        return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
+        return _without_kernels(x, tiles, side, spec, thresholds, levels, residual, kernel)
     # A mode of the caller's has seen this operator; it need not see every size that is read here.
     with torch._C.DisableTorchFunction():
         return native.run(tier, x, tiles, side, LayerSpec.from_ints(spec), thresholds, levels, residual)
@@ -90,7 +106,6 @@ def _fake(
 _library: Any = torch.library.Library("bidensify", "DEF")  # type: ignore[no-untyped-call]
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("packed_conv2d", _cpu, "CPU")
-_library.impl("packed_conv2d", reference_operator, "CUDA")
-for _key in ("MPS", "XPU"):
-    _library.impl("packed_conv2d", reference_operator, _key)
+for _key in ("CUDA", "MPS", "XPU"):
+    _library.impl("packed_conv2d", _without_kernels, _key)
 torch.library.register_fake("bidensify::packed_conv2d", _fake, lib=_library)

@@ -1,4 +1,4 @@
-"""The packed files: round trip, size, refusals, and a fuzz of both files (benchmarks/fuzz_format.py runs it at length)."""
+"""The packed files: round trip, size, refusals, and a fuzz of both files (native/fuzz_format.py runs it at length)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bidensify.errors import FormatError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-from bidensify.runtime import PackedLayer, pack, packed_layers, read_packed, write_packed
+from bidensify.runtime import (
+    PackedConv2d,
+    PackedConvTranspose2d,
+    PackedLayer,
+    PackedLinear,
+    native,
+    pack,
+    packed_layers,
+    read_packed,
+    write_packed,
+)
 from bidensify.runtime.format import HEADER, TENSORS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,6 +97,44 @@ def test_the_file_is_as_small_as_its_bits(tmp_path: Path) -> None:
 def test_only_packed_models_are_written(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no packed layer"):
         write_packed(tmp_path, network())
+
+
+VERSION_1 = Path(__file__).parent / "data" / "version_1"
+CLASSES = {cls.__name__: cls for cls in (PackedConv2d, PackedConvTranspose2d, PackedLinear)}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kernel", native.available_kernels())
+def test_a_file_of_version_1_gives_its_stored_output(kernel: str, threads: int) -> None:
+    """Written once, by an earlier state and on another machine: bits, not just values, must come back."""
+    header, tensors = read_packed(VERSION_1)
+    assert header["format_version"] == 1
+    layers = {path: CLASSES[meta["type"]].from_meta(meta, kernel=kernel) for path, meta in header["layers"].items()}
+    for path, layer in layers.items():
+        layer.load_state_dict({key: tensors[f"{path}.{key}"] for key in ("bits", "side")})
+    expected = load_file(VERSION_1 / "expected.safetensors")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            x = expected["input"]
+            for path in ("strided", "depthwise", "grouped", "up"):
+                x = layers[path](x)
+            y = layers["tokens"](x.permute(0, 2, 3, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, expected["output"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the process's maps are not readable here")
+def test_tensors_are_mapped_not_read(folder: Path) -> None:
+    _, tensors = read_packed(folder)
+    (start, end) = next(
+        [int(part, 16) for part in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / TENSORS))
+    )
+    assert all(start <= tensor.data_ptr() < end for tensor in tensors.values())
 
 
 def rehash(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

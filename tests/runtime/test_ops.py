@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-from bidensify.runtime import PackedLayer, native, pack
+from bidensify.runtime import PackedLayer, native, ops, pack
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import relative, settle
@@ -83,6 +83,46 @@ def test_fake_tensors_have_the_right_shape_and_order() -> None:
     y = packed.to("meta")(x)
     assert isinstance(y, Tensor)
     assert y.shape == (1, 4, 10, 14)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_changes_nothing_inside_a_layer(kernel: str) -> None:
+    # 9 * 70 products: a sum past 256 is no longer exact in bfloat16.
+    packed = PackedLayer.from_layer(settle(BiDenseConv2d(70, 24, 3, padding=1)), kernel=kernel)
+    x = torch.randn(1, 70, 6, 7) + 1
+    with torch.no_grad():
+        want = packed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), want)
+
+
+def test_inductor_compiles_a_packed_network() -> None:
+    packed = network()
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        assert relative(torch.compile(packed, fullgraph=True)(x), packed(x)) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["CUDA", "MPS", "XPU"])
+def test_devices_without_kernels_run_the_path_that_is_tested_here(key: str) -> None:
+    name = "bidensify::packed_conv2d"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    # The same function, on tensors of this machine: what a device computes but for its own convolution.
+    for make, shape in (
+        (lambda: BiDenseConv2d(40, 24, 3, 2, 1, groups=2), (2, 40, 9, 8)),
+        (lambda: BiDenseConv2d(33, 33, 5, padding=2, groups=33), (1, 33, 9, 8)),
+        (lambda: BiDenseConvTranspose2d(16, 8, 3, 2, 1, 1), (1, 16, 4, 5)),
+    ):
+        packed = PackedLayer.from_layer(settle(make()))
+        x = torch.randn(shape)
+        arguments = (packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, "auto")
+        with torch.no_grad():
+            want = packed(x)
+            assert torch.equal(ops._without_kernels(x, *arguments), want)
+        on_meta = (value.to("meta") if isinstance(value, Tensor) else value for value in arguments)
+        y = ops.reference_operator(x.to("meta"), *on_meta)  # type: ignore[arg-type]
+        assert y.shape == want.shape
+        assert y.stride() == want.stride()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
