@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +17,7 @@ from bidensify.rewrite.kinds import macs_of
 from bidensify.rewrite.plan import LayerPlan
 from bidensify.rewrite.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.recorded import scope_of
+from bidensify.rewrite.rules import matches_layer, rule_labels, without_match
 
 __all__ = ["plan_layers"]
 
@@ -58,34 +56,6 @@ def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) ->
         action="binary",
         reason="",
         makes_weight=bool(uses) and not any(uses),
-    )
-
-
-def _matches(rule: Rule, layer: LayerPlan, module: nn.Module) -> bool:
-    pattern = rule.match
-    if pattern.startswith("re:"):
-        try:
-            fits = re.fullmatch(pattern[3:], layer.path) is not None
-        except re.error as error:
-            raise PlanError(f"rule {pattern!r}: not a regular expression ({error})") from error
-    elif pattern.startswith("class:"):
-        fits = any(cls.__name__ == pattern[6:] for cls in type(module).__mro__)
-    else:
-        fits = fnmatch.fnmatchcase(layer.path, pattern)
-    if not fits:
-        return False
-    sizes = {
-        "in_channels": layer.in_channels,
-        "out_channels": layer.out_channels,
-        "kernel_size": max(layer.kernel_size),
-        "stride": max(layer.stride),
-        "groups": layer.groups,
-        "height": layer.output[0] if layer.output else 0,
-        "width": layer.output[-1] if layer.output else 0,
-    }
-    return all(
-        (low is None or sizes[key] >= low) and (high is None or sizes[key] <= high)
-        for key, (low, high) in rule.where.items()
     )
 
 
@@ -142,24 +112,22 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
             "the network has no convolution or linear layer (nn.Conv2d, nn.ConvTranspose2d, nn.Linear or a subclass), "
             "so there is nothing to binarize"
         )
-    matches: dict[str, int] = {rule.match: 0 for rule in config.rules}
+    labels = rule_labels(config.rules)
+    matches = dict.fromkeys(labels, 0)
     layers: list[LayerPlan] = []
     for path in sorted(modules, key=lambda p: order.get(p, len(order))):
         nodes = called.get(path, [])
         layer = _describe(flow, path, modules[path], nodes)
-        rule = next((rule for rule in config.rules if _matches(rule, layer, modules[path])), None)
-        for each in config.rules:
+        fits = [matches_layer(rule, layer, modules[path]) for rule in config.rules]
+        rule = next((rule for rule, fit in zip(config.rules, fits) if fit), None)
+        for label, fit in zip(labels, fits):
             # A rule behind one that decides first still matches something: only a rule without effect is a mistake.
-            matches[each.match] += _matches(each, layer, modules[path])
+            matches[label] += fit
         reason, unusual = default_reason(flow, layer, nodes, config), unusual_layer(flow, layer, modules[path])
         layers.append(_decide(layer, modules[path], reason, unusual, rule, config))
-    for name, count in matches.items():
+    for rule, count in zip(config.rules, matches.values()):
         if count == 0:
-            near = difflib.get_close_matches(name, list(modules), n=4, cutoff=0.3)
-            raise PlanError(
-                f"rule {name!r} matches no convolution or linear layer of the network. Near names: "
-                f"{', '.join(near) if near else ', '.join(list(modules)[:6]) + ' ...'}"
-            )
+            raise PlanError(without_match(rule, layers, modules))
     layers.extend(_scripted(flow))
     for node in flow.record.graph.nodes:
         if node.op == "call_function" and flow.is_layer(node):

@@ -259,9 +259,12 @@ class Plan:
         from rich.table import Table
 
         share = 100 * self.binary_mac_share()
+        rules = "".join(
+            f"\nrule {match!r} matches {count} layer{'s' * (count != 1)}" for match, count in self.rule_matches.items()
+        )
         table = Table(
             title=f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs",
-            caption=f"recorded on {self.inputs}" + "".join(f"\n{note}" for note in self.notes),
+            caption=f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes),
         )
         for column in ("layer", "kind", "shape"):
             table.add_column(column, overflow="fold")
