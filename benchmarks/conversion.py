@@ -45,7 +45,7 @@ def measure(source: str) -> dict[str, Any]:
     from bidensify.models import build_model
 
     torch.set_num_threads(1)
-    small = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3) for _ in range(3)))
+    small = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 1))
     # What the first conversion of a process imports is not this network's.
     bidensify.bidensify(small)
     model = build_model(source, **SOURCES.get(source, {}))
@@ -103,7 +103,7 @@ def main() -> None:
         rows = {row["network"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
     for source in options.sources or SOURCES:
         command = [sys.executable, __file__, "--child", source]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows[source] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(rows[source]), flush=True)
         if options.output:
