@@ -45,13 +45,13 @@ class Entry:
     Attributes:
         name: SOURCE:NAME, as ``build_model`` has it (transformers: SOURCE:AUTO/CLASS).
         build: makes it.
-        inputs: a batch of n examples: positional and keyword arguments.
+        inputs: a batch of n examples: positional and keyword arguments. None: what ``bidensify`` derives from the network.
         unavailable: why it cannot be built here, or an empty string.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[int], Inputs]
+    inputs: Callable[[int], Inputs] | None
     unavailable: str = ""
 
     @property
@@ -93,18 +93,14 @@ def _transformers() -> dict[str, Entry]:
     entries = {}
     for name, build in listed.MODELS.items():
         inputs = given.get(name)
-        entries[name] = Entry(name, build, _keywords(inputs) if inputs is not None else _pixels)
+        entries[name] = Entry(name, build, _keywords(inputs) if inputs is not None else None)
     for name, reason in missing.items():
-        entries[name] = Entry(name, nn.Identity, _pixels, reason)
+        entries[name] = Entry(name, nn.Identity, None, reason)
     return entries
 
 
 def _keywords(inputs: Callable[[int], dict[str, Tensor]]) -> Callable[[int], Inputs]:
     return lambda batch: ((), inputs(batch))
-
-
-def _pixels(batch: int) -> Inputs:
-    return (), {"pixel_values": image(batch, SIDE)}
 
 
 def strict(name: str, check: str) -> bool:

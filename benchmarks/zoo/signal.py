@@ -144,9 +144,9 @@ class _Graph:
                 current = self.computed(current)[0] if layers == 1 else None
             else:
                 current = self.source(current)
-        if current is None or self._grows(current, side) or not self._works(current, side):
+        if current is None or self._grows(current, side) or self._grows(current, other):
             return None
-        return current
+        return current if self._works(current, side) else None
 
     def _between(self, early: fx.Node, late: fx.Node) -> list[fx.Node]:
         nodes = self.nodes[self.number[early] + 1 : self.number[late] + 1]
