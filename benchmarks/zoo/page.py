@@ -44,7 +44,7 @@ What the columns say:
 - **packed**: the largest difference between a packed layer and its latent twin on the same input, relative to the largest
   output.
 
-`+` passes, `-` means that the original network cannot do it either, anything else is a failure that is written out at the end.
+`+` passes, `-` means that it fails on the original network too, anything else is a failure that is written out at the end.
 """
 
 MARKS = (
