@@ -119,11 +119,16 @@ class Subject:
 
 @contextmanager
 def outputs_of(model: nn.Module, paths: Mapping[int, str]) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """path -> (arguments, output) of each call of the modules with these ids, while the context lasts."""
+    """path -> copies of (arguments, output) of each call of the modules with these ids, while the context lasts."""
     seen: dict[str, list[tuple[Any, Any]]] = {}
 
     def note(path: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.setdefault(path, []).append((args, output))
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # A residual add in place writes into the layer's own output.
+            copied = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+            seen.setdefault(path, []).append((copied, output.clone()))
+
+        return hook
 
     hooks = [m.register_forward_hook(note(paths[id(m)])) for m in model.modules() if id(m) in paths]
     try:
