@@ -218,7 +218,8 @@ def check_save_pretrained(subject: Subject) -> str:
     again = twin.state_dict()
     for name, value in own.items():
         require(name in again and torch.equal(again[name], value), f"{name} differs after save_pretrained")
-    difference = first_difference(subject.run(twin.eval()), subject.run(subject.student))
+    # Values that are read from a file lie elsewhere in memory, and sums of vectors begin at another element.
+    difference = close(subject.run(twin.eval()), subject.run(subject.student), 1e-5)
     require(not difference, f"after reloading: {difference}")
     return PASS
 
