@@ -203,6 +203,28 @@ class PackedLayer(nn.Module):
                 f"channels on dimension {channel_dim}"
             )
 
+    # Code around a convolution reads these (transformers' TensorFlow padding).
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """(kh, kw)."""
+        return self.spec.kernel
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(sh, sw)."""
+        return self.spec.stride
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """(dh, dw)."""
+        return self.spec.dilation
+
+    @property
+    def groups(self) -> int:
+        """Of the convolution."""
+        return self.spec.groups
+
     def extra_repr(self) -> str:
         s = self.spec
         text = f"{s.in_channels}, {s.out_channels}"
