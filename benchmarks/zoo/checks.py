@@ -141,6 +141,14 @@ def outputs_of(model: nn.Module, paths: Mapping[int, str]) -> Iterator[dict[str,
 def gradients(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
     """Gradients of a random projection of all outputs, in training mode, by parameter name."""
     model = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for layer in subject.plan.kept:
+            bias = (
+                getattr(model.get_submodule(layer.path), "bias", None) if layer.reason == "prediction layer" else None
+            )
+            if bias is not None:
+                # A depth that ends in a ReLU can be 0 everywhere at random weights, and then has no gradient at all.
+                bias += 1
     torch.manual_seed(0)
     found = [t for t in tensors(model(*subject.args, **subject.kwargs)) if t.is_floating_point() and t.requires_grad]
     generator = torch.Generator().manual_seed(0)

@@ -44,7 +44,14 @@ What the columns say:
 - **packed**: the largest difference between a packed layer and its latent twin on the same input, relative to the largest
   output.
 
-`+` passes, `-` means that it fails on the original network too, anything else is a failure that is written out at the end.
+`+` passes, `?` was not run, `-` means that it fails on the original network too; anything else is a failure, written out at the
+end.
+"""
+
+SCALE = """\
+Where the original normalises again and again (convolutions with BatchNorm in a decoder, a projection shortcut), its scale
+starts anew; the full-precision signal of the rewritten network goes on through the bypasses, and each binary branch adds to it.
+Over many layers the sum of both outgrows the original.
 """
 
 MARKS = (
@@ -129,8 +136,8 @@ def _totals(rows: list[dict[str, Any]], refused: int) -> str:
         f"- One full-precision signal at every binary layer: {passed('signal')}.",
         f"- `torch.compile(fullgraph=True)` where the original does {passed('compile')}; `torch.export` where the original "
         f"does {passed('export')}.",
-        f"- Scale within ×4 {passed('scale')}; signs mixed {passed('signs')} (these two are asked of convolutional networks, and "
-        "reported for all); packed layers equal "
+        f"- Scale within ×4 {passed('scale')}; signs mixed {passed('signs')} (among all networks; the scale is asked of "
+        "decoders, ResNet-50, ConvNeXt-T, MobileNetV3 and MiT, the signs of convolutional networks); packed layers equal "
         f"{passed('pack')}.",
     ]
     return "\n".join(lines)
@@ -173,7 +180,7 @@ def render(rows: dict[str, dict[str, Any]], order: list[str]) -> str:
         parts.append(_table(["network", "reason"], ([r["name"], _short_reason(r["refused"])] for r in refused)))
     wrong = [(row["name"], text) for row in tried for text in failures(row)]
     if wrong:
-        parts += ["\n## Failures\n", _table(["network", "what"], ([n, _short_reason(t)] for n, t in wrong))]
+        parts += ["\n## Failures\n", SCALE, _table(["network", "what"], ([n, _short_reason(t)] for n, t in wrong))]
     beyond = [
         (row["name"], row["checks"][name]["status"])
         for row in done

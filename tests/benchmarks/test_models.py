@@ -16,7 +16,7 @@ pytest.importorskip("segmentation_models_pytorch")
 pytest.importorskip("timm")
 
 from zoo.checks import CHECKS
-from zoo.networks import DECODERS, ENCODERS, networks
+from zoo.networks import DECODERS, ENCODERS, SHORT, networks
 from zoo.page import failures, render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,4 +117,5 @@ def test_published_page_is_of_the_list_and_of_its_results() -> None:
     rows = module.read(module.RESULTS)
     assert list(rows) == order, "run: python benchmarks/models.py --resume"
     assert module.PAGE.read_text() == render(rows, order), "run: python benchmarks/models.py --render"
-    assert {name: failures(row) for name, row in rows.items() if failures(row)} == {}
+    wrong = {name: [text.partition(":")[0] for text in failures(row)] for name, row in rows.items() if failures(row)}
+    assert wrong == {name: list(checks) for name, checks in SHORT.items()}
