@@ -23,6 +23,7 @@ from bidensify.nn import (
     evaluation,
     make_binary,
 )
+from bidensify.nn import native as training
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.runtime import PackedLayer, native, pack
 
@@ -189,3 +190,28 @@ def test_a_latent_layer_on_the_meta_device_gives_its_shape() -> None:
     layer = settle(BiDenseConv2d(20, 36, 3, 2, 1)).to("meta")
     with torch.no_grad():
         assert layer(torch.empty(2, 20, 9, 9, device="meta")).shape == (2, 36, 5, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_layers_agree_on_every_instruction_set_and_without_kernels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = [
+        (settle(BiDenseConv2d(70, 33, 3, 2, 1)), (2, 70, 9, 13)),
+        (settle(BiDenseConv2d(20, 64, 3, padding=1, act_scale="none")), (1, 20, 11, 17)),
+        (settle(BiDenseLinear(33, 16)), (2, 67, 33)),
+    ]
+    chosen = training.instruction_set()
+    for layer, shape in layers:
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            want = PackedLayer.from_layer(layer, kernel="reference")(x)
+            for name in training.instruction_sets():
+                training.use(name)
+                assert torch.equal(layer(x), want), name
+            if training.available():
+                training.use(chosen)
+            with monkeypatch.context() as patch:
+                patch.setattr(evaluation.evaluation_ops, "evaluates", lambda x: False)
+                assert torch.equal(layer(x), want)
