@@ -130,6 +130,9 @@ def specs(value: Any) -> Any:
         return TensorSpec(tuple(value.shape), value.dtype)
     if isinstance(value, Mapping):
         return {key: specs(item) for key, item in value.items()}
+    if isinstance(value, torch.Size):
+        # Generated code tells one from a tuple, as its callers hand it on.
+        return value
     if isinstance(value, tuple):
         return tuple(specs(item) for item in value)
     if isinstance(value, list):
