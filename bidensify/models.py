@@ -88,7 +88,7 @@ def _auto_for(library: Any, config: Any) -> str:
     """The first dense-prediction AutoModel that takes this configuration; a saved model's own class is preferred."""
     wanted = [name for name in getattr(config, "architectures", None) or () if hasattr(library, name)]
     takes = [name for name in _AUTOS if type(config) in getattr(library, name)._model_mapping]
-    return (wanted + takes + ["AutoModel"])[0]
+    return str((wanted + takes + ["AutoModel"])[0])
 
 
 def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
@@ -101,10 +101,10 @@ def _transformers(name: str, options: dict[str, Any]) -> nn.Module:
         cls = getattr(library, str(auto or _auto_for(library, config)))
         model: nn.Module = cls.from_pretrained(name, local_files_only=True, **options)
         return model
-    own = getattr(library, name, None) if name.isidentifier() else None
-    if isinstance(own, type) and issubclass(own, nn.Module) and getattr(own, "config_class", None) is not None:
-        named: nn.Module = own(own.config_class(**options))
-        return named
+    own: Any = getattr(library, name, None) if name.isidentifier() else None
+    settings = getattr(own, "config_class", None)
+    if settings is not None and isinstance(own, type) and issubclass(own, nn.Module):
+        return own(settings(**options))
     try:
         config = library.AutoConfig.for_model(name, **options)
     except ValueError as error:
