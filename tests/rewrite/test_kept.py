@@ -46,7 +46,11 @@ def test_everything_in_front_of_the_one_binary_layer_is_untouched() -> None:
 
 @pytest.mark.parametrize(
     ("name", "path", "exact"),
-    [("resnet18", "layer4.0.downsample.0", 4), ("mobilenetv3_large_100", "blocks.6.0.conv", 4), ("hrnet_w18_small", "", 0)],
+    [
+        ("resnet18", "layer4.0.downsample.0", 4),
+        ("mobilenetv3_large_100", "blocks.6.0.conv", 4),
+        ("hrnet_w18_small", "", 0),
+    ],
 )
 def test_backbones(name: str, path: str, exact: int) -> None:
     timm = pytest.importorskip("timm")

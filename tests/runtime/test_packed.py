@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bidensify as bd
+from bidensify.demo.network import unet
 from bidensify.errors import ConfigError, FormatError, PackError
 from bidensify.nn import (
     BiDenseConv2d,
@@ -419,3 +423,20 @@ def test_without_a_library_one_warning_says_how_to_get_it(monkeypatch: pytest.Mo
     finally:
         for cached in (native.load, native.available_kernels, native._tier):
             cached.cache_clear()
+
+
+def test_a_packed_network_keeps_nothing_of_the_latent_one() -> None:
+    student = bd.bidensify(unet(width=8)).eval()
+    latent = [weakref.ref(layer.latent_weight) for _, layer in bd.nn.binary_layers(student)]
+    packed = bd.pack(student)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        packed(x)
+    del student
+    gc.collect()
+    assert latent
+    assert all(reference() is None for reference in latent)
+    for layer in packed_layers(packed).values():
+        held = sum(t.untyped_storage().nbytes() for t in layer.buffers())
+        assert held == layer.bits.numel() + 4 * layer.side.numel() + 4 * layer.tiles.numel()
+        assert not list(layer.parameters())
