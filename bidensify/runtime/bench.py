@@ -215,26 +215,22 @@ def _line(row: Row) -> str:
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """Rich tables: milliseconds and, in brackets, how many times faster than float; then memory, where it was measured."""
+    """Rich tables: a line per case, threads and variant with its time and how many times faster than float; then memory."""
     from rich.console import Group
     from rich.table import Table
 
     rows = [Row(**row) for row in result["rows"]]
-    columns = list(dict.fromkeys(key for row in rows for key in row.milliseconds))
     table = Table(title=f"{result['machine']['processor']}, torch {result['machine']['torch']}")
-    table.add_column("case")
-    table.add_column("threads", justify="right")
-    for column in columns:
-        table.add_column(f"{column} (ms)", justify="right")
+    for column in ("case", "threads", "variant", "ms", "faster than float"):
+        table.add_column(column, justify="left" if column in ("case", "variant") else "right")
     for row in rows:
-        cells = []
-        for column in columns:
-            if column not in row.milliseconds:
-                cells.append("")
-                continue
-            ratio = "" if column == "float" or "float" not in row.milliseconds else f" ({row.ratio(column):.2f}x)"
-            cells.append(f"{row.milliseconds[column]:.3f}{ratio}")
-        table.add_row(row.case, str(row.threads), *cells)
+        for number, (variant, milliseconds) in enumerate(row.milliseconds.items()):
+            known = variant != "float" and "float" in row.milliseconds
+            case = (row.case, str(row.threads)) if number == 0 else ("", "")
+            table.add_row(
+                *case, variant, f"{milliseconds:.3f}", f"{row.ratio(variant):.2f}x" if known else "",
+                end_section=number == len(row.milliseconds) - 1,
+            )  # fmt: skip
     if not any(row.memory for row in rows):
         return table
     peaks = Table(title="Peak resident memory of inference (MiB); libraries are the same process without a network")
