@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bidensify.runtime.allocator import keep_freed_memory
 from bidensify.runtime.format import read_packed, write_packed
 from bidensify.runtime.pack import pack, replace_layers, set_float_dtype, set_kernel
 from bidensify.runtime.packed import PackedConv2d, PackedConvTranspose2d, PackedLayer, PackedLinear, packed_layers
@@ -13,6 +14,7 @@ __all__ = [
     "PackedConvTranspose2d",
     "PackedLayer",
     "PackedLinear",
+    "keep_freed_memory",
     "pack",
     "packed_layers",
     "read_packed",
