@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from bidensify._files import atomic_write
 from bidensify.errors import CheckError, ConfigError, FormatError, MissingExtraError, PlanError
 from bidensify.nn.arithmetic import any_order
+from bidensify.nn.flags import frozen_flags
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
 
 __all__ = ["Exported", "export"]
@@ -72,7 +72,7 @@ def export(
         raise ConfigError(f"export to {target.name!r}: the suffix must be one of {list(_SUFFIXES)}")
     if target.suffix == ".onnx":
         _need_onnx()
-    with _evaluating(model), torch.no_grad():
+    with frozen_flags(model), torch.no_grad():
         args, kwargs, output = _run(model, example_inputs)
         program = _capture(model, args, kwargs, dynamic)
         expected = _tensors(output)
@@ -91,17 +91,6 @@ def _need_onnx() -> None:
         raise MissingExtraError(
             f"export to ONNX needs the packages onnx and onnxscript ({error}): pip install 'bidensify[onnx]'"
         ) from None
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _run(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -6,9 +6,8 @@ binary layer of the weight so made: ``s_o = mean |w|``, ``sign(w)`` of the tenso
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from bidensify.nn import fused, native
+from bidensify.nn.flags import frozen_flags
 from bidensify.nn.ste import binarize_weight
 
 __all__ = [
@@ -132,18 +132,6 @@ def make_weight(layer: nn.Module) -> None:
             hook(layer, ())
 
 
-@contextlib.contextmanager
-def _evaluating(layer: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in layer.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def used_weight(layer: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The float tensor that a layer convolves with, as its own code makes it of its parameters; detached.
 
@@ -169,7 +157,7 @@ def used_weight(layer: nn.Module, forward: Callable[[Tensor], Tensor] | None = N
         seen.append(weight.detach())
         return weight
 
-    with torch.no_grad(), _evaluating(layer), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), frozen_flags(layer), torch.random.fork_rng(devices=[]):
         make_weight(layer)
         with UsedWeight(note):
             (layer.forward if forward is None else forward)(probe)

@@ -12,8 +12,8 @@ from torch.fx.node import map_aggregate
 
 from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
+from bidensify.nn.flags import frozen_flags
 from bidensify.nn.weight import copy_model
-from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.plan import Plan
 from bidensify.rewrite.recorded import Record, specs, tensors_in
 from bidensify.rewrite.untouched import untouched

@@ -1,17 +1,15 @@
-"""Which modules are one step of a record, and how their flags are held still while a network runs."""
+"""Which modules are one step of a record."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from bidensify.rewrite.kinds import is_frozen_norm
 
-__all__ = ["frozen_flags", "is_leaf"]
+__all__ = ["is_leaf"]
 
 _ACTIVATION_NAMES = re.compile(
     r"^(?:Fast|Quick|New|ClippedG|GELUT|)"
@@ -53,16 +51,3 @@ def is_leaf(module: nn.Module) -> bool:
     if name.startswith(("RPReLU", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
         return True
     return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
-
-
-@contextlib.contextmanager
-def frozen_flags(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without calling ``train()`` (which a model may have overridden), flags put back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

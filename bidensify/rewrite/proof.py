@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bidensify.nn.flags import frozen_flags
 from bidensify.rewrite.arguments import NotTraceable, bind, values_of
 from bidensify.rewrite.generated import unimportable
-from bidensify.rewrite.leaves import frozen_flags
 from bidensify.rewrite.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.trace import trace_once
 from bidensify.rewrite.untouched import untouched

@@ -16,9 +16,10 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import PlanError
+from bidensify.nn.flags import frozen_flags
 from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
-from bidensify.rewrite.leaves import frozen_flags, is_leaf
+from bidensify.rewrite.leaves import is_leaf
 from bidensify.rewrite.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
 from bidensify.rewrite.untouched import untouched
 

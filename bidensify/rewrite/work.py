@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bidensify.nn import RPReLU
-from bidensify.rewrite.kinds import macs_of
+from bidensify.rewrite.kinds import is_norm_module, macs_of
 from bidensify.rewrite.recorded import Record, TensorSpec, plain_name, scope_of
 
 __all__ = ["LayerCall", "calls_of", "functions_of", "layer_work", "numel", "per_element"]
@@ -35,16 +35,15 @@ _MULTIPLIES_TEXT = (
 )
 _MOVES, _MULTIPLIES = frozenset(_MOVES_TEXT.split()), frozenset(_MULTIPLIES_TEXT.split())
 _STILL = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call: shapes of its first input and of its output (the largest of several), its node unless it is a block."""
+    """One call: shapes of its first input and of its output (the largest of several), its node."""
 
     input: tuple[int, ...]
     output: tuple[int, ...]
-    node: fx.Node | None = None
+    node: fx.Node
 
 
 def numel(shape: Iterable[int]) -> int:
@@ -70,15 +69,12 @@ def _largest(value: Any) -> tuple[int, ...]:
 
 
 def calls_of(record: Record) -> dict[str, list[LayerCall]]:
-    """Path -> calls of every leaf layer, and of RPReLU, which is a block of functions."""
+    """Path -> calls of every leaf layer."""
     calls: dict[str, list[LayerCall]] = defaultdict(list)
     for node in record.graph.nodes:
         if node.op == "call_module":
             first = node.all_input_nodes[0].meta.get("spec") if node.all_input_nodes else None
             calls[str(node.target)].append(LayerCall(_largest(first), _largest(node.meta.get("spec")), node))
-    for path, made in record.calls.items():
-        if isinstance(record.modules.get(path), RPReLU):
-            calls[path] += [LayerCall(_largest(call.args), _largest(call.args)) for call in made]
     return calls
 
 
@@ -88,14 +84,14 @@ def per_element(module: nn.Module) -> int:
         return 0
     if isinstance(module, RPReLU):
         return 3
-    return 2 if isinstance(module, _NORMS) or type(module).__name__.startswith("FrozenBatchNorm") else 1
+    return 2 if is_norm_module(module) else 1
 
 
 def layer_work(module: nn.Module, call: LayerCall) -> tuple[int, int]:
     """(multiply-accumulates, elementwise operations) per sample of one call of a full-precision layer."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         return macs_of(module, call.output), 0
-    if call.node is not None and isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)):
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)):
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _counted(module, call.node), 0
     return 0, per_element(module) * numel(call.output)
@@ -116,7 +112,7 @@ def functions_of(record: Record) -> tuple[dict[str, tuple[int, int]], tuple[str,
             name = plain_name(node.target)
             path = next((block for block, _ in reversed(scope_of(node))), "")
             shape = _largest(node.meta.get("spec"))
-            if name in _MOVES or not shape or isinstance(record.modules.get(path), RPReLU):
+            if name in _MOVES or not shape:
                 continue
             macs, elements = found.get(path, (0, 0))
             if name in _MULTIPLIES:

@@ -49,20 +49,11 @@ def reference_operator(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _without_kernels(
-    x: Tensor,
-    tiles: Tensor,
-    side: Tensor,
-    spec: Sequence[int],
-    thresholds: Tensor | None,
-    levels: Tensor | None,
-    residual: Tensor | None,
-    kernel: str,
-) -> Tensor:
+def _without_kernels(x: Tensor, *arguments: Any) -> Tensor:
     """What runs on CUDA, MPS and XPU, and on the CPU for ``kernel="reference"``."""
     # Autocast reaches the convolution inside, whose sums are no integers in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
+        return reference_operator(x, *arguments)
 
 
 def _cpu(
