@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import torch
+from children import in_child
 
 from bidensify._machine import cpu_name
 
@@ -102,9 +101,7 @@ def main() -> None:
     if options.output and options.output.is_file():
         rows = {row["network"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
     for source in options.sources or SOURCES:
-        command = [sys.executable, __file__, "--child", source]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows[source] = json.loads(done.stdout.splitlines()[-1])
+        rows[source] = in_child(__file__, source)
         print(json.dumps(rows[source]), flush=True)
         if options.output:
             figures = {"processor": cpu_name(), "torch": torch.__version__, "rows": list(rows.values())}

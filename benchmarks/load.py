@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from children import in_child
 
 from bidensify._machine import cpu_name
 
@@ -75,9 +74,7 @@ def main() -> None:
         return
     rows = []
     for source in options.sources:
-        command = [sys.executable, __file__, "--child", source]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(in_child(__file__, source))
     figures = {"processor": cpu_name(), "torch": torch.__version__, "rows": rows}
     if options.output:
         options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,123 +18,12 @@ import bidensify as bd
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
 from bidensify.rewrite import Plan, apply_plan
 from bidensify.rewrite.record import record
-from zoo import stages
+from zoo.figures import check_pack, check_scale, check_signs
 from zoo.networks import Entry
 from zoo.signal import joined_signals
+from zoo.subject import ABSENT, PASS, CheckFailed, Subject, close, first_difference, require, structure, tensors
 
 __all__ = ["CHECKS", "examine"]
-
-PASS, ABSENT = "pass", "not in the original"
-
-
-class CheckFailed(AssertionError):
-    """What a check found."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ``CheckFailed`` with the message unless the condition holds."""
-    if not condition:
-        raise CheckFailed(message)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in an output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors(item)]
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors(item)]
-    return []
-
-
-def structure(value: Any) -> Any:
-    """An output with its tensors replaced by their shapes and dtypes, and its containers by their classes."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype)
-    if isinstance(value, Mapping):
-        return type(value).__name__, {key: structure(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value).__name__, [structure(item) for item in value]
-    return type(value).__name__
-
-
-def first_difference(a: Any, b: Any) -> str:
-    """Where two outputs' tensors differ in any bit, or an empty string."""
-    left, right = tensors(a), tensors(b)
-    if len(left) != len(right):
-        return f"{len(left)} tensors against {len(right)}"
-    for number, (x, y) in enumerate(zip(left, right)):
-        if x.shape != y.shape or not torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)):
-            gap = (x - y).abs().max().item() if x.shape == y.shape else float("nan")
-            return f"tensor {number} differs by up to {gap:.3g}"
-    return ""
-
-
-def close(a: Any, b: Any, tolerance: float) -> str:
-    """Where two outputs' tensors differ by more than ``tolerance`` of their largest value, or an empty string."""
-    for number, (x, y) in enumerate(zip(tensors(a), tensors(b), strict=True)):
-        if x.is_floating_point() and x.numel():
-            gap = (x - y).abs().max().item() / max(y.abs().max().item(), 1e-12)
-            if not gap <= tolerance:
-                return f"tensor {number} differs by {gap:.3g} of its largest value"
-    return ""
-
-
-class Subject:
-    """A network, its rewritten form and example inputs; what the checks share."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-        torch.manual_seed(0)
-        self.model = entry.build().eval()
-        if entry.inputs is None:
-            self.args, self.kwargs = record(self.model).inputs
-        else:
-            self.args, self.kwargs = entry.inputs(2)
-        self.expected = self.run(self.model)
-        self.example = self.kwargs if self.kwargs else self.args
-        self.student: nn.Module = nn.Identity()
-        self.seconds = 0.0
-
-    def run(self, model: nn.Module) -> Any:
-        """The output on the example batch, without gradients."""
-        with torch.no_grad():
-            torch.manual_seed(0)
-            return model(*self.args, **self.kwargs)
-
-    def convert(self) -> None:
-        """Rewrites a copy; processor seconds, since other work may share the machine."""
-        start = time.process_time()
-        self.student = bd.bidensify(self.model, example_inputs=self.example)
-        self.seconds = time.process_time() - start
-
-    @property
-    def plan(self) -> Plan:
-        plan = self.student.bidensify_plan
-        assert isinstance(plan, Plan)
-        return plan
-
-
-@contextmanager
-def outputs_of(model: nn.Module, paths: Mapping[int, str]) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """path -> copies of (arguments, output) of each call of the modules with these ids, while the context lasts."""
-    seen: dict[str, list[tuple[Any, Any]]] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # A residual add in place writes into the layer's own output.
-            copied = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-            seen.setdefault(path, []).append((copied, output.clone()))
-
-        return hook
-
-    hooks = [m.register_forward_hook(note(paths[id(m)])) for m in model.modules() if id(m) in paths]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def gradients(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
@@ -339,83 +226,6 @@ def check_signal(subject: Subject) -> str:
     shown = ", ".join(f"{path} {'/'.join(map(str, each))}" for path, each in list(wrong.items())[:6])
     require(not wrong, f"{len(wrong)} of {len(counts)} layers: signals joined {shown}")
     return PASS
-
-
-def check_scale(subject: Subject) -> dict[str, Any]:
-    """Standard deviation of every stage of the untrained rewrite against the original's, with batch statistics."""
-    ratios = stages.ratios(subject.model, subject.student, subject.plan, subject.run)
-    if not ratios:
-        return {"status": ABSENT}
-    low, high = min(ratios, key=lambda p: ratios[p]), max(ratios, key=lambda p: ratios[p])
-    result = {"low": round(ratios[low], 2), "high": round(ratios[high], 2), "low_at": low, "high_at": high}
-    inside = ratios[low] >= 0.25 and ratios[high] <= 4
-    message = f"{low} has {ratios[low]:.2f} and {high} {ratios[high]:.2f} times the original's deviation"
-    return {"status": PASS if inside else message, **result}
-
-
-def check_signs(subject: Subject) -> dict[str, Any]:
-    """After calibration on the batch, the share of binarizer channels with 5 % to 95 % of +1 on that batch."""
-    student = copy.deepcopy(subject.student)
-    bd.calibrate(student, [subject.example])
-    layers = dict(binary_layers(student))
-    mixed: Counter[str] = Counter()
-    channels: Counter[str] = Counter()
-    paths = {id(layer.binarizer): path for path, layer in layers.items()}
-    shares: dict[str, list[Tensor]] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any) -> None:
-            x = args[0]
-            beta = module.codes(x)[0]
-            other = [d for d in range(x.dim()) if d != module.dim % x.dim()]
-            shares.setdefault(path, []).append((x >= beta).float().mean(other))
-
-        return hook
-
-    hooks = [layer.binarizer.register_forward_pre_hook(note(paths[id(layer.binarizer)])) for layer in layers.values()]
-    subject.run(student.eval())
-    for each in hooks:
-        each.remove()
-    for path, calls in shares.items():
-        share = torch.stack(calls).mean(0)
-        channels[path] = share.numel()
-        mixed[path] = int(((share >= 0.05) & (share <= 0.95)).sum())
-    part = sum(mixed.values()) / max(1, sum(channels.values()))
-    worst = sorted(channels, key=lambda p: mixed[p] - channels[p])[:3]
-    message = f"{100 * part:.1f} % of channels have mixed signs; worst: " + ", ".join(
-        f"{path} {mixed[path]} of {channels[path]}" for path in worst
-    )
-    return {"status": PASS if part >= 0.95 else message, "share": round(part, 4)}
-
-
-def check_pack(subject: Subject) -> dict[str, Any]:
-    """Packs, and gives each packed layer what its latent twin saw: the largest difference, as a share of the largest value."""
-    student = copy.deepcopy(subject.student)
-    # Thresholds are midpoints or values of the batch that they were set on, so ties are the rule on that very batch: the
-    # comparison runs on another one.
-    bd.calibrate(student, [_mirrored(subject.example)])
-    student.eval()
-    packed = bd.pack(student)
-    worst, where = 0.0, ""
-    with outputs_of(student, {id(m): path for path, m in binary_layers(student)}) as seen:
-        subject.run(student)
-    with torch.no_grad():
-        for path, calls in seen.items():
-            for args, output in calls[:1]:
-                got = packed.get_submodule(path)(*args)
-                gap = ((got - output).abs().max() / output.abs().max().clamp(min=1e-6)).item()
-                worst, where = max((worst, where), (gap, path))
-    now = structure(subject.run(packed))
-    require(now == structure(subject.expected), f"the packed network's output is {now}")
-    return {"status": PASS if worst <= 1e-4 else f"{where} differs by {worst:.2g}", "worst": float(f"{worst:.1e}")}
-
-
-def _mirrored(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return 0.9 * value.flip(-1) + 0.05 if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _mirrored(item) for key, item in value.items()}
-    return tuple(_mirrored(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def layers_of(subject: Subject) -> dict[str, Any]:

@@ -19,23 +19,16 @@ Source of the layer itself: BiDense (arXiv 2411.10346), eq. 1-6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidensify.errors import ConfigError
-from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer
 from bidensify.nn.bypass import Bypass
-
-if TYPE_CHECKING:
-    from bidensify.nn.layer import BinaryLayer
+from bidensify.nn.folding import Folded, fold
+from bidensify.nn.sums import BLOCK, any_order, block_sums
 
 __all__ = [
     "BLOCK",
@@ -50,47 +43,6 @@ __all__ = [
     "own_signal",
     "thresholds",
 ]
-
-BLOCK = 64
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-# Set while the arithmetic is written out for another runtime, which has an order of its own.
-_any_order: ContextVar[bool] = ContextVar("any_order", default=False)
-
-
-@contextmanager
-def any_order() -> Iterator[None]:
-    """Within it sums are taken in whatever order ``torch.sum`` likes: a graph of a few nodes, equal to rounding."""
-    token = _any_order.set(True)
-    try:
-        yield
-    finally:
-        _any_order.reset(token)
-
-
-def block_sums(x: Tensor) -> Tensor:
-    """Sums over the last dimension in the order that is defined above.
-
-    Args:
-        x: (N, C, P) float32.
-
-    Returns:
-        (N, C) float64 (float32 on a device without it).
-    """
-    if _any_order.get():
-        return x.sum(-1)
-    padded = F.pad(x, (0, -x.shape[2] % BLOCK))
-    quads = padded.reshape(*x.shape[:2], -1, BLOCK // 4, 4)
-    sums = (quads[..., 0] + quads[..., 1]) + (quads[..., 2] + quads[..., 3])
-    blocks = sums[..., 0]
-    for i in range(1, BLOCK // 4):
-        blocks = blocks + sums[..., i]
-    total: Tensor = blocks.to(_wide(x.device)).sum(-1)
-    return total
 
 
 def thresholds(x: Tensor, k: Tensor | None, b: Tensor | None) -> Tensor:
@@ -157,78 +109,6 @@ def codes(binarizer: ActivationBinarizer, x: Tensor) -> tuple[Tensor, Tensor]:
             )
     levels = torch.stack([low.reshape(-1).expand(n), high.reshape(-1).expand(n)], 1)
     return beta.expand(n, c).float().contiguous(), levels.float().contiguous()
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What is constant per output channel, each (C_out,) float32.
-
-    Attributes:
-        scale, bias: of the integer dot products: the weights' scale, the layer's bias, BatchNorm and RPReLU's first shift.
-        slope, post: the activation's negative side and last shift, or None.
-        activation: what is left to be called, or None.
-    """
-
-    scale: Tensor
-    bias: Tensor
-    slope: Tensor | None
-    post: Tensor | None
-    activation: nn.Module | None
-
-
-def fold(layer: BinaryLayer, weight_scale: Tensor | None) -> Folded:
-    """Folds everything behind the dot products, in float64, rounded once.
-
-    Args:
-        layer: a binary layer.
-        weight_scale: s_o as (C_out,), or None where it is 1.
-
-    Raises:
-        ConfigError: the layer's norm has no running statistics.
-    """
-    device = next(layer.parameters()).device
-    wide = _wide(device)
-    norm: Any = layer.norm
-    bias = getattr(layer, "bias", None)
-    out = int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
-    scale = torch.ones(out, dtype=wide, device=device)
-    if weight_scale is not None:
-        scale = weight_scale.detach().to(wide).flatten()
-    shift = torch.zeros_like(scale) if bias is None else bias.detach().to(wide)
-    if norm is not None:
-        if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
-            raise ConfigError(
-                f"its norm {type(norm).__name__} has no running statistics to fold; use BatchNorm with "
-                "track_running_stats=True"
-            )
-        gain = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        if norm.weight is not None:
-            gain = gain * norm.weight.detach().to(wide)
-        shift = (shift - norm.running_mean.to(wide)) * gain
-        if norm.bias is not None:
-            shift = shift + norm.bias.detach().to(wide)
-        scale = scale * gain
-    activation: nn.Module | None = layer.activation
-    slope = post = None
-    if type(activation) is RPReLU:
-        # The first shift is added where the bias is.
-        shift = shift + activation.bias_in.detach().to(wide)
-        slope, post = activation.slope.detach(), activation.bias_out.detach()
-    elif type(activation) is nn.ReLU:
-        slope = torch.zeros_like(scale)
-    elif type(activation) is nn.LeakyReLU:
-        slope = torch.full_like(scale, activation.negative_slope)
-    elif type(activation) is nn.PReLU and not isinstance(layer, nn.Linear):
-        slope = activation.weight.detach().expand(out).contiguous()
-    if slope is not None or type(activation) is nn.Identity:
-        activation = None
-    return Folded(
-        scale.float(),
-        shift.float(),
-        None if slope is None else slope.float(),
-        None if post is None else post.float(),
-        activation,
-    )
 
 
 def _fusion_down(x: Tensor, groups: int) -> Tensor:

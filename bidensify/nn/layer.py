@@ -14,6 +14,7 @@ from bidensify.nn.activation import RPReLU
 from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.norm import BatchNormLast
+from bidensify.nn.recomputed import Recomputed
 from bidensify.nn.ste import sign
 from bidensify.nn.weight import UsedWeight, WeightBinarizer, parametrized, used_weight
 
@@ -97,7 +98,7 @@ class BinaryLayer(nn.Module):
             return latent
         if not torch.compiler.is_compiling() and (signs := evaluation.signs_in_use(self)) is not None:
             return signs
-        recomputed: fused.Recomputed | None = self.__dict__.get("_recomputed")
+        recomputed: Recomputed | None = self.__dict__.get("_recomputed")
         binarizer = self.weight_binarizer
         if recomputed is None or not fused.plain_module(binarizer, WeightBinarizer) or not binarizer.native(latent):
             return cast(Tensor, binarizer(latent))
@@ -159,7 +160,7 @@ class BinaryLayer(nn.Module):
     def _fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``forward`` with whichever parts the training kernels know; the others are called as they are."""
         binarizer, bypass, dim = self.binarizer, self.bypass, self.binarizer.dim
-        recomputed = fused.Recomputed()
+        recomputed = Recomputed()
         passed = None
         if (
             isinstance(binarizer, DistributionAdaptiveBinarizer)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bidensify.errors import ConfigError
-from bidensify.recipe.schema import DatasetSection, Recipe
+from bidensify.recipe.schema import Recipe
+from bidensify.recipe.sections import DatasetSection
 
 if TYPE_CHECKING:
     from bidensify.data import DataInfo, DenseDataset

@@ -28,17 +28,15 @@ from bidensify.recipe.checkpoint import (
 )
 from bidensify.recipe.distributed import gather_objects, make_accelerator
 from bidensify.recipe.evaluation import eval_mode, evaluate
-from bidensify.recipe.features import Features
 from bidensify.recipe.folder import RunFolder, RunResult, RunState
 from bidensify.recipe.load import load_recipe
 from bidensify.recipe.loaders import batches_per_epoch, check_samples, placed, training_loader
 from bidensify.recipe.logs import RunLog, versions
-from bidensify.recipe.losses import Losses
-from bidensify.recipe.optim import Ema, build_optimizer, lr_factor, set_lr
+from bidensify.recipe.optim import Ema, lr_factor, set_lr
 from bidensify.recipe.schema import Recipe
 from bidensify.recipe.selection import Selection
 from bidensify.recipe.stages import Epoch, calibrate_start, calibration_batches, check_stages, epochs, set_mode
-from bidensify.recipe.step import NotFiniteError, Step
+from bidensify.recipe.step import NotFiniteError, Step, stage_step
 from bidensify.tasks import Task
 
 Sample = dict[str, Tensor]
@@ -172,43 +170,12 @@ class _Run:
         set_mode(self.student, stage)
         if checkpoint is None:
             calibrate_start(self.student, self.train, recipe, self.accelerator, self.plan[state.epoch])
-        several = self.accelerator.num_processes > 1
-        # First of all, as it may give the parameters new memory, which the moving average reads.
-        model = self.accelerator.prepare_model(self.student) if several else self.student
-        self.optimizer = build_optimizer(self.student, recipe.optimizer, stage)
-        self.ema = Ema(self.student, recipe.ema) if recipe.ema is not None else None
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.ema is not None:
-                self.ema.load_state_dict(checkpoint["ema"])
-        self.student.train()
-        layers = stage.losses.layers
-        try:
-            with ExitStack() as stack:
-                own = stack.enter_context(Features(self.student, layers, "student"))
-                theirs = None
-                if self.teacher is not None:
-                    theirs = stack.enter_context(Features(self.teacher, layers, "teacher"))
-                losses = Losses(stage.losses, self.task, own, theirs)
-                step = Step(
-                    student=self.student,
-                    model=model,
-                    teacher=self.teacher,
-                    optimizer=self.optimizer,
-                    losses=losses,
-                    ema=self.ema,
-                    recipe=recipe,
-                    accelerator=self.accelerator,
-                )
-                while state.epoch < len(self.plan) and self.plan[state.epoch].stage == number:
-                    self._epoch(step, self.plan[state.epoch])
-        finally:
-            if several:
-                # Without accelerate's reference the wrapper goes, and with it its gradient hooks.
-                self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-                self.accelerator.free_memory()
-                self.student.__dict__.pop("_is_accelerate_prepared", None)
-            self.student.zero_grad(set_to_none=True)
+        with stage_step(
+            self.student, self.teacher, stage, self.task, recipe=recipe, accelerator=self.accelerator, state=checkpoint
+        ) as step:
+            self.optimizer, self.ema = step.optimizer, step.ema
+            while state.epoch < len(self.plan) and self.plan[state.epoch].stage == number:
+                self._epoch(step, self.plan[state.epoch])
 
     def _epoch(self, step: Step, epoch: Epoch) -> None:
         recipe, state, stage = self.recipe, self.state, self.recipe.stages[epoch.stage]

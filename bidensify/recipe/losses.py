@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bidensify.errors import ConfigError
 from bidensify.recipe.features import Features
-from bidensify.recipe.schema import LossesSection
+from bidensify.recipe.sections import LossesSection
 from bidensify.tasks import Task
 
 Sample = dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bidensify.errors import ConfigError
 from bidensify.nn import binary_layers
-from bidensify.recipe.schema import EmaSection, OptimizerSection, StageSection
+from bidensify.recipe.sections import EmaSection, OptimizerSection, StageSection
 
 
 def _decaying(model: nn.Module) -> set[int]:

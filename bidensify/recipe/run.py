@@ -16,7 +16,8 @@ from bidensify.recipe.checkpoint import load_weights
 from bidensify.recipe.folder import RunResult
 from bidensify.recipe.load import load_recipe
 from bidensify.recipe.loop import finetune
-from bidensify.recipe.schema import ModelSection, Recipe
+from bidensify.recipe.schema import Recipe
+from bidensify.recipe.sections import ModelSection
 
 
 def build_teacher(recipe: Recipe, weights: str | os.PathLike[str] | None = None) -> nn.Module:

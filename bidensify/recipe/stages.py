@@ -16,7 +16,8 @@ from bidensify.nn import binary_layers, calibrate, set_binarization
 from bidensify.recipe.features import Features
 from bidensify.recipe.loaders import to_device, training_loader
 from bidensify.recipe.optim import parameter_groups
-from bidensify.recipe.schema import Recipe, StageSection
+from bidensify.recipe.schema import Recipe
+from bidensify.recipe.sections import StageSection
 
 _MODES = {"none": (False, False), "activations": (True, False), "all": (True, True)}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from bidensify.errors import TrainingError
 from bidensify.recipe.distributed import forward_context, sum_over_processes
+from bidensify.recipe.features import Features
 from bidensify.recipe.loaders import to_device
 from bidensify.recipe.losses import Losses, widen
-from bidensify.recipe.optim import Ema
+from bidensify.recipe.optim import Ema, build_optimizer
 from bidensify.recipe.schema import Recipe
+from bidensify.recipe.sections import StageSection
+from bidensify.tasks import Task
 
 Sample = dict[str, Tensor]
 
@@ -111,3 +115,60 @@ class Step:
         if not all(map(math.isfinite, values)):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.losses.names, values[1:], strict=True))
             raise NotFiniteError(f"the loss is {values[0]:.4g} ({terms})")
+
+
+@contextmanager
+def stage_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    stage: StageSection,
+    task: Task,
+    *,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    state: Mapping[str, Any] | None,
+) -> Iterator[Step]:
+    """A stage's step with its optimizer, moving average and hooks, which are there as long as the context lasts.
+
+    Args:
+        student: the network to train, in the stage's mode.
+        teacher: the full-precision network, or None.
+        stage: gives losses, decay and learning rates.
+        task: the run's.
+        recipe: the run's.
+        accelerator: the run's.
+        state: a checkpoint of this stage, whose optimizer and average go on; None for a fresh start.
+    """
+    several = accelerator.num_processes > 1
+    # First of all, as it may give the parameters new memory, which the moving average reads.
+    model = accelerator.prepare_model(student) if several else student
+    optimizer = build_optimizer(student, recipe.optimizer, stage)
+    ema = Ema(student, recipe.ema) if recipe.ema is not None else None
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+    student.train()
+    try:
+        with ExitStack() as stack:
+            own = stack.enter_context(Features(student, stage.losses.layers, "student"))
+            theirs = None
+            if teacher is not None:
+                theirs = stack.enter_context(Features(teacher, stage.losses.layers, "teacher"))
+            yield Step(
+                student=student,
+                model=model,
+                teacher=teacher,
+                optimizer=optimizer,
+                losses=Losses(stage.losses, task, own, theirs),
+                ema=ema,
+                recipe=recipe,
+                accelerator=accelerator,
+            )
+    finally:
+        if several:
+            # Without accelerate's reference the wrapper goes, and with it its gradient hooks.
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+            student.__dict__.pop("_is_accelerate_prepared", None)
+        student.zero_grad(set_to_none=True)

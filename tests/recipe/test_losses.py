@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bidensify.errors import ConfigError
 from bidensify.recipe.losses import Losses, cwd_loss, depth_l1, feature_loss, kl_loss, loss_weight
-from bidensify.recipe.schema import LossesSection
+from bidensify.recipe.sections import LossesSection
 from bidensify.tasks import DepthTask, SegmentationTask
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bidensify.errors import ConfigError
 from bidensify.recipe.optim import Ema, build_optimizer, lr_factor, parameter_groups, set_lr
-from bidensify.recipe.schema import EmaSection, OptimizerSection, StageSection
+from bidensify.recipe.sections import EmaSection, OptimizerSection, StageSection
 
 
 def stage(**changes: Any) -> StageSection:
