@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from bidensify.errors import ConfigError, MissingExtraError
+from bidensify.errors import BidensifyError, ConfigError, MissingExtraError
 
 __all__ = ["build_model", "load_weights", "model_sources"]
 
@@ -31,7 +32,9 @@ def _library(name: str, extra: str) -> Any:
 
 def _hint(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
-    return f" Near names: {', '.join(close)}." if close else ""
+    if close:
+        return f" Near names: {', '.join(close)}."
+    return f" It has {len(known)} others, {', '.join(known[:3])} among them."
 
 
 def _smp(name: str, options: dict[str, Any]) -> nn.Module:
@@ -49,10 +52,13 @@ def _smp(name: str, options: dict[str, Any]) -> nn.Module:
     options.setdefault("encoder_weights", None)
     if encoder:
         options["encoder_name"] = encoder
-    try:
-        model: nn.Module = known[architecture](**options)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model 'smp:{name}' with {options!r} cannot be built: {error}") from error
+        encoders = library.encoders.get_encoder_names()
+        if encoder not in encoders and not encoder.startswith("tu-"):
+            raise ConfigError(
+                f"model 'smp:{name}': segmentation_models_pytorch has no encoder {encoder!r}."
+                f"{_hint(encoder, encoders)} Any encoder of timm goes as tu-NAME"
+            )
+    model: nn.Module = known[architecture](**options)
     return model
 
 
@@ -147,6 +153,10 @@ def _factory(path: str, name: str, options: dict[str, Any]) -> nn.Module:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ConfigError(f"model '{path}:{name}': {path!r} has no callable {name!r}")
+    try:
+        inspect.signature(factory).bind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model '{path}:{name}' does not take the options {options!r}: {error}") from error
     model = factory(**options)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model '{path}:{name}': the factory gave a {type(model).__name__}, not an nn.Module")
@@ -191,7 +201,16 @@ def build_model(spec: str, **options: Any) -> nn.Module:
     weights_file = settings.pop("weights_file", None)
     imagenet = settings.pop("encoder_imagenet", None)
     if source in _SOURCES:
-        model = _SOURCES[source](name, settings)
+        try:
+            model = _SOURCES[source](name, settings)
+        except BidensifyError:
+            raise
+        except Exception as error:
+            # The library's own complaint about the options, of whatever class.
+            raise ConfigError(
+                f"model {str(spec)!r} with the options {options!r} cannot be built: {type(error).__name__}: "
+                f"{str(error)[:400]}"
+            ) from error
     else:
         model = _factory(source, name, settings)
     if imagenet is not None:

@@ -51,13 +51,38 @@ def test_every_source_builds(spec: str, library: str, options: dict[str, object]
         ("transformers:segfromer", "neither a folder .* a model type nor a model class"),
         ("no.such.module:build", "neither a known source"),
         ("torch.nn:Conv9d", "no callable 'Conv9d'"),
-        ("torch:zeros", "cannot|positional|not an nn.Module"),
+        ("os:getcwd", "the factory gave a str, not an nn.Module"),
+        ("torch.nn:Conv2d", "does not take the options {}: missing a required argument: 'in_channels'"),
+        ("smp:Unet/resnet5", "no encoder 'resnet5'.*Near names: resnet50.*tu-NAME"),
+        ("timm:####", r"no such model\. It has \d+ others"),
         ("nofile.py:build", "no file 'nofile.py'"),
     ],
 )
 def test_mistakes_are_quoted(spec: str, message: str) -> None:
-    with pytest.raises((ConfigError, TypeError), match=message):
+    with pytest.raises(ConfigError, match=message):
         build_model(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("demo:unet", {"wdth": 3}, "'demo:unet' with the options {'wdth': 3} cannot be built: .*unexpected keyword"),
+        ("demo:unet", {"width": "abc"}, "'abc'"),
+        ("demo:unet", {"width": 0}, "width=0.* each has to be at least 1"),
+        ("smp:Unet/resnet18", {"classes": "many"}, "cannot be built"),
+        ("timm:resnet18", {"nope": 3}, "cannot be built"),
+        ("torchvision:fcn_resnet50", {"num_classes": "many"}, "cannot be built"),
+        ("transformers:segformer", {"hidden_sizes": 3}, "cannot be built"),
+        ("torch.nn:Identity", {}, None),
+        ("torch.nn:Conv2d", {"in_channels": 1, "width": 3}, "does not take the options .*'width'"),
+    ],
+)
+def test_options_are_quoted(spec: str, options: dict[str, object], message: str | None) -> None:
+    if message is None:
+        assert isinstance(build_model(spec, **options), nn.Identity)
+        return
+    with pytest.raises(ConfigError, match=message):
+        build_model(spec, **options)
 
 
 def test_a_users_own_file(tmp_path: Path) -> None:

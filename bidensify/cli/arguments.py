@@ -48,7 +48,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} is not YAML: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{str(path)!r} holds {type(content).__name__}, not a mapping of names to values")
+        given = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise ConfigError(f"{str(path)!r} {given}; write names and values, for example method: bidense")
     return content
 
 

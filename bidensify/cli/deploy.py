@@ -79,7 +79,7 @@ def export(
         model = bidensify.pack(model)
     example = None if input_shape is None else torch.randn(arguments.parse_shape(input_shape))
     if example is None and loaded.recipe is not None:
-        example = torch.randn(2, 3, *loaded.recipe.data.size)
+        example = torch.randn(2, 3, *loaded.recipe.image_size)
     done = write(model, out, example_inputs=example, dynamic=not static)
     compared = (
         "not run again: onnxruntime is not installed"

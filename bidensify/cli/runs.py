@@ -136,7 +136,8 @@ def evaluate(
     if as_json:
         print(arguments.to_json(metrics))
     else:
-        show_metrics(f"{source} on {chosen.data.val.name}/{chosen.data.val.split}", metrics)
+        split = chosen.data.val
+        show_metrics(f"{source} on {split.name}/{split.split}" if split is not None else str(source), metrics)
 
 
 @command(
@@ -174,7 +175,7 @@ def predict(
     model = loaded.model.to(device)
     for path in images:
         image = read_image(path)
-        batch = normalized(image, chosen.data.size, chosen.data.mean or info.mean, chosen.data.std or info.std)
+        batch = normalized(image, chosen.image_size, chosen.data.mean or info.mean, chosen.data.std or info.std)
         with torch.inference_mode():
             result = model(batch.to(device))
         size = (image.shape[1], image.shape[2])

@@ -45,15 +45,13 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Put finished runs side by side: a table, and with --out a page with their learning curves."""
-    from bidensify.compare import Report, read_run, write_report
-    from bidensify.compare.runs import learning_curves, metrics_table
+    from bidensify.compare import comparison, read_run, write_report
+    from bidensify.compare.runs import metrics_table
 
     records = [read_run(folder) for folder in runs]
-    table = metrics_table(records)
-    output().print(as_rich(table))
+    output().print(as_rich(metrics_table(records)))
     if out is not None:
-        lead = f"{len(records)} runs on the same footing: final metrics on validation data, and how they got there."
-        write_report(Report("Comparison", lead, sections=[table, learning_curves(records)]), out)
+        write_report(comparison(records), out)
         output().print(f"Report: {out}", highlight=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bidensify.compare.report import Card, Check, Facts, Figure, ImageGrid, Report, Table, render, write_report
-from bidensify.compare.runs import RunRecord, read_run
+from bidensify.compare.runs import RunRecord, comparison, read_run
 
 __all__ = [
     "Card",
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "RunRecord",
     "Table",
+    "comparison",
     "read_run",
     "render",
     "write_report",

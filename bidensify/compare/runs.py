@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bidensify.compare.plots import Panel, colour_of, curves
-from bidensify.compare.report import Figure, Table
+from bidensify.compare.report import Figure, Report, Table
 from bidensify.errors import ConfigError, FormatError
 
 
@@ -134,3 +134,9 @@ def learning_curves(runs: Sequence[RunRecord], title: str = "Learning curves", *
         Panel(f"Validation {primary}", "epoch", primary, {name: run.curve(primary) for name, run in pairs}, {}),
     ]
     return curves(title, panels, note=note)
+
+
+def comparison(runs: Sequence[RunRecord]) -> Report:
+    """The page that puts ``runs`` side by side: their metrics and how they got there."""
+    lead = f"{len(runs)} runs on the same footing: final metrics on validation data, and how they got there."
+    return Report("Comparison", lead, sections=[metrics_table(runs), learning_curves(runs)])

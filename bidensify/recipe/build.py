@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from bidensify.errors import ConfigError
 from bidensify.recipe.schema import Recipe
-from bidensify.recipe.sections import DatasetSection
 
 if TYPE_CHECKING:
     from bidensify.data import DataInfo, DenseDataset
     from bidensify.tasks import Task
+
+Value = TypeVar("Value")
+
+
+def needed(recipe: Recipe, value: Value | None, key: str) -> Value:
+    """Returns ``value``, the recipe's ``key``.
+
+    Raises:
+        ConfigError: it is None: the recipe is for a network and data sets of the caller's own.
+    """
+    if value is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r} has no {key}, so it cannot be built from the recipe alone; add {key}, or give your "
+            "own network and data sets to bidensify.finetune"
+        )
+    return value
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -43,19 +58,21 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     """Builds the full-precision network of a recipe; fresh weights depend on the recipe's seed alone."""
     from bidensify.models import build_model as build
 
+    section = needed(recipe, recipe.model, "model.source")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return build(recipe.model.source, **recipe.model.options)
+        return build(section.source, **section.options)
 
 
-def _dataset(recipe: Recipe, section: DatasetSection) -> DenseDataset:
+def _dataset(recipe: Recipe, which: Literal["train", "val"]) -> DenseDataset:
     from bidensify.data import build_dataset as build
 
+    section = needed(recipe, getattr(recipe.data, which), f"data.{which}")
     options = section.options
     if recipe.data.root is not None:
         options.setdefault("root", recipe.data.root)
     if section.name == "scenes":
-        options.setdefault("size", recipe.data.size)
+        options.setdefault("size", recipe.image_size)
     elif section.name == "image_mask_folder" and "root" not in options:
         raise ConfigError(f"recipe {recipe.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER")
     return build(section.name, section.split, **options)
@@ -72,14 +89,14 @@ def build_dataset(recipe: Recipe, which: Literal["train", "val"]) -> DenseDatase
 
     data = recipe.data
     # The transforms need what the data set says about itself, so they come second.
-    dataset = _dataset(recipe, data.train if which == "train" else data.val)
+    dataset = _dataset(recipe, which)
     info = dataset.info
     options: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
     if which == "train":
         options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter")}
     else:
         options["keep_target_size"] = data.keep_target_size
-    size = data.train_size or data.size if which == "train" else data.size
+    size = data.train_size if which == "train" and data.train_size is not None else recipe.image_size
     dataset.transforms = build_transforms(which == "train", size, ignore_index=info.ignore_index, **options)
     return dataset
 
@@ -91,7 +108,8 @@ def build_task(recipe: Recipe, info: DataInfo | None = None) -> Task:
     options = recipe.task.options
     if recipe.task.name == "segmentation":
         if info is None and "num_classes" not in options:
-            info = _dataset(recipe, recipe.data.val).info
+            needed(recipe, recipe.data.val, "task.num_classes")
+            info = _dataset(recipe, "val").info
         if info is not None:
             for key in ("num_classes", "ignore_index", "class_names", "palette"):
                 options.setdefault(key, getattr(info, key))

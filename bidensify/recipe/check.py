@@ -25,6 +25,8 @@ def _data(recipe: Recipe) -> list[str]:
 
     mistakes = []
     for path, section in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
+        if section is None:
+            continue
         if section.name not in available_datasets():
             names = available_datasets()
             mistakes.append(f"{path}.name: there is no data set {section.name!r}; {suggest(section.name, names)}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bidensify.errors import ConfigError
+from bidensify.nn.weight import copy_model
 from bidensify.recipe.checkpoint import load_weights
 from bidensify.recipe.folder import RunResult
 from bidensify.recipe.load import load_recipe
@@ -53,10 +54,9 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None) -> nn.Module
     from bidensify.rewrite import bidensify
 
     base = recipe.build_model() if teacher is None else teacher
-    height, width = recipe.data.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        example = torch.zeros(2, 3, height, width)
+        example = None if recipe.data.size is None else torch.zeros(2, 3, *recipe.data.size)
         return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
 
 
@@ -94,14 +94,30 @@ def run_recipe(
     )
 
 
-def load_run(run_dir: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
+def _base(recipe: Recipe, folder: Path) -> nn.Module:
+    section = recipe.model
+    if section is None:
+        raise ConfigError(
+            f"the run in {str(folder)!r} trained a network of your own, which its recipe does not name; build it and give "
+            "it: load_run(run_dir, model)"
+        )
+    # The run's own weights replace those that the network started from, which need not be here any more.
+    options = {key: value for key, value in section.options.items() if key not in ("weights_file", "encoder_imagenet")}
+    return recipe.model_copy(update={"model": ModelSection(source=section.source, options=options)}).build_model()
+
+
+def load_run(run_dir: str | os.PathLike[str], model: nn.Module | None = None) -> tuple[nn.Module, Recipe]:
     """Rebuilds a finished run's model, binarized if it was, with its weights; in eval mode.
+
+    Args:
+        run_dir: the run's folder.
+        model: the full-precision network that the run was for, left as it is; by default the recipe builds it.
 
     Returns:
         The model and the run's recipe.
 
     Raises:
-        ConfigError: the folder is not that of a finished run.
+        ConfigError: the folder is not that of a finished run, or its recipe does not name the network.
         FormatError: the weights are truncated or of another model.
     """
     folder = Path(run_dir)
@@ -110,11 +126,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
     if not (folder / "model.safetensors").is_file():
         raise ConfigError(f"the run in {str(folder)!r} is not finished (it has no model.safetensors); resume it first")
     recipe = load_recipe(folder / "recipe.yaml")
-    # The run's own weights replace those that the network started from, which need not be here any more.
-    options = {
-        key: value for key, value in recipe.model.options.items() if key not in ("weights_file", "encoder_imagenet")
-    }
-    model = recipe.model_copy(update={"model": ModelSection(source=recipe.model.source, options=options)}).build_model()
+    model = _base(recipe, folder) if model is None else copy_model(model)
     if (folder / "plan.json").is_file():
         from bidensify.rewrite import Plan, apply_plan
 

@@ -35,12 +35,16 @@ if TYPE_CHECKING:
 
 
 class Recipe(Section):
-    """A whole recipe. Load one with :func:`bidensify.recipe.load_recipe`."""
+    """A whole recipe. Load one with :func:`bidensify.recipe.load_recipe`.
+
+    ``model`` and the data sets in ``data`` may be left out where :func:`bidensify.finetune` is given a network and data
+    sets of your own; what builds them from the recipe then raises a ConfigError.
+    """
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**31)
-    model: ModelSection
-    data: DataSection
+    model: ModelSection | None = None
+    data: DataSection = DataSection()
     task: TaskSection
     teacher: TeacherSection | None = None
     binarize: dict[str, Any] = Field(default_factory=dict)
@@ -74,6 +78,17 @@ class Recipe(Section):
         if any(stage.binarize != "none" for stage in self.stages):
             data["binarize"] = self.config().to_dict()
         return data
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """``data.size``, (height, width) in pixels.
+
+        Raises:
+            ConfigError: the recipe does not say.
+        """
+        from bidensify.recipe.build import needed
+
+        return needed(self, self.data.size, "data.size")
 
     def build_model(self) -> torch.nn.Module:
         """Builds the full-precision network; its fresh weights depend on ``seed`` alone."""

@@ -61,12 +61,14 @@ class DataSection(Section):
 
     ``keep_target_size`` measures validation images at the size of their own masks or depth maps instead of ``size``.
     ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's.
+
+    ``train``, ``val`` and ``size`` are for data that the recipe builds; ``finetune`` takes data sets of your own.
     """
 
-    train: DatasetSection
-    val: DatasetSection
+    train: DatasetSection | None = None
+    val: DatasetSection | None = None
     root: str | None = None
-    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     train_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     batch_size: int = Field(default=8, ge=1)
     eval_batch_size: int | None = Field(default=None, ge=1)

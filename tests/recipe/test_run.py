@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import bidensify as bd
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import binary_layers
-from bidensify.recipe import build_student, build_teacher, evaluate, load_recipe, load_run, run_recipe
+from bidensify.recipe import build_student, build_teacher, evaluate, finetune, load_recipe, load_run, run_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = [Path(os.environ["BIDENSIFY_DATA"])] if "BIDENSIFY_DATA" in os.environ else []
@@ -95,6 +97,36 @@ def test_load_run_of_what_is_no_finished_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(ConfigError, match="is not finished"):
         load_run(tmp_path)
+
+
+def test_a_network_and_data_of_ones_own_need_no_sections(tiny: ModuleType, tmp_path: Path) -> None:
+    recipe = {
+        "name": "own",
+        "data": {"batch_size": 8},
+        "task": {"name": "segmentation", "num_classes": 3},
+        "stages": [{"name": "all", "binarize": "all", "epochs": 1, "lr": 0.01, "losses": {"kl": 1}}],
+        "calibrate": {"batches": 1},
+        "log": {"tensorboard": False},
+        "device": "cpu",
+    }
+    model = tiny.network()
+    student = bd.bidensify(model)
+    data = torch.utils.data.Subset(tiny.Colours(), range(16))
+    finetune(student, teacher=model, recipe=recipe, train=data, val=data, run_dir=tmp_path / "run", quiet=True)
+    again, loaded = load_run(tmp_path / "run", model)
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(again(x), student(x))
+    assert not any(True for _ in binary_layers(model))
+    with pytest.raises(ConfigError, match=r"a network of your own.*load_run\(run_dir, model\)"):
+        load_run(tmp_path / "run")
+    for build, key in (
+        (loaded.build_model, "model.source"),
+        (loaded.build_datasets, "data.train"),
+        (lambda: loaded.image_size, "data.size"),
+        (load_recipe({**recipe, "task": {"name": "segmentation"}}).build_task, "task.num_classes"),
+    ):
+        with pytest.raises(ConfigError, match=f"recipe 'own' has no {key}.*bidensify.finetune"):
+            build()
 
 
 def test_model_weights_depend_on_the_seed_alone() -> None:

@@ -1,0 +1,45 @@
+"""A binarization method of your own, compared with BiDense under one recipe.
+
+    python examples/own_method.py
+
+XNOR-Net (Rastegari et al., ECCV 2016): weights are a sign times their mean size, activations a sign, no bypass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+import bidensify as bd
+from bidensify.compare import comparison, read_run, write_report
+from bidensify.methods import LayerParts, LayerSpec
+from bidensify.nn import SignBinarizer, WeightBinarizer
+from bidensify.recipe import load_recipe, run_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "scenes_segmentation.yaml"
+
+
+@bd.register_method("xnor", activation=lambda channels, dim: nn.PReLU(channels), citation="Rastegari et al., ECCV 2016")
+def xnor(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+    """sign(x) on activations, mean|w| * sign(w) per output channel on weights."""
+    return LayerParts(
+        binarizer=SignBinarizer(spec.in_channels, spec.dim),
+        weight_binarizer=WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
+    )
+
+
+def main(out: Path = Path("runs/methods"), settings: tuple[str, ...] = ()) -> dict[str, float]:
+    """Returns each run's mIoU; ``settings`` change the recipe, as ``--set`` does on the command line."""
+    teacher = out / "teacher"
+    miou = {"teacher": run_recipe(load_recipe(RECIPE, settings), teacher, role="teacher").metrics["miou"]}
+    for method in ("bidense", "xnor"):
+        recipe = load_recipe(RECIPE, [*settings, f"name={method}", f"binarize.method={method}"])
+        miou[method] = run_recipe(recipe, out / method, teacher_weights=teacher).metrics["miou"]
+
+    write_report(comparison([read_run(out / name) for name in miou]), out / "report.html")
+    return miou
+
+
+if __name__ == "__main__":
+    print(main())
