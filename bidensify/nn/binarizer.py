@@ -14,6 +14,8 @@ from bidensify.nn.ste import threshold_sign
 __all__ = ["ActivationBinarizer", "DistributionAdaptiveBinarizer", "SignBinarizer"]
 
 _CALIBRATION_SAMPLES = 4096
+# Values of a channel that differ by less, relative to its largest, are one value summed in different orders.
+_ROUNDING = 1e-6
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -24,19 +26,26 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def mixing_threshold(values: Tensor) -> Tensor:
     """Per-row thresholds that split each row's values as evenly as their ties allow.
 
+    A threshold lies midway between two values of the row, so that rounding moves none of them across it.
+
     Args:
         values: (C, n).
 
     Returns:
-        (C,): the row's median; where more than 95 % of the row is at or above it (a ReLU's zeros), the midpoint
-        to the next larger value.
+        (C,): the cut nearest the row's middle; the value itself in a row of one value.
     """
     ordered = values.float().sort(dim=1).values
-    median = ordered[:, (ordered.shape[1] - 1) // 2]
-    at_or_above = (ordered >= median[:, None]).float().mean(1)
-    larger = torch.where(ordered > median[:, None], ordered, torch.inf).amin(1)
-    midpoint = median + (larger - median) / 2
-    return torch.where((at_or_above > 0.95) & larger.isfinite(), midpoint, median)
+    count = ordered.shape[1]
+    if count == 1:
+        return ordered[:, 0]
+    low, high = ordered[:, :-1], ordered[:, 1:]
+    distinct = high - low > _ROUNDING * ordered.abs().amax(1, keepdim=True)
+    distinct = torch.where(distinct.any(1, keepdim=True), distinct, high > low)
+    above = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=values.device)
+    cut = torch.where(distinct, (2 * above - count).abs(), 2 * count).argmin(1, keepdim=True)
+    start, end = low.gather(1, cut).squeeze(1), high.gather(1, cut).squeeze(1)
+    middle = start + (end - start) / 2
+    return torch.where(middle > start, middle, end)
 
 
 class ActivationBinarizer(nn.Module):

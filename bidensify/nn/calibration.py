@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bidensify.errors import ConfigError
+from bidensify.nn.binarizer import statistics_dtype
 from bidensify.nn.layer import binary_layers
 
 __all__ = ["calibrate"]
@@ -23,6 +27,42 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
+@contextmanager
+def _averages(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """While it lasts, norms in training mode note what they normalize by; then their running statistics are the averages.
+
+    The variance is the biased one, by which a batch is normalized. torch keeps n / (n - 1) times as much, n values a
+    channel: on small maps evaluation then computes something else than training did, and each sign that flips for it
+    flips others further on.
+    """
+    sums: dict[_BatchNorm, Tensor] = {}
+    calls: Counter[_BatchNorm] = Counter()
+
+    def note(norm: _BatchNorm, args: tuple[Tensor, ...], output: Any) -> None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        values = args[0].numel() // norm.num_features
+        if isinstance(norm, nn.SyncBatchNorm) and distributed.is_initialized():
+            values *= distributed.get_world_size(norm.process_group)
+        dtype = statistics_dtype(norm.running_var)
+        found = torch.stack([norm.running_mean.to(dtype), norm.running_var.to(dtype) * (1 - 1 / values)])
+        sums[norm] = sums[norm] + found if norm in sums else found
+        calls[norm] += 1
+
+    hooks = [norm.register_forward_hook(note) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+        for norm, (mean, variance) in sums.items():
+            norm.running_mean.copy_(mean / calls[norm])  # type: ignore[union-attr]
+            norm.running_var.copy_(variance / calls[norm])  # type: ignore[union-attr]
+            norm.num_batches_tracked.fill_(calls[norm])  # type: ignore[union-attr]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | tuple[Any, ...] | Mapping[str, Any]],
@@ -33,8 +73,9 @@ def calibrate(
     """Sets binarizer thresholds so that each channel's signs are mixed, then re-estimates BatchNorm statistics.
 
     Thresholds are set in forward order within one pass, each from inputs that the thresholds before it made.
-    BatchNorm running statistics become the plain average over the batches. The model's train/eval flags and
-    BatchNorm momenta are left as they were; dropout stays off.
+    BatchNorm running statistics become the plain averages, over the batches, of the mean and the (biased) variance that
+    each batch is normalized by: after one batch, evaluation on it computes what training does. A norm that is not called
+    keeps its own. The model's train/eval flags and BatchNorm momenta are left as they were; dropout stays off.
 
     Args:
         model: any network with binary layers (with none, only the norms are re-estimated).
@@ -50,9 +91,7 @@ def calibrate(
         raise ConfigError("calibrate: no batch was given; pass at least one batch of the network's inputs")
     training = {module: module.training for module in model.modules()}
     norm_layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
     momenta = [module.momentum for module in norm_layers]
     try:
@@ -72,11 +111,9 @@ def calibrate(
                 for _, layer in binary_layers(model):
                     layer.binarizer.end_calibration()
             if norms:
-                for module in norm_layers:
-                    module.reset_running_stats()
-                    module.momentum = None
-                for batch in inputs:
-                    _run(model, batch)
+                with _averages(norm_layers):
+                    for batch in inputs:
+                        _run(model, batch)
     finally:
         for _, layer in binary_layers(model):
             layer.binarizer.end_calibration()

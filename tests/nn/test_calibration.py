@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -67,32 +68,115 @@ def test_threshold_with_ties(zeros: float) -> None:
     assert (mixing_threshold(torch.full((2, 10), 3.0)) == 3).all()
 
 
+def test_thresholds_lie_between_values() -> None:
+    torch.manual_seed(2)
+    values = torch.randint(-3, 4, (50, 37)).float()
+    values[:10] = torch.randn(10, 37)
+    values[10:20, :33] = 1.0
+    found = mixing_threshold(values).tolist()
+    for row, threshold in zip(values.tolist(), found):
+        distinct = sorted(set(row))
+        cuts = [(a + b) / 2 for a, b in pairwise(distinct)]
+        uneven = [abs(2 * sum(v >= cut for v in row) - len(row)) for cut in cuts]
+        assert abs(2 * sum(v >= threshold for v in row) - len(row)) == min(uneven)
+        assert min(abs(threshold - cut) for cut in cuts) < 1e-6
+    # One value summed in two orders is no pair of values, unless there is no other.
+    noisy = torch.tensor([[1.0, 1.0 + 2e-7, 1.0 + 2e-7, 1.0 + 2e-7, 3.0], [1.0, 1.0, 1.0, 1.0 + 2e-7, 1.0 + 2e-7]])
+    assert [round(v, 3) for v in mixing_threshold(noisy).tolist()] == [2.0, 1.0]
+    assert (noisy >= mixing_threshold(noisy)[:, None]).sum(1).tolist() == [1, 2]
+    assert mixing_threshold(torch.tensor([[4.0], [-1.0]])).tolist() == [4.0, -1.0]
+
+
 def test_statistics_are_plain_averages() -> None:
     model = network().eval()
     batches = [torch.randn(2, 3, 12, 12) + i for i in range(4)]
     calibrate(model, batches)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    means: list[list[torch.Tensor]] = [[] for _ in norms]
-    variances: list[list[torch.Tensor]] = [[] for _ in norms]
+    inputs: dict[nn.Module, list[torch.Tensor]] = {norm: [] for norm in norms}
 
-    # Batch statistics at every norm, with the thresholds that were found.
+    assert all(norm.num_batches_tracked == 4 for norm in norms)
+    # What batch statistics are made of at every norm, with the thresholds that were found.
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0
+        norm.momentum = 0.0
+        norm.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].double()))
     with torch.no_grad():
         for batch in batches:
-            saved = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]  # type: ignore[union-attr]
             model(batch)
-            for i, norm in enumerate(norms):
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                means[i].append(norm.running_mean.clone())
-                variances[i].append(norm.running_var.clone())
-                norm.running_mean.copy_(saved[i][0])
-                norm.running_var.copy_(saved[i][1])
-    for i, norm in enumerate(norms):
-        torch.testing.assert_close(norm.running_mean, torch.stack(means[i]).mean(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(norm.running_var, torch.stack(variances[i]).mean(0), rtol=1e-4, atol=1e-5)
+    for norm, seen in inputs.items():
+        assert len(seen) == 4
+        mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+        var = torch.stack([x.var((0, 2, 3), correction=0) for x in seen]).mean(0)
+        torch.testing.assert_close(norm.running_mean, mean.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, var.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluation_computes_what_training_does_on_one_batch(dtype: torch.dtype) -> None:
+    """Deep, on maps of nine pixels and behind a pooled one: each flipped sign would flip more of them."""
+
+    class Pooled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3), keepdim=True)
+
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 4, 1), nn.BatchNorm2d(16), nn.ReLU()]
+    for _ in range(8):
+        layers += [BiDenseConv2d(16, 16, 3, padding=1), nn.ReLU(), BiDenseConv2d(16, 16, 1)]
+    model = nn.Sequential(*layers, Pooled(), BiDenseConv2d(16, 16, 1), nn.Upsample((3, 3)), BiDenseConv2d(16, 16, 1))
+    model = model.to(dtype)
+    x = torch.randn(2, 3, 12, 12, dtype=dtype)
+    calibrate(model, [x])
+    for share in shares(model.eval(), x):
+        assert share.min() > 0.05
+        assert share.max() < 0.95
+    with torch.no_grad():
+        evaluated, trained = model.eval()(x), model.train()(x)
+    torch.testing.assert_close(evaluated, trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_that_is_not_called_keeps_its_statistics() -> None:
+    model = network()
+    model.unused = nn.BatchNorm2d(4)
+    model.unused.running_mean.fill_(3.0)
+    model.__class__ = type("Skips", (nn.Sequential,), {"forward": lambda self, x: nn.Sequential(*self[:8])(x)})
+    calibrate(model, [torch.randn(2, 3, 8, 8)])
+    assert (model.unused.running_mean == 3).all()
+    assert not (model[1].running_mean == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    batches = [torch.randn(4, 3, 16, 16).to(dtype) for _ in range(2)]
+    calibrate(model, batches)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_var is not None
+            assert module.running_var.dtype == dtype
+            assert (module.running_var > 0).all()
+    for share in shares(model.eval(), torch.cat(batches)):
+        assert share.min() > 0.05
+        assert share.max() < 0.95
+
+
+def test_a_norm_called_several_times_weighs_each_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.norm(x) + 5)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, batches = Twice(), [torch.randn(2, 8, 3, 3) * (i + 1) for i in range(3)]
+    calibrate(model, batches, thresholds=False)
+    assert model.norm.num_batches_tracked == 6
+    assert model.norm.running_var is not None
+    # The second call always sees a variance of 1.
+    own = torch.stack([batch.var((0, 2, 3), correction=0) for batch in batches]).mean(0)
+    torch.testing.assert_close(model.norm.running_var, (own + 1) / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_flags_and_momenta_are_left_as_found() -> None:
