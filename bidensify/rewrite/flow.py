@@ -29,6 +29,7 @@ class Flow:
         self.record = record
         self.order = {node: number for number, node in enumerate(record.graph.nodes)}
         self._behind_layer: dict[fx.Node, bool] = {}
+        self._reads_input: dict[fx.Node, bool] = {}
 
     # what a node is
 
@@ -105,6 +106,10 @@ class Flow:
     def is_reorder(self, node: fx.Node) -> bool:
         """Whether a node only changes the shape or the order of dimensions."""
         return node.op == "call_function" and self.name(node) in _SHAPE_FUNCTIONS
+
+    def is_move(self, node: fx.Node) -> bool:
+        """Whether a node shifts, crops or pads the positions of its tensor, as windowed attention does."""
+        return node.op == "call_function" and self.name(node) in ("roll", "pad", "getitem", "narrow")
 
     def is_add(self, node: fx.Node) -> bool:
         """Whether a node adds two tensors of one shape, weighted or not."""
@@ -205,6 +210,14 @@ class Flow:
                 sources = self.tensors(item)
                 self._behind_layer[item] = any(self.is_layer(each) or self._behind_layer[each] for each in sources)
         return self._behind_layer[node]
+
+    def reads_input(self, node: fx.Node) -> bool:
+        """Whether a node is computed from the network's input, rather than from parameters and constants alone."""
+        if not self._reads_input:
+            for item in self.record.graph.nodes:
+                given = item.op == "placeholder" and item.target != "constant"
+                self._reads_input[item] = given or any(self._reads_input[each] for each in self.tensors(item))
+        return self._reads_input[node]
 
     def forward_until(
         self, node: fx.Node, stop: Callable[[fx.Node], bool], follow: Callable[[fx.Node], bool]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import importlib
 import inspect
@@ -35,7 +36,7 @@ def _make(base: type[nn.Module], body: str, wrapper: str, names: dict[str, str],
 def _resolve(qualified: str) -> Any:
     module, _, name = qualified.rpartition(".")
     if not module:
-        return importlib.import_module(qualified)
+        return vars(builtins)[name] if name in vars(builtins) else importlib.import_module(name)
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):

@@ -15,6 +15,12 @@ __all__ = ["KINDS", "default_reason", "unusual_layer", "weight_maker"]
 KINDS = ("conv2d", "conv_transpose2d", "linear")
 # At most so many channels hold values (a colour, a flow, a depth), whose signs alone say next to nothing.
 _RAW = 3
+_SAMPLERS = ("grid_sample", "grid_sampler", "deform_conv2d")
+# What makes coordinates of a layer's output.
+_ON_THE_WAY = (
+    "add", "sub", "rsub", "mul", "div", "truediv", "neg", "tanh", "sigmoid", "clamp", "getitem", "split", "chunk", "unbind",
+    "cat", "stack", "flip", "expand", "repeat", "interpolate",
+)  # fmt: skip
 
 
 def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
@@ -24,9 +30,11 @@ def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_gate(flow: Flow, node: fx.Node) -> bool:
-    """The layer's output is squashed (sigmoid, ...) and then multiplies something."""
+    """The layer's output is squashed (sigmoid, softmax, ...), reshaped or indexed or not, and then multiplies something."""
     current = flow.only_user(node)
-    while current is not None and (flow.is_norm(current) or flow.is_pass(current)):
+    while current is not None and (
+        flow.is_norm(current) or flow.is_pass(current) or flow.is_reorder(current) or flow.name(current) == "getitem"
+    ):
         current = flow.only_user(current)
     if current is None or not flow.is_gate(current):
         return False
@@ -40,6 +48,22 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
         ),
     )
     return any(True for _ in reached)
+
+
+def _is_location(flow: Flow, node: fx.Node) -> bool:
+    """The layer's output says where another tensor is sampled (deformable attention and convolution): numbers, not features."""
+    seen, stack = {node}, [node]
+    while stack:
+        item = stack.pop()
+        for user in item.users:
+            if flow.name(user) in _SAMPLERS:
+                # What is sampled comes first, where it is sampled after it.
+                if item in flow.tensors(user)[1:]:
+                    return True
+            elif user not in seen and (flow.is_pass(user) or flow.is_reorder(user) or flow.name(user) in _ON_THE_WAY):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _is_predictor(flow: Flow, node: fx.Node) -> bool:
@@ -89,6 +113,8 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
             return "linear layer on tokens (linear='pointwise' takes NHWC maps alone)"
         if dims & {1, 2}:
             return "linear layer on vectors"
+    if not any(flow.reads_input(node) for node in nodes):
+        return "on constants alone, such as a table of positions"
     if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
         return "first layer on the image"
     if layer.kind != "linear" and layer.in_channels <= _RAW:
@@ -97,6 +123,8 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
         return "on a pooled 1×1 map"
     if any(_is_gate(flow, node) for node in nodes):
         return "gate"
+    if any(_is_location(flow, node) for node in nodes):
+        return "says where to sample"
     if config.keep_last and any(_is_predictor(flow, node) for node in nodes):
         return "prediction layer"
     return ""

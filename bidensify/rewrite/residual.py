@@ -29,7 +29,7 @@ class Residual:
         add: its node.
         main: the operand that the chain of layers ends in.
         last: path of the last binary layer of that chain.
-        removable: whether the bypasses along the chain carry all that the shortcut carried.
+        removable: whether the bypasses along the chain carry all that the shortcut carried, and nothing rescales it.
         scales: layer scales between the last layer and the add.
     """
 
@@ -105,11 +105,16 @@ def _split(flow: Flow, add: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     return main, fork, False
 
 
-def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, list[fx.Node]] | None:
-    """The binary layer whose output, at most normalised, scaled or activated, is the add's operand."""
+def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, list[fx.Node], bool] | None:
+    """The binary layer whose output, at most normalised, scaled, activated or moved, is the add's operand.
+
+    Returns:
+        Its path, the layer scales behind it, and whether a norm of its own stands between it and the add.
+    """
     flow = planner.flow
     current: fx.Node | None = main
     child = add
+    normed = False
     scales: list[fx.Node] = []
     readers: set[fx.Node] = set()
     while current is not None:
@@ -118,7 +123,7 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
             return None
         layer = planner.binary(current)
         if layer is not None:
-            return layer.path, scales
+            return layer.path, scales, normed
         gated = flow.gated(current)
         if gated is not None:
             readers |= flow.ancestors(gated[1], scope_of(add))
@@ -126,11 +131,13 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
             continue
         if flow.layer_scale(current) is not None:
             scales.append(current)
+        elif flow.is_norm(current):
+            normed = normed or not planner.is_absorbed_norm(current)
         elif not (
-            planner.is_absorbed_norm(current)
-            or flow.is_pass(current)
+            flow.is_pass(current)
             or flow.is_scaling(current)
             or flow.is_reorder(current)
+            or flow.is_move(current)
             or flow.is_activation(current)
         ):
             return None
@@ -190,7 +197,7 @@ def find_residuals(planner: Planner) -> Iterator[Residual]:
         last = _last_layer(planner, main, node)
         if last is None:
             continue
-        path, scales = last
+        path, scales, normed = last
         weighted = node.kwargs.get("alpha", 1) != 1
-        removable = identity and not weighted and len(scales) <= 1 and _carried(planner, main, fork, scales)
+        removable = identity and not (weighted or normed) and len(scales) <= 1 and _carried(planner, main, fork, scales)
         yield Residual(node, main, path, removable, scales)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import bidensify as bd
 from bidensify.nn import BinaryLayer
 from bidensify.rewrite.inputs import candidate_inputs
+from bidensify.rewrite.record import record
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("scipy", reason="transformers builds its mask losses with scipy")
+from zoo.signal import joined_signals  # noqa: E402
 from zoo.transformers import MODELS, UNAVAILABLE  # noqa: E402
 
 AUTOS = {
@@ -101,3 +103,41 @@ def test_converts_unchanged(key: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for got, wanted_output in zip(tensors(again(**inputs)), tensors(student(**inputs))):
             torch.testing.assert_close(got, wanted_output, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "transformers:DepthEstimation/ZoeDepthForDepthEstimation",
+        "transformers:ImageToImage/Swin2SRForImageSuperResolution",
+        "transformers:SemanticSegmentation/UperNetForSemanticSegmentation@swin",
+        "transformers:UniversalSegmentation/Mask2FormerForUniversalSegmentation",
+        "transformers:UniversalSegmentation/OneFormerForUniversalSegmentation",
+    ],
+)
+def test_all_linear_layers(key: str) -> None:
+    """linear="all": windows that are shifted, norms behind a block's last layer, attention that says where it looks."""
+    torch.manual_seed(0)
+    model = MODELS[key]().eval()
+    student = bd.bidensify(model, bd.BidensifyConfig(linear="all"))
+    plan = student.bidensify_plan
+    binary = {layer.path.rpartition(".")[2] for layer in plan.binary if layer.kind == "linear"}
+    assert binary
+
+    kept = {layer.path.rpartition(".")[2]: layer.reason for layer in plan.kept}
+    if any(name.endswith("sampling_offsets") for name, _ in model.named_modules()):
+        assert kept["sampling_offsets"] == "says where to sample"
+        assert kept["attention_weights"] == "gate"
+        assert not binary & {"sampling_offsets", "attention_weights"}
+    tables = [layer for layer in plan.layers if "position_bias_mlp" in layer.path]
+    assert all(layer.reason == "on constants alone, such as a table of positions" for layer in tables)
+
+    counts = joined_signals(record(student))
+    assert set(counts) == {layer.path for layer in plan.binary}
+    assert {path: each for path, each in counts.items() if each not in ([1], [])} == {}
+
+    _, inputs = next(iter(candidate_inputs(model)))
+    with torch.no_grad():
+        before, after = student(**inputs), bd.pack(student)(**inputs)
+    assert structure(after) == structure(before)
+    assert all(torch.isfinite(item).all() for item in tensors(after) if item.is_floating_point())
