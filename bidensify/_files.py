@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it is flushed to disk and renamed onto ``path``.
 
     On an exception the temporary file is removed and ``path`` keeps its former content.
+
+    Raises:
+        OSError: of a place that cannot be written to; with ENOSPC where the disk is full.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +26,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except Exception as error:
+            # Writers have errors of their own class for a full disk, which say little.
+            if not isinstance(error, OSError) and shutil.disk_usage(target.parent).free < 1 << 16:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+            raise
         # mkstemp creates 0600; a finished file gets what the user's umask would have given it.
         umask = os.umask(0)
         os.umask(umask)

@@ -32,6 +32,18 @@ def _near(name: str, known: tuple[str, ...] | list[str]) -> str:
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
+def _range(bounds: Any, what: str) -> tuple[int | None, int | None]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ConfigError(f"{what}={bounds!r} must be [low, high]")
+    low, high = bounds
+    for bound in (low, high):
+        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool)):
+            raise ConfigError(f"{what}={bounds!r}: {bound!r} must be an integer, or None for no bound")
+    if low is not None and high is not None and low > high:
+        raise ConfigError(f"{what}={bounds!r} holds nothing: low is above high")
+    return low, high
+
+
 @dataclass(frozen=True)
 class Rule:
     """One ordered rule: the first whose ``match`` fits a layer decides it.
@@ -70,6 +82,10 @@ class Rule:
                     raise ConfigError(
                         f"Rule({self.match!r}): {key}={self.action[key]!r} must be one of {', '.join(_CHOICES[key])}"
                     )
+            for key, kind in (("bypass", bool), ("method", str)):
+                if key in self.action and not isinstance(self.action[key], kind):
+                    wanted = "true or false" if kind is bool else "a method's name"
+                    raise ConfigError(f"Rule({self.match!r}): {key}={self.action[key]!r} must be {wanted}")
             object.__setattr__(self, "action", dict(self.action))
         elif not isinstance(self.action, str):
             raise ConfigError(
@@ -77,13 +93,15 @@ class Rule:
                 "mapping of overrides"
             )
         known = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "height", "width")
+        if not isinstance(self.where, Mapping):
+            raise ConfigError(
+                f"Rule({self.match!r}): where={self.where!r} must be a mapping, for example {{'kernel_size': (1, 1)}}"
+            )
         ranges: dict[str, tuple[int | None, int | None]] = {}
-        for key, bounds in dict(self.where).items():
+        for key, bounds in self.where.items():
             if key not in known:
                 raise ConfigError(f"Rule({self.match!r}): unknown predicate {key!r}{_near(key, known)}")
-            if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-                raise ConfigError(f"Rule({self.match!r}): where[{key!r}]={bounds!r} must be [low, high]")
-            ranges[key] = (bounds[0], bounds[1])
+            ranges[key] = _range(bounds, f"Rule({self.match!r}): where[{key!r}]")
         object.__setattr__(self, "where", ranges)
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,6 +150,10 @@ class BidensifyConfig:
     keep_last: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ConfigError(f"BidensifyConfig: method={self.method!r} must be a method's name")
+        if not isinstance(self.rules, (tuple, list)):
+            raise ConfigError(f"BidensifyConfig: rules={self.rules!r} must be a list of rules")
         rules = []
         for rule in self.rules:
             if isinstance(rule, Mapping):
@@ -165,6 +187,8 @@ class BidensifyConfig:
         Raises:
             ConfigError: an unknown key, or a version that this release does not know.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"BidensifyConfig: {data!r} must be a mapping of fields to values")
         fields = dict(data)
         version = fields.pop("version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
@@ -176,9 +200,6 @@ class BidensifyConfig:
         for key in fields:
             if key not in known:
                 raise ConfigError(f"BidensifyConfig: unknown key {key!r}{_near(key, known)}")
-        if not isinstance(fields.get("rules", ()), (list, tuple)):
-            raise ConfigError(f"BidensifyConfig: rules={fields['rules']!r} must be a list")
-        fields["rules"] = tuple(fields.get("rules", ()))
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -187,8 +208,15 @@ class BidensifyConfig:
 
     @classmethod
     def from_json(cls, text: str) -> BidensifyConfig:
-        """The reverse of ``to_json``."""
-        data = json.loads(text)
+        """The reverse of ``to_json``.
+
+        Raises:
+            ConfigError: not JSON, or what ``from_dict`` does not take.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"BidensifyConfig: {text[:80]!r} is not JSON ({error})") from error
         if not isinstance(data, dict):
             raise ConfigError(f"BidensifyConfig: the JSON text must hold an object, got {type(data).__name__}")
         return cls.from_dict(data)

@@ -44,6 +44,9 @@ def test_configurations_are_values() -> None:
         ({"rules": [3]}, "must hold Rule objects, got 3"),
         ({"metod": "bnn"}, "unknown key 'metod'; did you mean 'method'"),
         ({"version": 7}, "version 7 is not known"),
+        ({"method": None}, "method=None must be a method's name"),
+        ({"rules": None}, "rules=None must be a list"),
+        ({"rules": bd.Rule("a")}, "must be a list of rules"),
     ],
 )
 def test_mistakes(fields: dict[str, object], message: str) -> None:
@@ -60,6 +63,11 @@ def test_mistakes(fields: dict[str, object], message: str) -> None:
         (("a", {"activation": "gelu"}), "activation='gelu' must be one of rprelu, keep"),
         (("a", "keep", {"kernel": (1, 1)}), "unknown predicate 'kernel'; did you mean 'kernel_size'"),
         (("a", "keep", {"stride": 2}), r"where\['stride'\]=2 must be \[low, high\]"),
+        (("a", "keep", {"stride": ("1", 2)}), r"'1' must be an integer, or None"),
+        (("a", "keep", {"stride": (2, 1)}), r"\(2, 1\) holds nothing: low is above high"),
+        (("a", "keep", None), "where=None must be a mapping"),
+        (("a", {"bypass": "no"}), "bypass='no' must be true or false"),
+        (("a", {"method": 3}), "method=3 must be a method's name"),
     ],
 )
 def test_rule_mistakes(arguments: tuple[object, ...], message: str) -> None:
@@ -67,6 +75,12 @@ def test_rule_mistakes(arguments: tuple[object, ...], message: str) -> None:
         bd.Rule(*arguments)  # type: ignore[arg-type]
 
 
-def test_json_that_holds_no_object() -> None:
-    with pytest.raises(ConfigError, match="got list"):
-        bd.BidensifyConfig.from_json("[]")
+@pytest.mark.parametrize(("text", "message"), [("[]", "got list"), ("{", "'{' is not JSON")])
+def test_json_that_holds_no_object(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bd.BidensifyConfig.from_json(text)
+
+
+def test_a_dict_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="None must be a mapping"):
+        bd.BidensifyConfig.from_dict(None)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,3 +29,11 @@ def test_paths_that_lead_out(tmp_path: Path, name: str) -> None:
 
 def test_paths_inside(tmp_path: Path) -> None:
     assert inside(tmp_path, "a/b.png") == (tmp_path / "a" / "b.png").resolve()
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "file"):
+        raise ValueError("of the writer")
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert list(tmp_path.iterdir()) == []

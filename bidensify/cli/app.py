@@ -1,11 +1,12 @@
 """The application object, its exit codes and how errors are shown.
 
 Exit codes: 0 done, 1 failed (a :class:`~bidensify.errors.BidensifyError` in one panel, or a check that did not pass),
-2 wrong use (unknown option, missing argument, a path that is not there).
+2 wrong use (unknown option, missing argument, a path that is not there), 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -43,7 +44,8 @@ def output() -> Console:
 def command(name: str, *examples: str) -> Callable[[Function], Function]:
     """Registers a function as sub-command ``name``; ``examples`` end its ``--help``.
 
-    A :class:`BidensifyError` becomes one panel on standard error and exit code 1; with ``--debug`` it is raised.
+    A :class:`BidensifyError`, or an error of the file system, becomes one panel on standard error and exit code 1; with
+    ``--debug`` it is raised. Ctrl-C ends with exit code 130, as in a shell.
     """
     if not examples:
         raise ValueError(f"command {name!r} has no example; --help of each command shows at least one")
@@ -55,11 +57,16 @@ def command(name: str, *examples: str) -> Callable[[Function], Function]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
-            except BidensifyError as error:
+            except BrokenPipeError:
+                raise
+            except (BidensifyError, OSError) as error:
                 if kwargs.get("debug") or os.environ.get("BIDENSIFY_DEBUG"):
                     raise
                 show_error(error)
                 raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                Console(stderr=True).print("Stopped.")
+                raise typer.Exit(130) from None
 
         app.command(name, epilog=epilog)(guarded)
         return function
@@ -67,11 +74,20 @@ def command(name: str, *examples: str) -> Callable[[Function], Function]:
     return register
 
 
-def show_error(error: BidensifyError) -> None:
+_WHAT_TO_DO = {
+    errno.ENOSPC: "; make room and try again: files that are there are whole, what was being written is not there",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; give a place that you may write to"),
+}
+
+
+def show_error(error: BidensifyError | OSError) -> None:
     """Prints ``error`` as one panel on standard error."""
-    kind = type(error).__name__
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, OSError) and not isinstance(error, BidensifyError) and error.strerror:
+        place = f"{str(error.filename)!r}: " if error.filename is not None else ""
+        text = f"{place}{error.strerror}{_WHAT_TO_DO.get(error.errno or 0, '')}"
     Console(stderr=True).print(
-        Panel(escape(str(error)), title=f"[bold red]{kind}[/bold red]", border_style="red", title_align="left")
+        Panel(escape(text), title=f"[bold red]{kind}[/bold red]", border_style="red", title_align="left")
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bidensify.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from bidensify.config import BidensifyConfig
@@ -80,6 +81,25 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
         raise ConfigError(f"--input {text!r} is no shape; write [[N]xC]xHxW, for example 3x128x160")
     shape = [*defaults[: 4 - len(sizes)], *sizes]
     return shape[0], shape[1], shape[2], shape[3]
+
+
+def parse_device(text: str) -> torch.device:
+    """Reads ``--device``: a device that is here.
+
+    Raises:
+        ConfigError: no device's name, or a device that this machine or this build of PyTorch does not have.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigError(f"--device {text!r} is no device; write cpu, cuda or cuda:1") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {text!r} cannot be used here ({str(error).splitlines()[0]}); use cpu") from None
+    return device
 
 
 def make_model(spec: str, options: Sequence[str], weights: Path | None) -> nn.Module:

@@ -13,7 +13,7 @@ from bidensify.cli.app import AsJson, Debug, command, output
 from bidensify.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from bidensify.recipe import RunResult
+    from bidensify.recipe import Recipe, RunResult
 
 Set = Annotated[
     list[str] | None,
@@ -68,9 +68,29 @@ def finetune(
     Where the recipe has teacher.stages and no teacher's weights are given, the teacher is trained first, in a folder
     beside the run's (RUN_DIR_teacher).
     """
-    from bidensify.recipe import load_recipe, run_recipe
+    from bidensify.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings or [])
+    try:
+        result = train(loaded, run_dir, role, teacher, resume, quiet)
+    except KeyboardInterrupt:
+        output().print(f"Stopped. The same command with --resume goes on from the last checkpoint in {run_dir}")
+        raise
+    # Under a launcher every process comes here; one of them speaks.
+    if os.environ.get("RANK", "0") == "0":
+        show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)
+        tell_next(result, role)
+
+
+def train(
+    loaded: Recipe, run_dir: Path, role: Literal["student", "teacher"], teacher: Path | None, resume: bool, quiet: bool
+) -> RunResult:
+    """Trains one network of a recipe, and before a student its teacher if there is none; see ``finetune``."""
+    from bidensify.recipe import run_recipe
+    from bidensify.recipe.folder import RunFolder
+
+    # A folder that cannot be the student's is told before the teacher is trained.
+    RunFolder(run_dir).inspect(loaded if role == "student" else loaded.for_teacher(), resume)
     weights = teacher
     section = loaded.teacher
     if role == "student" and weights is None and section is not None and section.weights is None and section.stages:
@@ -78,11 +98,7 @@ def finetune(
         if not quiet:
             output().print(f"No teacher's weights given: the recipe's teacher comes first, in {weights}")
         run_recipe(loaded, weights, role="teacher", resume=weights.exists(), quiet=quiet)
-    result = run_recipe(loaded, run_dir, role=role, teacher_weights=weights, resume=resume, quiet=quiet)
-    # Under a launcher every process comes here; one of them speaks.
-    if os.environ.get("RANK", "0") == "0":
-        show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)
-        tell_next(result, role)
+    return run_recipe(loaded, run_dir, role=role, teacher_weights=weights, resume=resume, quiet=quiet)
 
 
 def tell_next(result: RunResult, role: str) -> None:
@@ -120,16 +136,17 @@ def evaluate(
     """Measure a student, a teacher or a packed model on its recipe's validation data."""
     from bidensify.recipe import evaluate as measure
 
+    place = arguments.parse_device(device)
     loaded = sources.load_source(source, recipe, settings or [])
     chosen = sources.need_recipe(loaded, source)
     val = chosen.build_datasets()[1]
     metrics = measure(
-        loaded.model.to(device),
+        loaded.model.to(place),
         chosen.build_task(val.info),
         val,
         batch_size=chosen.data.eval_batch_size or chosen.data.batch_size,
         workers=chosen.data.workers,
-        device=device,
+        device=place,
         precision=chosen.precision,
         channels_last=chosen.channels_last,
     )
@@ -164,6 +181,7 @@ def predict(
     """
     import torch
 
+    place = arguments.parse_device(device)
     loaded = sources.load_source(source, recipe, settings or [])
     chosen = sources.need_recipe(loaded, source)
     info = chosen.build_datasets()[1].info
@@ -172,12 +190,12 @@ def predict(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"several images are called {', '.join(twice)}; their predictions would overwrite each other")
-    model = loaded.model.to(device)
+    model = loaded.model.to(place)
     for path in images:
         image = read_image(path)
         batch = normalized(image, chosen.image_size, chosen.data.mean or info.mean, chosen.data.std or info.std)
         with torch.inference_mode():
-            result = model(batch.to(device))
+            result = model(batch.to(place))
         size = (image.shape[1], image.shape[2])
         values = task.predict(result, size)[0].cpu()
         shown = values if task.name == "segmentation" else values.float()

@@ -42,12 +42,18 @@ def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[st
         overrides: ``path=value`` changes to the recipe.
 
     Raises:
-        ConfigError: the folder is neither, or a saved directory's base model is not known.
+        ConfigError: an override is of the network itself, the folder is neither, or a saved directory's base model is not known.
     """
     from bidensify.recipe import load_recipe, load_run
 
     chosen = None if recipe is None else load_recipe(recipe, overrides)
     if is_run(folder):
+        fixed = [text for text in overrides if text.split(".")[0].split("=")[0] in ("model", "binarize")]
+        if fixed:
+            raise ConfigError(
+                f"--set {fixed[0]} has no effect on {str(folder)!r}: a trained network is what it is; leave it out, or "
+                "train another run"
+            )
         model, own = load_run(folder)
         return Source(model.eval(), chosen if chosen is not None else load_recipe(own, overrides))
     if not is_saved(folder):

@@ -44,6 +44,7 @@ def _draw(panels: Sequence[Panel], names: Sequence[str], page: str) -> bytes:
     # The object interface on the Agg canvas: pyplot would keep state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
 
     text, soft, line = _INK[page]
     canvas = Canvas(figsize=(5.2 * len(panels), 3.3), layout="constrained")
@@ -65,6 +66,8 @@ def _draw(panels: Sequence[Panel], names: Sequence[str], page: str) -> bytes:
             axes.plot(xs, ys, color=colour_of(name, names), linewidth=2, label=name, marker="o", markersize=2.5)
         for name, value in panel.references.items():
             axes.axhline(value, color=REFERENCE_COLOUR, linewidth=1.5, linestyle="--", label=name)
+        if panel.xlabel == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.log:
             axes.set_yscale("log")
         axes.legend(frameon=False, labelcolor=text, fontsize=9)

@@ -84,8 +84,8 @@ def write_page(
     figures = results["students"]["bidense"]
     miou = results["miou"]
     cards = [
-        Card("mIoU of the 1-bit student", f"{100 * miou['bidense']:.1f}", f"teacher {100 * miou['teacher']:.1f}, "
-             f"bnn {100 * miou['bnn']:.1f}"),
+        Card("mIoU of the 1-bit student", f"{100 * miou['bidense']:.1f} %", f"teacher {100 * miou['teacher']:.1f} %, "
+             f"bnn {100 * miou['bnn']:.1f} %"),
         Card("of the teacher's mIoU", f"{100 * results['student_over_teacher']:.0f} %", "bidense"),
         Card("packed file", f"{figures['packed_bytes'] / 1e3:.0f} kB",
              f"{figures['latent_bytes'] / figures['packed_bytes']:.0f}× smaller than fp32"),

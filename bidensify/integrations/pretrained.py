@@ -119,9 +119,14 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
         options = source.get("options")
         model = build_model(source["spec"], **(options if isinstance(options, dict) else {}))
     else:
+        if not isinstance(model, nn.Module):
+            raise FormatError(
+                f"{where}: the given base model is a {type(model).__name__}, no nn.Module; give the network"
+            )
         for path, module in model.named_modules():
-            if isinstance(module, BinaryLayer):
-                raise FormatError(f"{path}: the given base model is binary already; give the full-precision one")
+            state = "binary" if isinstance(module, BinaryLayer) else "packed" if hasattr(module, "packed_facts") else ""
+            if state:
+                raise FormatError(f"{path}: the given base model is {state} already; give the full-precision one")
         model = copy_model(model)
     wanted = extra.get("fingerprint")
     if wanted and wanted != fingerprint(model):
@@ -146,7 +151,8 @@ def from_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
 
     Args:
         directory: the folder.
-        model: the full-precision base network (left as it is); by default built by the name that the file holds.
+        model: the full-precision base network (left as it is), on the CPU or on the meta device; by default built by
+            the name that the file holds.
 
     Returns:
         The network in evaluation mode.
@@ -180,6 +186,30 @@ def _rewritten(header: Mapping[str, Any], folder: Path, model: nn.Module | None)
         raise FormatError(f"{folder}: {error}") from error
 
 
+def _off_meta(model: nn.Module, where: Path) -> nn.Module:
+    """Gives what is on the meta device memory on the CPU, for the file's tensors; ties stay."""
+    state = set(model.state_dict())
+    memo: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                full = f"{path}.{name}" if path else name
+                if full not in state:
+                    raise FormatError(
+                        f"{where}: the given base model is on the meta device, and its buffer {full!r} is in no file; build "
+                        "it on the CPU"
+                    )
+                if id(tensor) not in memo:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    memo[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+                own[name] = memo[id(tensor)]
+    return model
+
+
 def _load_latent(folder: Path, header: Mapping[str, Any], model: nn.Module | None) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
@@ -189,7 +219,7 @@ def _load_latent(folder: Path, header: Mapping[str, Any], model: nn.Module | Non
             f"{folder / _HEADER}: format_version={header.get('format_version')!r}; this release reads {LATENT_VERSION}: "
             "update bidensify"
         )
-    result = _rewritten(header, folder, model)
+    result = _off_meta(_rewritten(header, folder, model), folder)
     path = folder / _TENSORS
     if not path.is_file():
         raise FormatError(f"{folder}: there is no {_TENSORS} in it; save the model again")
@@ -230,7 +260,7 @@ def _load_packed(folder: Path, model: nn.Module | None) -> nn.Module:
     from bidensify.runtime.pack import finish
 
     header, tensors = read_packed(folder)
-    result = empty_packed(_rewritten(header, folder, model), header["layers"], str(folder))
+    result = _off_meta(empty_packed(_rewritten(header, folder, model), header["layers"], str(folder)), folder)
     _load_state(result, tensors, folder)
     result.eval()
     finish(result)

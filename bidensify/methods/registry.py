@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,23 +82,44 @@ def register_method(
 
     Args:
         name: a new name; letters, digits, "-" and "_".
-        activation: (channels, dim) -> module that replaces ReLU-like activations beside binary layers.
+        activation: function of (channels, dim) that makes what replaces a ReLU-like activation beside binary layers.
         bypass: give every layer a parameter-free full-precision bypass.
         citation: the method's paper.
 
     Raises:
-        ConfigError: the name is taken, reserved or not an identifier.
+        ConfigError: the name is taken, reserved or not an identifier, or what is given is no function.
     """
 
+    taken = ("keep", "binarize")
+    if not isinstance(name, str) or name in taken or not name.replace("-", "_").isidentifier():
+        raise ConfigError(f"register_method: {name!r} cannot be a method's name; use letters, digits, '-' and '_'")
+    if activation is not None and not callable(activation):
+        raise ConfigError(
+            f"register_method({name!r}): activation={activation!r} must be a function of (channels, dim), or None"
+        )
+
     def register(function: PartsFunction) -> PartsFunction:
-        if name in ("keep", "binarize") or not name.replace("-", "_").isidentifier():
-            raise ConfigError(f"register_method: {name!r} cannot be a method's name; use letters, digits, '-' and '_'")
+        if not callable(function):
+            raise ConfigError(f"register_method({name!r}): {function!r} must be a function of (spec, config)")
         if name in _METHODS:
             raise ConfigError(f"register_method: {name!r} is taken; choose another name")
-        _METHODS[name] = Method(name, function, activation, bypass, citation)
+        _METHODS[name] = Method(name, _checked(name, function), activation, bypass, citation)
         return function
 
     return register
+
+
+def _checked(name: str, function: PartsFunction) -> PartsFunction:
+    """``function``, whose result is looked at: a layer without binarizers would fail far from the method."""
+
+    @functools.wraps(function)
+    def parts(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
+        made = function(spec, config)
+        if not isinstance(made, LayerParts):
+            raise ConfigError(f"the method {name!r} gave {made!r} for {spec}; it must give LayerParts")
+        return made
+
+    return parts
 
 
 def available_methods() -> list[str]:

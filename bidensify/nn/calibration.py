@@ -84,8 +84,12 @@ def calibrate(
         norms: re-estimate BatchNorm's running mean and variance.
 
     Raises:
-        ConfigError: there is no batch.
+        ConfigError: there is no batch, or a batch stands where a list of batches is asked for.
     """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"calibrate: batches is a {type(batches).__name__}; give a list of batches, [batch], or a data loader"
+        )
     inputs = list(batches)
     if not inputs:
         raise ConfigError("calibrate: no batch was given; pass at least one batch of the network's inputs")

@@ -19,8 +19,21 @@ Sample = dict[str, Tensor]
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Sample:
-    """Stacks the tensors of samples; tv_tensors become plain ones, what is no tensor (a file name) is left out."""
+    """Stacks the tensors of samples; tv_tensors become plain ones, what is no tensor (a file name) is left out.
+
+    Raises:
+        DataError: the samples differ in their keys or shapes.
+    """
     plain = [{k: v.as_subclass(Tensor) for k, v in s.items() if isinstance(v, Tensor)} for s in samples]
+    first = {key: value.shape for key, value in plain[0].items()}
+    for sample in plain:
+        found = {key: value.shape for key, value in sample.items()}
+        if found != first:
+            a, b = ({key: tuple(shape) for key, shape in shapes.items()} for shapes in (first, found))
+            raise DataError(
+                f"samples of one batch differ: {a} and {b}; bring them to one size in the data set, or measure with "
+                "data.eval_batch_size: 1"
+            )
     batch: Sample = default_collate(plain)
     return batch
 
@@ -29,8 +42,16 @@ def check_samples(dataset: Dataset[Sample], name: str) -> None:
     """Looks at the first sample of a data set.
 
     Raises:
-        DataError: it is no dict with a float "image" of (C, H, W).
+        DataError: it is no data set with a length, it is empty, or its sample is no dict with a float "image" of
+            (C, H, W).
     """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{name} is a {type(dataset).__name__}; give a data set with a length and samples by index "
+            "(torch.utils.data.Dataset, not an iterable one)"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{name} is empty; give a data set with samples")
     how = (
         'a sample is a dict with "image" (float32, (C, H, W), normalized) and what the task needs: "mask" (int64, '
         '(H, W)) or "depth" (float32, (H, W) in metres)'
@@ -38,8 +59,10 @@ def check_samples(dataset: Dataset[Sample], name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         sample: Any = dataset[0]
     if not isinstance(sample, Mapping) or not isinstance(sample.get("image"), Tensor):
-        given = f"keys {sorted(map(str, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
-        raise DataError(f"{name}[0] is {given}; {how}")
+        given = type(sample).__name__
+        if isinstance(sample, Mapping):
+            given += f" of { ({str(key): type(value).__name__ for key, value in sample.items()}) }"
+        raise DataError(f"{name}[0] is a {given}; {how}")
     image = sample["image"]
     if not image.is_floating_point() or image.dim() != 3:
         raise DataError(f'{name}[0]["image"] is {image.dtype} of shape {tuple(image.shape)}; {how}')

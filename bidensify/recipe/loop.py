@@ -99,6 +99,8 @@ class _Run:
         task: Task | None,
         quiet: bool,
     ) -> None:
+        for name, dataset in (("train", train), ("val", val)):
+            check_samples(dataset, name)
         check_stages(student, recipe, teacher)
         self.student, self.teacher, self.recipe = student, teacher, recipe
         self.folder, self.val, self.quiet = folder, val, quiet
@@ -111,8 +113,6 @@ class _Run:
         self.state = RunState()
         self.plan = epochs(recipe.stages)
         self.batches = batches_per_epoch(self.train, recipe)
-        for name, dataset in (("train", self.train), ("val", val)):
-            check_samples(dataset, name)
         self.ema: Ema | None = None
 
     def go(self, resume: bool) -> RunResult:

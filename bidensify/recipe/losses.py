@@ -188,7 +188,7 @@ def loss_weight(task: Task, target: Sample) -> Tensor:
 
     A task may say so itself (method ``loss_weight(target) -> Tensor``). Else it is, for masks, the labelled pixels,
     each times its class weight (as in the cross-entropy; a Dice part is not a mean over pixels, and is taken per
-    process), and, for depth, the images with a valid pixel (as in SILog).
+    process), for depth, the images with a valid pixel (as in SILog), and for anything else the images.
     """
     own = getattr(task, "loss_weight", None)
     if callable(own):
@@ -202,6 +202,8 @@ def loss_weight(task: Task, target: Sample) -> Tensor:
             return valid.sum()
         inside = torch.where(valid, mask, torch.zeros_like(mask)).clamp(0, len(weights) - 1)
         return (weights.to(mask.device)[inside].double() * valid).sum()
+    if "depth" not in target:
+        return torch.tensor(target["image"].shape[0])
     depth = target["depth"].flatten(1)
     valid = task.valid(depth) if hasattr(task, "valid") else depth > 0
     return valid.any(1).sum()

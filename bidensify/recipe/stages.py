@@ -49,10 +49,24 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
     """Checks that the stages fit the models.
 
     Raises:
-        ConfigError: a stage binarizes a model that has no binary layers, leaves binary ones off in the end, distils
-            without a teacher, or names layers or parameters that are not there.
+        ConfigError: the student is packed, or its own teacher, or a model is in half precision; a stage binarizes a model
+            that has no binary layers, leaves binary ones off in the end, distils without a teacher, or names layers or
+            parameters that are not there.
     """
     binary = any(True for _ in binary_layers(student))
+    if teacher is student:
+        raise ConfigError("the teacher is the student itself; give the full-precision network as teacher")
+    for name, model in (("student", student), ("teacher", teacher)):
+        half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16} if model is not None else ()
+        for dtype in half:
+            raise ConfigError(
+                f"the {name}'s parameters are {dtype}, in which small steps are lost; call {name}.float(), and set "
+                "precision: bf16 for speed"
+            )
+    if any(hasattr(module, "packed_facts") for module in student.modules()):
+        raise ConfigError(
+            "the student is packed, and bits do not train; give the latent network that it was packed from"
+        )
     for stage in recipe.stages:
         if stage.binarize != "none" and not binary:
             raise ConfigError(

@@ -48,6 +48,13 @@ def _refuse(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, BinaryLayer):
             raise PlanError(f"{path}: the network is binary already; give the full-precision one")
+        if hasattr(module, "packed_facts"):
+            raise PlanError(f"{path}: the network is packed already; give the full-precision one")
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise PlanError(
+                f"{path}: its parameters are on the meta device, and a rewrite starts from the network's weights; load "
+                "them first (from_pretrained needs none: it replays a stored plan)"
+            )
 
 
 def plan(model: nn.Module, config: BidensifyConfig | None = None, *, example_inputs: Any = None) -> Plan:

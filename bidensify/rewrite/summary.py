@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bidensify.errors import ConfigError, PlanError
 from bidensify.nn import BinaryLayer
 from bidensify.rewrite import work
 from bidensify.rewrite.kinds import macs_of
@@ -128,9 +129,16 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
         input_size: (C, H, W) of one sample or (N, C, H, W); counts are per sample.
 
     Raises:
-        PlanError: the network does not run on such an input.
+        ConfigError: ``input_size`` is no such size.
+        PlanError: ``model`` is no network, or does not run on such an input.
     """
-    size = tuple(int(n) for n in input_size)
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"summary: {type(model).__name__} is no nn.Module; give the network")
+    size = tuple(input_size) if isinstance(input_size, Sequence) else ()
+    if len(size) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ConfigError(
+            f"summary: input_size={input_size!r} must be positive integers, (C, H, W) of one sample or (N, C, H, W)"
+        )
     if len(size) == 3:
         size = (2, *size)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))

@@ -37,6 +37,8 @@ def freeze(layer: BinaryLayer, kernel: str, name: str) -> PackedLayer:
             f"{name}: the layer still computes in float (binarizer.enabled={layer.binarizer.enabled}, "
             f"binarize_weights={layer.binarize_weights}); call set_binarization(model, activations=True, weights=True)"
         )
+    if not bool(torch.isfinite(layer.latent_weight).all()):
+        raise PackError(f"{name}: its weights are not finite; the model was not trained to a usable state")
     signs, weight_scale = layer.binary_weight()
     spec = _geometry(layer, name)
     signs = _gathered(signs, spec)

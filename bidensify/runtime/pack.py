@@ -23,6 +23,7 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
 
     The result is a deep copy in evaluation mode whose binary layers are ``PackedConv2d``, ``PackedConvTranspose2d`` and
     ``PackedLinear`` at the same paths. It computes what ``model`` computes in evaluation mode; ``model`` is left alone.
+    No parameter of the result takes a gradient: train the latent network and pack it again.
 
     Args:
         model: a model with binary layers (made by ``bidensify``), in any mode.
@@ -32,11 +33,13 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
             model still takes and gives float32.
 
     Raises:
-        PackError: the model has no binary layer, or a layer cannot be frozen exactly; the message names it.
+        PackError: ``model`` is no network or has no binary layer, or a layer cannot be frozen exactly; the message names it.
         ConfigError: an unknown kernel or dtype.
     """
     check_kernel(kernel)
     _check_dtype(float_dtype)
+    if not isinstance(model, nn.Module):
+        raise PackError(f"{type(model).__name__} is no nn.Module; give the network that bidensify() returned")
     layers = dict(binary_layers(model))
     if not layers:
         packed_already = len(packed_layers(model))
@@ -57,9 +60,10 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
 
 
 def finish(packed: nn.Module) -> nn.Module:
-    """Puts the weights of float convolutions in channels_last, the order that packed layers read and write, and lets packed
-    layers read concatenations in parts.
+    """Puts the weights of float convolutions in channels_last, the order that packed layers read and write, lets packed
+    layers read concatenations in parts, and freezes the parameters: no gradient passes a packed layer.
     """
+    packed.requires_grad_(False)
     for module in packed.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, BinaryLayer):
             module.to(memory_format=torch.channels_last)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -151,3 +153,55 @@ def test_a_misspelt_key_is_quoted_with_its_path(cli: CliRunner, tmp_path: Path) 
     assert result.exit_code == 1
     assert "stages[0].epoch" in text_of(result)
     assert "epochs" in text_of(result)
+
+
+def test_errors_of_the_file_system_are_panels(cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    result = cli.invoke(app, ["convert", "demo:unet", "-o", "width=8", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 1
+    assert "NotADirectoryError" in text_of(result)
+    assert "Traceback" not in text_of(result)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors")
+
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    result = cli.invoke(app, ["convert", "demo:unet", "-o", "width=8", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "'out/model.safetensors': No space left on device; make room and try again" in text_of(result)
+
+
+def test_ctrl_c_says_how_to_go_on(cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bidensify.recipe.run_recipe", stop, raising=False)
+    result = cli.invoke(app, ["finetune", str(recipe), "--run-dir", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert "with --resume goes on from the last checkpoint" in text_of(result)
+
+
+def test_a_students_folder_is_looked_at_before_its_teacher_is_trained(cli: CliRunner, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    result = cli.invoke(app, ["finetune", str(recipe), "--run-dir", str(recipe)])
+    assert result.exit_code == 1
+    assert "is a file; choose another" in text_of(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_devices_that_are_not_here(cli: CliRunner, tmp_path: Path, device: str) -> None:
+    result = cli.invoke(app, ["evaluate", str(tmp_path), "--device", device])
+    assert result.exit_code == 1
+    assert f"--device '{device}'" in text_of(result)
+
+
+def test_a_trained_network_takes_no_other_options(cli: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    result = cli.invoke(app, ["evaluate", str(tmp_path), "--set", "model.options.width=16"])
+    assert result.exit_code == 1
+    assert "--set model.options.width=16 has no effect" in text_of(result)

@@ -126,3 +126,33 @@ def test_a_binary_base_is_refused(student: nn.Module, tmp_path: Path) -> None:
     bd.save_pretrained(student, tmp_path)
     with pytest.raises(FormatError, match="binary already"):
         bd.from_pretrained(tmp_path, student)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_base_on_the_meta_device_is_enough(packed: bool, tmp_path: Path) -> None:
+    model = bd.bidensify(build_model("demo:unet", width=8))
+    bd.calibrate(model, [torch.randn(2, 3, 32, 32)])
+    model.eval()
+    saved = bd.pack(model) if packed else model
+    bd.save_pretrained(saved, tmp_path)
+    with torch.device("meta"):
+        base = build_model("demo:unet", width=8)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(bd.from_pretrained(tmp_path, base)(x), saved(x))
+    assert all(parameter.is_meta for parameter in base.parameters())
+
+
+def test_a_buffer_that_no_file_holds_is_not_made_up(student: nn.Module, tmp_path: Path) -> None:
+    bd.save_pretrained(student, tmp_path)
+    base = own_network().to("meta")
+    base[0].register_buffer("table", torch.zeros(3, device="meta"), persistent=False)
+    with pytest.raises(FormatError, match=r"its buffer '0\.table' is in no file; build it on the CPU"):
+        bd.from_pretrained(tmp_path, base)
+
+
+def test_bases_that_are_none(student: nn.Module, tmp_path: Path) -> None:
+    bd.save_pretrained(student, tmp_path)
+    with pytest.raises(FormatError, match="is a str, no nn.Module"):
+        bd.from_pretrained(tmp_path, "demo:unet")  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="2: the given base model is packed already"):
+        bd.from_pretrained(tmp_path, bd.pack(student))

@@ -28,6 +28,25 @@ class Small(nn.Module):
         return self.head(self.act(self.up(self.body(self.stem(x)))))
 
 
+@pytest.mark.parametrize("name", ["a b", "keep", "", None, 3])
+def test_names_that_no_method_can_have(name: object) -> None:
+    with pytest.raises(ConfigError, match="cannot be a method's name; use letters"):
+        bd.register_method(name)  # type: ignore[arg-type]
+
+
+def test_what_is_no_method() -> None:
+    with pytest.raises(ConfigError, match=r"activation=3 must be a function of \(channels, dim\)"):
+        bd.register_method("no_method", activation=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="3 must be a function of"):
+        bd.register_method("no_method")(3)  # type: ignore[arg-type]
+    bd.register_method("no_method")(lambda spec, config: None)  # type: ignore[arg-type,return-value]
+    try:
+        with pytest.raises(ConfigError, match="the method 'no_method' gave None for LayerSpec.*LayerParts"):
+            bd.bidensify(Small(), method="no_method")
+    finally:
+        del _METHODS["no_method"]
+
+
 def test_both_methods_are_registered() -> None:
     assert {"bidense", "bnn"} <= set(bd.available_methods())
 

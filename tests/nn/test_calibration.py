@@ -230,6 +230,12 @@ def test_inputs_of_every_kind() -> None:
         assert share.max() < 0.95
 
 
+@pytest.mark.parametrize("batches", [torch.zeros(2, 3, 8, 8), {"x": torch.zeros(2, 3, 8, 8)}, 3])
+def test_a_batch_in_place_of_a_list_is_an_error(batches: object) -> None:
+    with pytest.raises(ConfigError, match=r"batches is a \w+; give a list of batches, \[batch\]"):
+        calibrate(network(), batches)  # type: ignore[arg-type]
+
+
 def test_no_batch_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no batch was given"):
         calibrate(network(), [])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from bidensify.errors import ConfigError, DataError, FormatError, TrainingError
 from bidensify.recipe import evaluate, finetune
 from bidensify.recipe.loaders import training_loader
+from bidensify.runtime import pack
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -267,12 +270,54 @@ def test_a_data_set_of_the_users_own(tiny: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ((torch.zeros(3, 4, 4), torch.zeros(4, 4)), r"train\[0\] is tuple; a sample is a dict"),
-        ({"pixels": torch.zeros(3, 4, 4)}, r"train\[0\] is keys \['pixels'\]"),
+        ((torch.zeros(3, 4, 4), torch.zeros(4, 4)), r"train\[0\] is a tuple; a sample is a dict"),
+        ({"pixels": torch.zeros(3, 4, 4)}, r"train\[0\] is a dict of {'pixels': 'Tensor'}"),
+        ({"image": torch.zeros(3, 4, 4).numpy()}, r"train\[0\] is a dict of {'image': 'ndarray'}"),
         ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, r"torch.uint8 of shape \(3, 4, 4\).*float32"),
     ],
 )
 def test_samples_of_another_form(tiny: ModuleType, tmp_path: Path, sample: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         own_data(tiny, tmp_path / "run", Plain(sample))
+    assert not (tmp_path / "run").exists()
+
+
+class Unequal(Plain):
+    def __getitem__(self, index: int) -> Any:
+        return {"image": torch.zeros(3, 16 + index, 16), "mask": torch.zeros(16 + index, 16).long()}
+
+
+class NoLength(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "train is a NoneType; give a data set with a length"),
+        (NoLength(), "train is a NoLength; give a data set with a length"),
+        ([], "train is empty"),
+        (Unequal(), r"samples of one batch differ: .* data.eval_batch_size: 1"),
+    ],
+)
+def test_what_is_no_data_set(tiny: ModuleType, tmp_path: Path, data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        own_data(tiny, tmp_path / "run", data)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (lambda net: net.half(), None, "student's parameters are torch.float16.*precision: bf16"),
+        (lambda net: net, lambda net: net, "the teacher is the student itself"),
+        (lambda net: net, lambda net: copy.deepcopy(net).bfloat16(), "teacher's parameters are torch.bfloat16"),
+        (lambda net: pack(net), None, "the student is packed.*give the latent network"),
+    ],
+)
+def test_models_that_do_not_train(tiny: ModuleType, tmp_path: Path, student: Any, teacher: Any, message: str) -> None:
+    net = tiny.network(binary=True)
+    given = student(net)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny, tmp_path / "run", given, teacher=None if teacher is None else teacher(net))
     assert not (tmp_path / "run").exists()

@@ -137,6 +137,10 @@ def test_a_task_may_give_its_own_weight(tiny: ModuleType) -> None:
     assert loss_weight(Own(3), {"mask": torch.zeros(1, 2, 2)}) == 7
 
 
+def test_other_tasks_are_means_over_images() -> None:
+    assert loss_weight(SegmentationTask(3), {"image": torch.zeros(5, 3, 2, 2), "flow": torch.zeros(5, 2, 2, 2)}) == 5
+
+
 def test_shapes_that_differ_are_an_error() -> None:
     losses = Losses(LossesSection.model_validate({"kl": 1}), SegmentationTask(3))
     target = {"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 4, 4, dtype=torch.long)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.errors import PlanError
+from bidensify.models import build_model
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
 from bidensify.rewrite import Plan, apply_plan
 
@@ -238,3 +239,15 @@ def test_calibration_mixes_signs_behind_relus() -> None:
     for path, share in shares.items():
         assert (share > 0.05).all(), path
         assert (share < 0.95).all(), path
+
+
+def test_a_network_that_cannot_be_rewritten_says_what_it_is() -> None:
+    student = bd.bidensify(build_model("demo:unet", width=8))
+    for model, message in (
+        (student, "is binary already"),
+        (bd.pack(student), "is packed already"),
+        (build_model("demo:unet", width=8).to("meta"), "its parameters are on the meta device"),
+    ):
+        for function in (bd.plan, bd.bidensify):
+            with pytest.raises(PlanError, match=message):
+                function(model)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bidensify as bd
-from bidensify.errors import PlanError
+from bidensify.errors import ConfigError, PlanError
 from bidensify.rewrite.summary import summary
 
 
@@ -125,6 +125,14 @@ def test_batch_and_an_input_that_does_not_run() -> None:
     assert summary(model, (5, 3, 8, 8)).to_dict() == summary(model, (3, 8, 8)).to_dict()
     with pytest.raises(PlanError, match="did not run"):
         summary(model, (4, 8, 8))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, -1, 8), (3, 8.0, 8), 8, "3x8x8"])
+def test_sizes_that_are_none(size: object) -> None:
+    with pytest.raises(ConfigError, match=r"input_size=.* must be positive integers, \(C, H, W\)"):
+        summary(Small(), size)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="NoneType is no nn.Module"):
+        summary(None, (3, 8, 8))  # type: ignore[arg-type]
 
 
 def test_the_table_has_a_total() -> None:

@@ -237,7 +237,29 @@ def test_per_channel_scales_are_refused_by_name_with_the_way_out() -> None:
         pack(model)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_weights_that_are_not_finite(scaled: bool) -> None:
+    layer = settle(BiDenseConv2d(16, 16, 3))
+    layer.weight_binarizer = WeightBinarizer(scaled=scaled)
+    with torch.no_grad():
+        layer.latent_weight[3, 2, 1, 1] = float("nan")
+    with pytest.raises(PackError, match=r"^0: its weights are not finite"):
+        pack(nn.Sequential(layer))
+
+
+def test_no_parameter_of_a_packed_network_takes_a_gradient() -> None:
+    network = trained()
+    packed = pack(network)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        packed(torch.randn(1, 3, 16, 16))["out"].sum().backward()
+
+
 def test_other_refusals() -> None:
+    for value in (None, 3, nn.Conv2d):
+        with pytest.raises(PackError, match=r"is no nn.Module; give the network that bidensify\(\) returned"):
+            pack(value)  # type: ignore[arg-type]
     with pytest.raises(PackError, match=r"Sequential has no binary layer .* bidensify\(\)"):
         pack(nn.Sequential(nn.Conv2d(3, 4, 1)))
     model = nn.Sequential(settle(BiDenseConv2d(16, 16, 3)))
