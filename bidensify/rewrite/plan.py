@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bidensify._tables import as_text
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.rewrite.blocks import BlockEdit
@@ -255,7 +256,7 @@ class Plan:
             raise PlanError(f"the plan is not whole ({type(error).__name__}: {error}); plan again") from error
 
     def table(self) -> Table:
-        """A rich table: layer, kind, shape, MACs, action, reason, way."""
+        """A rich table: layer, kind (where there are several), shape, millions of MACs per sample, action, reason, way."""
         from rich.table import Table
 
         share = 100 * self.binary_mac_share()
@@ -266,23 +267,18 @@ class Plan:
             title=f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs",
             caption=f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes),
         )
-        for column in ("layer", "kind", "shape"):
+        kinds = len({layer.kind for layer in self.layers}) > 1
+        for column in ("layer", "kind", "shape") if kinds else ("layer", "shape"):
             table.add_column(column, overflow="fold")
         table.add_column("MMACs", justify="right")
         for column in ("action", "reason", "way"):
             table.add_column(column, overflow="fold")
         for layer in self.layers:
             style = None if layer.action == "binary" else "yellow"
-            table.add_row(
-                layer.path, layer.kind, layer.shape, f"{layer.macs / 1e6:.1f}", layer.method or "keep",
-                layer.reason, layer.way, style=style,
-            )  # fmt: skip
+            what = (layer.kind, layer.shape) if kinds else (layer.shape,)
+            action = layer.method or "keep"
+            table.add_row(layer.path, *what, f"{layer.macs / 1e6:.1f}", action, layer.reason, layer.way, style=style)
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bidensify._tables import as_text
 from bidensify.errors import ConfigError, PlanError
 from bidensify.nn import BinaryLayer
 from bidensify.rewrite import work
@@ -62,6 +64,17 @@ class LayerSummary:
         return 2 * self.float_macs + 2 * self.binary_macs / 64 + self.elementwise
 
 
+# Title, field, power of ten.
+_COLUMNS = (
+    ("1-bit\nparams", "binary_params", 0),
+    ("float\nparams", "float_params", 0),
+    ("bytes", "bytes", 0),
+    ("1-bit\nMMACs", "binary_macs", 6),
+    ("float\nMMACs", "float_macs", 6),
+    ("MOPs", "ops", 6),
+)
+
+
 @dataclass(frozen=True)
 class Summary:
     """All layers and their totals.
@@ -91,30 +104,33 @@ class Summary:
         return {"state": self.state, "input_size": list(self.input_size), **totals}
 
     def table(self) -> Table:
-        """A rich table with a row per layer and a total."""
+        """A rich table with a row per layer and a total; MACs and OPs in millions per sample."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.state}, input {'×'.join(str(n) for n in self.input_size)}")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=f"{self.state}, input {'×'.join(str(n) for n in self.input_size)}",
+        )
         if self.uncounted:
             table.caption = "not counted: " + "; ".join(self.uncounted)
-        for column in ("layer", "kind"):
-            table.add_column(column, overflow="fold")
-        columns = ("binary_params", "float_params", "bytes", "binary_macs", "float_macs", "ops")
-        for column in columns:
-            table.add_column(column, justify="right")
+        table.add_column("layer", overflow="fold", min_width=16)
+        table.add_column("kind", overflow="ellipsis", no_wrap=True)
+        for title, _, _ in _COLUMNS:
+            table.add_column(title, justify="right", no_wrap=True)
+
+        def cells(value: Callable[[str], float]) -> list[str]:
+            return [f"{value(name) / 10**power:,.{power // 3}f}" for _, name, power in _COLUMNS]
+
         for layer in self.layers:
-            table.add_row(layer.path, layer.kind, *(f"{getattr(layer, name):,.0f}" for name in columns))
+            table.add_row(layer.path, layer.kind, *cells(partial(getattr, layer)))
         table.add_section()
-        table.add_row("total", "", *(f"{self.total(name):,.0f}" for name in columns), style="bold")
+        table.add_row("total", "", *cells(self.total), style="bold")
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
