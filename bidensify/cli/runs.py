@@ -10,7 +10,7 @@ import typer
 
 from bidensify.cli import arguments, sources
 from bidensify.cli.app import AsJson, Debug, command, output
-from bidensify.errors import ConfigError, DataError
+from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
     from bidensify.recipe import Recipe, RunResult
@@ -181,6 +181,8 @@ def predict(
     """
     import torch
 
+    from bidensify.data.files import read_rgb
+
     place = arguments.parse_device(device)
     loaded = sources.load_source(source, recipe, settings or [])
     chosen = sources.need_recipe(loaded, source)
@@ -190,9 +192,13 @@ def predict(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"several images are called {', '.join(twice)}; their predictions would overwrite each other")
+    given = {path.resolve() for path in images}
+    lost = [name for name in names if (out / f"{name}.png").resolve() in given]
+    if lost:
+        raise ConfigError(f"{out / lost[0]!s}.png is an image that was given; write to another folder with --out")
     model = loaded.model.to(place)
     for path in images:
-        image = read_image(path)
+        image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
         batch = normalized(image, chosen.image_size, chosen.data.mean or info.mean, chosen.data.std or info.std)
         with torch.inference_mode():
             result = model(batch.to(place))
@@ -200,24 +206,7 @@ def predict(
         values = task.predict(result, size)[0].cpu()
         shown = values if task.name == "segmentation" else values.float()
         write_prediction(out, path.stem, values, task.picture(image, shown, **({"blend": blend} if blend else {})))
-    output().print(f"{len(images)} predictions in {out}")
-
-
-def read_image(path: Path) -> Any:
-    """Reads an image file as uint8 (3, H, W).
-
-    Raises:
-        DataError: not an image, or cut short.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{str(path)!r} is not a whole image file ({error}); give a PNG or JPEG file") from None
+    output().print(f"{len(images)} prediction{'s' * (len(images) != 1)} in {out}")
 
 
 def normalized(image: Any, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bidensify.cli.app import Debug, command, output
+from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -48,6 +49,10 @@ def compare(
     from bidensify.compare import comparison, read_run, write_report
     from bidensify.compare.runs import metrics_table
 
+    places = [folder.resolve() for folder in runs]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ConfigError(f"{str(runs[number])!r} is given twice; give each run once")
     records = [read_run(folder) for folder in runs]
     output().print(as_rich(metrics_table(records)))
     if out is not None:

@@ -128,11 +128,12 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
     started = time.perf_counter()
     settings = {"seed": seed, "quick": quick}
     marker = out / "demo.json"
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(
-            f"{str(out)!r} holds a demo with {json.loads(marker.read_text(encoding='utf-8'))}, this one has {settings}; "
-            "give another folder with --out"
-        )
+    if marker.is_file():
+        found = marker.read_text(encoding="utf-8")
+        if found != json.dumps(settings):
+            raise ConfigError(
+                f"{str(out)!r} holds a demo with {found}, this one has {json.dumps(settings)}; give another folder with --out"
+            )
     with atomic_write(marker) as temporary:
         temporary.write_text(json.dumps(settings), encoding="utf-8")
     recipes = {method: demo_recipe(seed, quick, method) for method in METHODS}

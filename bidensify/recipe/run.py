@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bidensify.errors import ConfigError
+from bidensify.errors import ConfigError, FormatError
 from bidensify.nn.weight import copy_model
 from bidensify.recipe.checkpoint import load_weights
 from bidensify.recipe.folder import RunResult
@@ -118,7 +118,7 @@ def load_run(run_dir: str | os.PathLike[str], model: nn.Module | None = None) ->
 
     Raises:
         ConfigError: the folder is not that of a finished run, or its recipe does not name the network.
-        FormatError: the weights are truncated or of another model.
+        FormatError: the weights or the plan are truncated, or of another model.
     """
     folder = Path(run_dir)
     if not (folder / "recipe.yaml").is_file():
@@ -130,7 +130,12 @@ def load_run(run_dir: str | os.PathLike[str], model: nn.Module | None = None) ->
     if (folder / "plan.json").is_file():
         from bidensify.rewrite import Plan, apply_plan
 
-        plan = Plan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        try:
+            plan = Plan.from_dict(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FormatError(
+                f"{str(folder / 'plan.json')!r} is not whole JSON ({error}); train the run again"
+            ) from error
         model = apply_plan(model, plan)
     load_weights(model, folder / "model.safetensors")
     return model.eval(), recipe

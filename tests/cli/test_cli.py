@@ -8,8 +8,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -130,6 +132,21 @@ def test_the_whole_way(cli: CliRunner, tmp_path: Path) -> None:
     first, second = json.loads(measured.output), json.loads(same.output)
     assert abs(first["pixel_accuracy"] - second["pixel_accuracy"]) < 0.01
 
+    image = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((33, 47, 3), np.uint8)).save(image)
+    predicted = cli.invoke(app, ["predict", str(run), str(image), "--out", str(tmp_path / "predictions")])
+    assert predicted.exit_code == 0, text_of(predicted)
+    assert Image.open(tmp_path / "predictions" / "photo.labels.png").size == (47, 33)
+    before = image.read_bytes()
+    refused = cli.invoke(app, ["predict", str(run), str(image), "--out", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "is an image that was given; write to another folder" in text_of(refused)
+    assert image.read_bytes() == before
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(image)
+    deep = cli.invoke(app, ["predict", str(run), str(image), "--out", str(tmp_path / "predictions")])
+    assert deep.exit_code == 1
+    assert "more than 8 bits" in text_of(deep)
+
     compared = cli.invoke(app, ["compare", str(tmp_path / "run_teacher"), str(run), "--out", str(tmp_path / "c.html")])
     assert compared.exit_code == 0, text_of(compared)
     assert "<html" in (tmp_path / "c.html").read_text()
@@ -205,3 +222,9 @@ def test_a_trained_network_takes_no_other_options(cli: CliRunner, tmp_path: Path
     result = cli.invoke(app, ["evaluate", str(tmp_path), "--set", "model.options.width=16"])
     assert result.exit_code == 1
     assert "--set model.options.width=16 has no effect" in text_of(result)
+
+
+def test_a_run_is_compared_once(cli: CliRunner, tmp_path: Path) -> None:
+    result = cli.invoke(app, ["compare", str(tmp_path), f"{tmp_path}/."])
+    assert result.exit_code == 1
+    assert "is given twice" in text_of(result)

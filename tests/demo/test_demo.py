@@ -69,3 +69,9 @@ def test_goes_on_where_it_stopped(out: Path) -> None:
 def test_another_demo_in_the_same_folder_is_refused(out: Path) -> None:
     with pytest.raises(ConfigError, match="another folder"):
         run_demo(out, seed=7, quick=True, console=Console(quiet=True))
+
+
+def test_a_damaged_marker_is_no_demo_to_go_on_with(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text("{")
+    with pytest.raises(ConfigError, match="holds a demo with {, this one has .*--out"):
+        run_demo(tmp_path, quick=True, console=Console(quiet=True))

@@ -106,6 +106,18 @@ def test_sign_binarizer(polynomial: bool) -> None:
     torch.testing.assert_close(got[0], want[0])
 
 
+def test_each_calibration_batch_weighs_the_same() -> None:
+    """Also where there are too many samples to keep: the threshold lies in the middle of all batches, not of the last."""
+    binarizer = DistributionAdaptiveBinarizer(2)
+    with torch.no_grad():
+        binarizer.k.zero_()
+    binarizer.begin_calibration()
+    for number in range(64):
+        binarizer(torch.full((4, 2, 16, 16), float(number)))
+    binarizer.end_calibration()
+    assert (binarizer.b - 31.5).abs().max() <= 2
+
+
 def test_disabled_passes_the_input_through() -> None:
     layer = filled(3, "per_tensor")
     layer.enabled = False

@@ -131,10 +131,23 @@ def test_other_windows_give_their_centre(kernel, stride, padding, dilation) -> N
             assert torch.equal(y[:, :, i, j], expected), (i, j)
 
 
+@pytest.mark.parametrize(
+    ("length", "kernel", "centres"), [(8, 5, [1, 3, 5, 7]), (9, 3, [0, 2, 4, 6, 8]), (8, 3, [1, 3, 5, 7])]
+)
+def test_padding_from_the_inputs_size_is_split_as_the_layer_splits_it(
+    length: int, kernel: int, centres: list[int]
+) -> None:
+    """TensorFlow's "SAME" with stride 2: H' = ceil(H / 2), the smaller half of the padding first."""
+    x = torch.arange(float(length)).view(1, 1, length, 1).expand(1, 1, length, length)
+    y = Bypass(1, 1, kernel, 2, 0)(x, (len(centres), len(centres)))
+    assert y[0, 0, :, 0].tolist() == centres
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2])
 @pytest.mark.parametrize("factor", [1, 2, 3, 4])
-def test_kernel_equal_to_stride_is_nearest_upsampling(factor: int) -> None:
+def test_a_kernel_centred_on_its_stride_is_nearest_upsampling(factor: int, pad: int) -> None:
     x = torch.randn(2, 3, 4, 5)
-    y = Bypass(3, 3, factor, factor, transposed=True)(x, (4 * factor, 5 * factor))
+    y = Bypass(3, 3, factor + 2 * pad, factor, pad, transposed=True)(x, (4 * factor, 5 * factor))
     assert torch.equal(y, x.repeat_interleave(factor, 2).repeat_interleave(factor, 3))
 
 

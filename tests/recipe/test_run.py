@@ -85,6 +85,9 @@ def test_weights_of_another_model_or_truncated(tmp_path: Path) -> None:
     other = load_recipe(recipe, ["model.options.width=16"])
     with pytest.raises(FormatError, match="are of another model"):
         build_teacher(other, tmp_path / "teacher")
+    (tmp_path / "teacher" / "plan.json").write_text("{")
+    with pytest.raises(FormatError, match=r"plan\.json' is not whole JSON.*train the run again"):
+        load_run(tmp_path / "teacher")
     file = tmp_path / "teacher" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(FormatError, match="truncated or not safetensors"):

@@ -194,3 +194,12 @@ def test_other_float_types(dtype: torch.dtype) -> None:
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
     assert isinstance(student.body[1], BinaryLayer)
     assert student.body[1].latent_weight.grad.abs().sum() > 0
+
+
+def test_a_batchnorm_without_running_statistics_stays() -> None:
+    """It normalizes each batch on its own in evaluation too, which no constant of a layer can do."""
+    model = around(nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())
+    student = bd.bidensify(model)
+    assert student.bidensify_plan.layers[1].norm is None
+    assert isinstance(student[2], nn.BatchNorm2d)
+    assert student[1].norm.running_mean is not None

@@ -100,6 +100,27 @@ def test_one_width_with_two_needs_is_left_with_a_note() -> None:
     assert not any(item.path == "1.act" for item in plan.activations)
 
 
+class OneNorm(nn.Module):
+    """One BatchNorm behind two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([self.norm(self.a(x)), self.norm(self.b(x))], 1))
+
+
+def test_a_shared_norm_is_absorbed_by_no_layer() -> None:
+    student = bd.bidensify(OneNorm())
+    assert {layer.path: layer.norm for layer in student.bidensify_plan.binary} == {"a": None, "b": None}
+    assert isinstance(student.norm, nn.BatchNorm2d)
+    student.load_state_dict(OneNorm().state_dict())
+
+
 class Fuse(nn.Module):
     """Takes its inputs in whatever container."""
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bidensify as bd
 from bidensify.errors import ConfigError, PlanError
+from bidensify.models import build_model
 from bidensify.rewrite.summary import summary
 
 
@@ -133,6 +134,18 @@ def test_sizes_that_are_none(size: object) -> None:
         summary(Small(), size)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="NoneType is no nn.Module"):
         summary(None, (3, 8, 8))  # type: ignore[arg-type]
+
+
+def test_the_table_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    counted = summary(bd.bidensify(build_model("demo:unet")), (3, 96, 128))
+    lines = str(counted).splitlines()
+    assert max(map(len, lines)) <= 80
+    total = next(line for line in lines if line.strip().startswith("total")).split()
+    assert total[1] == f"{counted.total('binary_params'):,.0f}"
+    assert total[-1] == f"{counted.total('ops') / 1e6:.2f}"
+    monkeypatch.setenv("COLUMNS", "140")
+    assert "encoder.1.0.downsample.0" in str(counted)
 
 
 def test_the_table_has_a_total() -> None:
