@@ -173,7 +173,9 @@ def _concatenate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
 def _interpolate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
     names = ("input", "size", "scale_factor", "mode")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or given.get("mode", "nearest") != "nearest" or "recompute_scale_factor" in kwargs:
+    # A mode is given every argument of the function, the defaults among them.
+    others = ("align_corners", "recompute_scale_factor", "antialias")
+    if len(args) > len(names) or given.get("mode", "nearest") != "nearest" or any(kwargs.get(key) for key in others):
         return None
     x = given["input"]
     found = _parts_of(x)

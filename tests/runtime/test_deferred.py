@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bidensify.errors import ConfigError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d
@@ -132,6 +134,39 @@ def test_layers_that_need_the_whole_input_get_it() -> None:
         want = expected(packed, x)
         with torch.no_grad():
             assert torch.equal(packed(x), want)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"scale_factor": 2}, {"size": (16, 16)}, {"size": 16, "mode": "nearest"}, {"scale_factor": 2.0, "antialias": False}],
+)
+def test_an_upsampling_is_never_made(arguments: dict[str, Any]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.after = BiDenseConv2d(8, 8, 1), BiDenseConv2d(16, 8, 3, padding=1)
+
+        def forward(self, a: Tensor, skip: Tensor) -> Tensor:
+            return self.after(torch.cat([F.interpolate(self.layer(a), **arguments), skip], 1))
+
+    packed, a, skip = pack(settle(Net())), dense(2, 8, 8, 8), dense(2, 8, 16, 16)
+    with torch.enable_grad():
+        want = packed(a, skip).detach()
+    with torch.inference_mode(), Operators() as seen:
+        assert torch.equal(packed(a, skip), want)
+    assert not {"upsample_nearest2d", "cat"} & set(seen.names)
 
 
 class Outside(nn.Module):
