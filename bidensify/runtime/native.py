@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bidensify.errors import ConfigError
+from bidensify.runtime import outputs
 from bidensify.runtime.deferred import Part
 from bidensify.runtime.prepare import Arguments, PartArguments, prepare
 from bidensify.runtime.spec import LayerSpec
@@ -72,6 +73,7 @@ def load() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+    outputs.use(library)
     _share_threads(library)
     return library
 
@@ -179,7 +181,7 @@ def run(
         call.check_parts(parts, x)
     elif not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(call.out_shape, dtype=call.out_dtype, memory_format=torch.channels_last)
+    out = outputs.empty(call.out_shape, call.out_dtype)
     # What the pointers below point to must live until the call returns.
     keep = []
     arguments = call.arguments()

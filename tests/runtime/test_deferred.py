@@ -150,7 +150,12 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"scale_factor": 2}, {"size": (16, 16)}, {"size": 16, "mode": "nearest"}, {"scale_factor": 2.0, "antialias": False}],
+    [
+        {"scale_factor": 2},
+        {"size": (16, 16)},
+        {"size": 16, "mode": "nearest"},
+        {"scale_factor": 2.0, "antialias": False},
+    ],
 )
 def test_an_upsampling_is_never_made(arguments: dict[str, Any]) -> None:
     class Net(nn.Module):
