@@ -32,6 +32,8 @@ _SEES_THROUGH = re.compile(
 )
 _GATES = re.compile(r"sigmoid|softmax|tanh", re.IGNORECASE)
 _GROWS = re.compile(r"upsample|interpolate|transpose\dd|pixel_?shuffle|fold|grid_sample", re.IGNORECASE)
+_LIKE = ("expand_as", "type_as", "view_as", "reshape_as")
+_PARTS = re.compile(r"^(chunk|split|split_with_sizes|tensor_split|unbind|getitem|narrow|select|index_select)$")
 _SUMS = ("add", "sub", "rsub")
 
 
@@ -75,6 +77,10 @@ class _Graph:
         """The arguments that come from the input: parameters, buffers and constants carry no signal."""
         return [item for item in node.all_input_nodes if item not in self.constants]
 
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """``computed``, less what only lends its shape or type."""
+        return self.computed(node)[:1] if self.name(node) in _LIKE else self.computed(node)
+
     def is_layer(self, node: fx.Node) -> bool:
         module = self.module(node)
         if module is not None:
@@ -100,7 +106,7 @@ class _Graph:
         while True:
             if _GATES.search(self.name(node)):
                 return True
-            sources = self.computed(node)
+            sources = self.sources(node)
             if len(sources) != 1 or self.is_layer(node) or node.op == "placeholder":
                 return False
             node = sources[0]
@@ -124,7 +130,7 @@ class _Graph:
         name = self.name(node)
         if name in ("mul", "multiply", "truediv", "div"):
             return self.data_of_product(node)
-        sources = self.computed(node)
+        sources = self.sources(node)
         if len(sources) == 1 and (name in _SUMS or _SEES_THROUGH.search(name) or node.target is operator.getitem):
             return sources[0]
         return None
@@ -142,11 +148,24 @@ class _Graph:
             if self.is_layer(current):
                 layers += 1
                 current = self.computed(current)[0] if layers == 1 else None
+            elif self._is_part(current):
+                # Another part of the channels is another signal.
+                current = None
             else:
                 current = self.source(current)
         if current is None or self._grows(current, side) or self._grows(current, other):
             return None
         return current if self._works(current, side) else None
+
+    def _is_part(self, node: fx.Node) -> bool:
+        """Whether a node is a part of its source's channels."""
+        source = self.source(node)
+        while source is not None and not self.shape(source):
+            source = self.source(source)
+        if source is None or not (_PARTS.match(self.name(node)) or self.name(node) == "_item"):
+            return False
+        before, after = self.shape(source), self.shape(node)
+        return len(before) == len(after) == 4 and after[1] < before[1]
 
     def _between(self, early: fx.Node, late: fx.Node) -> list[fx.Node]:
         nodes = self.nodes[self.number[early] + 1 : self.number[late] + 1]

@@ -27,7 +27,7 @@ def plan_activations(planner: Planner) -> None:
         if planner.flow.is_activation(node):
             sites[str(node.target) if node.op == "call_module" else f"\0{id(node)}"].append(node)
     for key, nodes in sites.items():
-        shared = key.startswith("\0") or len(nodes) > 1
+        shared = key.startswith("\0") or len({_place(node) for node in nodes}) > 1
         behind = [_layer_before(planner, node) for node in nodes]
         first = behind[0]
         alone = not key.startswith("\0") and all(each == first for each in behind)
@@ -37,7 +37,7 @@ def plan_activations(planner: Planner) -> None:
             planner.activations[key] = ActivationPlan(key, "absorbed")
             continue
         wanted = [_activation_of(planner, node, layer_path) for node, layer_path in zip(nodes, behind)]
-        if not shared:
+        if not shared and len(set(wanted)) == 1:
             channels, dim, method = wanted[0]
             if channels:
                 planner.activations[key] = ActivationPlan(key, "replace", channels, dim, method)
@@ -49,6 +49,12 @@ def plan_activations(planner: Planner) -> None:
         ]
         if any(made[0] for _, made in left):
             _plan_left(planner, key, left)
+
+
+def _place(node: fx.Node) -> tuple[str, int] | int:
+    """Where in the code a call stands: a block that runs twice calls its activation from one place."""
+    scope = scope_of(node)
+    return (scope[-1][0], int(node.meta["event"])) if scope and "event" in node.meta else id(node)
 
 
 def _plan_left(planner: Planner, key: str, left: list[tuple[fx.Node, tuple[int, int, str]]]) -> None:
@@ -106,11 +112,21 @@ def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, made: tu
         planner.edit_notes[path].append(f"the activation behind {layer_path} moves into it")
         planner.layers[layer_path] = replace(planner.layers[layer_path], way="block")
         return True
-    name = f"activation_{event}"
+    name = _new_name(planner, path, event)
     planner.modules[path][name] = (channels, dim, method)
     planner.edit(path, event, "module", module=name)
     planner.edit_notes[path].append(f"the activation at step {event} becomes {name}")
     return True
+
+
+def _new_name(planner: Planner, path: str, event: int) -> str:
+    """The name of a block's new activation: the entry's own in a plain ``nn.Sequential``, where one more is one more step."""
+    block = planner.record.modules[path]
+    if type(block).forward is nn.Sequential.forward and all(
+        len(call.events) == len(block._modules) for call in planner.record.calls[path]
+    ):
+        return list(block._modules)[event]
+    return f"activation_{event}"
 
 
 def _takes(planner: Planner, layer_path: str) -> bool:

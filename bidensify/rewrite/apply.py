@@ -249,13 +249,17 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         torch.manual_seed(0)
         for block in plan.blocks:
             module = _require(modules, block.path, plan)
-            for name, (channels, dim, method) in block.modules.items():
+            children = {}
+            # In the edits' order, which a JSON file keeps: an optimizer's state goes by the order of the parameters.
+            for name in (edit.module for edit in block.edits if edit.action == "module"):
+                channels, dim, method = block.modules[name]
                 make = get_method(method).activation
-                if hasattr(module, name) or make is None:
+                entry = isinstance(module, nn.Sequential) and name in module._modules
+                if make is None or (hasattr(module, name) and not entry):
                     raise PlanError(f"{block.path}: cannot add an activation named {name!r}; plan again")
                 child = make(channels, dim).to(device=reference.device, dtype=reference.dtype)
-                setattr(module, name, child.train(module.training))
-            apply_edits(module, block.path, block.varying, dict(block.constants), block.edits)
+                children[name] = child.train(module.training)
+            apply_edits(module, block.path, block.varying, dict(block.constants), block.edits, children)
         for layer in plan.layers:
             if layer.action == "binary":
                 _exchange(model, layer, modules, plan.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class BlockEdit:
         node: name of the step in the block's trace.
         operation: the step's plain name ("add", "relu"), checked when the plan is replayed.
         action: "forward" (the step hands its argument ``argument`` through) or "module" (the step becomes a call of the
-            new child ``module`` on its first argument).
+            new child ``module`` on its first argument; in a plain ``nn.Sequential`` that is one of its own entries).
         argument: which tensor argument goes through.
         module: name of the new child.
     """
@@ -41,11 +41,17 @@ def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def apply_edits(
-    block: nn.Module, path: str, varying: Sequence[str], constants: dict[str, Any], edits: Sequence[BlockEdit]
+    block: nn.Module,
+    path: str,
+    varying: Sequence[str],
+    constants: dict[str, Any],
+    edits: Sequence[BlockEdit],
+    children: Mapping[str, nn.Module],
 ) -> None:
     """Traces the block's code, changes the graph and gives the block the generated forward.
 
-    The block stays an instance of its class. The new children that the edits name must be on it already.
+    The block stays an instance of its class. The new ``children`` that the edits name are added to it behind the trace: code
+    that goes through a block's children must not meet them.
 
     Raises:
         PlanError: an edit does not fit the block's code (the plan is of another version of the model).
@@ -56,6 +62,8 @@ def apply_edits(
         raise PlanError(
             f"{path or 'the network'}: the plan edits its code, which cannot be traced here ({error}); plan again"
         ) from error
+    for name, child in children.items():
+        setattr(block, name, child)
     nodes = {node.name: node for node in graph.nodes}
     for edit in edits:
         node = nodes.get(edit.node)

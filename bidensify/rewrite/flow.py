@@ -96,12 +96,20 @@ class Flow:
         return drops(self.module(node))
 
     def is_scaling(self, node: fx.Node) -> bool:
-        """Whether a node multiplies its one tensor by a number, or by a parameter of one value."""
-        if node.op != "call_function" or self.name(node) not in ("mul", "div"):
+        """Whether a node multiplies its one tensor by a number or a parameter of one value, or adds one (``sum`` begins at 0)."""
+        if node.op != "call_function" or self.name(node) not in ("mul", "div", "add", "sub"):
             return False
         data = [item for item in self.tensors(node) if item.op != "get_attr"]
         others = [item for item in self.tensors(node) if item.op == "get_attr"]
         return len(data) == 1 and all(self.shape(item) in ((), (1,)) for item in others)
+
+    def is_part(self, node: fx.Node) -> bool:
+        """Whether a node is a slice of its tensor's channels."""
+        source = self.data_input(node)
+        before, after = self.shape(source) if source is not None else None, self.shape(node)
+        if node.op != "call_function" or self.name(node) not in ("getitem", "narrow") or not before or not after:
+            return False
+        return len(before) == len(after) == 4 and after[1] < before[1]
 
     def is_reorder(self, node: fx.Node) -> bool:
         """Whether a node only changes the shape or the order of dimensions."""
@@ -111,9 +119,13 @@ class Flow:
         """Whether a node shifts, crops or pads the positions of its tensor, as windowed attention does."""
         return node.op == "call_function" and self.name(node) in ("roll", "pad", "getitem", "narrow")
 
-    def is_add(self, node: fx.Node) -> bool:
-        """Whether a node adds two tensors of one shape, weighted or not."""
-        if node.op != "call_function" or self.name(node) != "add" or len(self.tensors(node)) != 2:
+    def is_resize(self, node: fx.Node) -> bool:
+        """Whether a node resamples its one map."""
+        return "upsampl" in self.name(node).lower() or self.name(node) in ("interpolate", "resize")
+
+    def is_add(self, node: fx.Node, names: tuple[str, ...] = ("add",)) -> bool:
+        """Whether a node adds two tensors of one shape, weighted or not; with other ``names``, takes one from the other."""
+        if node.op != "call_function" or self.name(node) not in names or len(self.tensors(node)) != 2:
             return False
         first, second = self.tensors(node)
         return self.shape(first) is not None and self.shape(first) == self.shape(second) == self.shape(node)

@@ -125,6 +125,22 @@ class Planner:
                 "is trained"
             )
 
+    def note_padding(self) -> None:
+        """Says which binary layers pad in a way that packed layers do not."""
+        modes = {
+            path: mode
+            for path, layer in self.layers.items()
+            if layer.action == "binary"
+            and (mode := getattr(self.record.modules[path], "padding_mode", "zeros")) != "zeros"
+        }
+        if modes:
+            path, mode = next(iter(modes.items()))
+            more = f" (and {len(modes) - 1} more binary layers in such a way)" if len(modes) > 1 else ""
+            self.note(
+                f"{path}: pads with padding_mode={mode!r}{more}, which can be trained but not packed; keep it by a rule, or "
+                "pad with zeros"
+            )
+
     # steps
 
     def plan_norms(self) -> None:
@@ -224,6 +240,7 @@ class Planner:
                 f"({'; '.join(reasons)}). Add a rule with action 'binarize', or change keep_first / keep_last"
             )
         self.note_frozen()
+        self.note_padding()
         blocks = []
         for path, edits in self.edits.items():
             traced = self.trace(path)

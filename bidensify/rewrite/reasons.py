@@ -33,7 +33,11 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
     """The layer's output is squashed (sigmoid, softmax, ...), reshaped or indexed or not, and then multiplies something."""
     current = flow.only_user(node)
     while current is not None and (
-        flow.is_norm(current) or flow.is_pass(current) or flow.is_reorder(current) or flow.name(current) == "getitem"
+        flow.is_norm(current)
+        or flow.is_pass(current)
+        or flow.is_reorder(current)
+        or flow.is_resize(current)
+        or flow.name(current) == "getitem"
     ):
         current = flow.only_user(current)
     if current is None or not flow.is_gate(current):
@@ -44,7 +48,8 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
         follow=lambda n: (
             flow.is_pass(n)
             or flow.is_reorder(n)
-            or flow.name(n) in ("expand", "expand_as", "interpolate", "add", "sub")
+            or flow.is_resize(n)
+            or flow.name(n) in ("expand", "expand_as", "add", "sub")
         ),
     )
     return any(True for _ in reached)
@@ -75,11 +80,31 @@ def _is_predictor(flow: Flow, node: fx.Node) -> bool:
     """
     channels = getattr(flow.module(node), "out_channels", None)
     if channels is not None and channels <= _RAW:
+        # Behind it may stand a norm, and layers on raw values (the mean that EDSR adds).
         ways = flow.forward_until(
-            node, stop=lambda n: n.op == "output", follow=lambda n: not (flow.is_layer(n) or flow.is_norm(n))
+            node,
+            stop=lambda n: n.op == "output",
+            follow=lambda n: not flow.is_layer(n) or getattr(flow.module(n), "in_channels", _RAW + 1) <= _RAW,
         )
         if any(True for _ in ways):
             return True
+    if _is_last(flow, node):
+        return True
+    # The network reads a prediction of its own again (HRNet-OCR gathers regions by it): it is given out beside another
+    # one of its width.
+    return (
+        channels is not None
+        and _is_given_out(flow, node)
+        and any(
+            getattr(flow.module(other), "out_channels", None) == channels and _is_last(flow, other)
+            for other in flow.record.graph.nodes
+            if other is not node and flow.is_layer(other)
+        )
+    )
+
+
+def _is_last(flow: Flow, node: fx.Node) -> bool:
+    """Whether no layer, norm or block reads what the layer gave."""
     stack, seen = list(node.users), set()
     while stack:
         item = stack.pop()
@@ -97,6 +122,26 @@ def _is_predictor(flow: Flow, node: fx.Node) -> bool:
             return False
         stack.extend(item.users)
     return True
+
+
+def _is_given_out(flow: Flow, node: fx.Node) -> bool:
+    """Whether what the layer gave is an output of the network, as it is or as probabilities."""
+    ways = flow.forward_until(
+        node,
+        stop=lambda n: n.op == "output",
+        follow=lambda n: flow.is_pass(n) or flow.is_resize(n) or flow.is_gate(n),
+    )
+    return any(True for _ in ways)
+
+
+def _is_raw(flow: Flow, node: fx.Node) -> bool:
+    """Whether a layer reads a concatenation of images and predictions, none of which has more than a few channels."""
+    source = flow.data_input(node)
+    if source is None or flow.name(source) not in ("cat", "concat", "concatenate"):
+        return False
+    return all(
+        len(shape) == 4 and shape[1] <= _RAW for shape in (flow.shape(item) or () for item in flow.tensors(source))
+    )
 
 
 def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: BidensifyConfig) -> str:
@@ -118,6 +163,8 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
     if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
         return "first layer on the image"
     if layer.kind != "linear" and layer.in_channels <= _RAW:
+        return f"on {layer.in_channels} raw values, as a first layer is"
+    if layer.kind != "linear" and all(_is_raw(flow, node) for node in nodes):
         return f"on {layer.in_channels} raw values, as a first layer is"
     if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
         return "on a pooled 1×1 map"

@@ -6,6 +6,7 @@ resolution on the way (that would be a fusion of scales, which carries two diffe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from bidensify.rewrite.planner import Planner
 
 __all__ = ["Residual", "find_residuals"]
+
+_ENLARGES = re.compile(
+    r"upsampl|interpolate|resize|transpose\dd|deconv|shuffle|unpool|fold|grid_sample|repeat", re.IGNORECASE
+)
 
 
 @dataclass
@@ -52,9 +57,11 @@ def _block_scope(flow: Flow, add: fx.Node) -> Scope:
 
 
 def _grows(flow: Flow, nodes: set[fx.Node]) -> bool:
-    """Whether any step among the nodes has more pixels than what it read."""
+    """Whether any step among the nodes has more pixels than what it read (an attention's matrices are no pixels)."""
     for node in nodes:
         shape = flow.shape(node)
+        if _ENLARGES.search(flow.name(node)) is None:
+            continue
         for source in flow.tensors(node):
             before = flow.shape(source)
             if shape is None or before is None or len(shape) != 4 or len(before) != 4 or source not in nodes:
@@ -100,9 +107,23 @@ def _split(flow: Flow, add: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         return len(inside), taps
 
     main, nodes = (first, from_first) if layers(from_first) >= layers(from_second) else (second, from_second)
-    if _grows(flow, (nodes - before_fork) | {fork}):
+    if _grows(flow, (nodes - before_fork) | {fork}) or any(_only_pooled(flow, side, fork) for side in (first, second)):
         return None
     return main, fork, False
+
+
+def _only_pooled(flow: Flow, node: fx.Node, fork: fx.Node) -> bool:
+    """Whether all that ``node`` has of ``fork`` went through a pooled 1×1 map: one value for all pixels is no signal."""
+    stack, seen = [node], set()
+    while stack:
+        item = stack.pop()
+        if item is fork:
+            return False
+        if item in seen or (flow.shape(item) or ())[2:] == (1, 1):
+            continue
+        seen.add(item)
+        stack.extend(flow.tensors(item))
+    return (flow.shape(fork) or ())[2:] != (1, 1)
 
 
 def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, list[fx.Node], bool] | None:
@@ -129,7 +150,12 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
             readers |= flow.ancestors(gated[1], scope_of(add))
             child, current = current, gated[0]
             continue
-        if flow.layer_scale(current) is not None:
+        if flow.is_part(current):
+            # An add to some of the channels, the others go beside it (ReXNet): those had no shortcut, as those of a wider
+            # layer have none.
+            source = flow.data_input(current)
+            readers |= {user for user in (source.users if source is not None else ()) if flow.is_part(user)}
+        elif flow.layer_scale(current) is not None:
             scales.append(current)
         elif flow.is_norm(current):
             normed = normed or not planner.is_absorbed_norm(current)
@@ -184,7 +210,7 @@ def find_residuals(planner: Planner) -> Iterator[Residual]:
     flow = planner.flow
     seen: set[tuple[str, int]] = set()
     for node in list(planner.record.graph.nodes):
-        if not flow.is_add(node):
+        if not flow.is_add(node, ("add", "sub")):
             continue
         place = (scope_of(node)[-1][0] if scope_of(node) else "", int(node.meta.get("event", -1)))
         if place in seen and place[1] >= 0:
@@ -195,9 +221,19 @@ def find_residuals(planner: Planner) -> Iterator[Residual]:
             continue
         main, fork, identity = split
         last = _last_layer(planner, main, node)
+        if last is None and not identity:
+            # The chain ends in a layer that stays (or a concatenation): it is the projection that has a bypass too many.
+            main = next(item for item in flow.tensors(node) if item is not main)
+            last = _last_layer(planner, main, node)
         if last is None:
             continue
         path, scales, normed = last
         weighted = node.kwargs.get("alpha", 1) != 1
-        removable = identity and not (weighted or normed) and len(scales) <= 1 and _carried(planner, main, fork, scales)
+        removable = (
+            identity
+            and flow.is_add(node)
+            and not (weighted or normed)
+            and len(scales) <= 1
+            and _carried(planner, main, fork, scales)
+        )
         yield Residual(node, main, path, removable, scales)

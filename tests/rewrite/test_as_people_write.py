@@ -112,13 +112,13 @@ def test_slices_of_a_sequential() -> None:
 
     student, layers = convert(Net())
     assert binary(layers) == {"features.2", "features.4"}
-    # A slice is made anew at each call, so that the code around it is no child's: the add stays, the last bypass goes.
+    # A slice is made anew at each call and is no child: its steps are those of the code around it, which is edited.
     f = student.features
-    assert any(note.startswith("the network: its code is left as it is") for note in student.bidensify_plan.notes)
+    assert not student.bidensify_plan.notes
     assert layers["features.2"].bypass
-    assert not layers["features.4"].bypass
+    assert layers["features.4"].reason == "default; replaces the residual add"
     assert isinstance(f[1], RPReLU)
-    same(student, lambda s, x: f[5](f[4](f[2](f[1](f[0](x)))) + f[1](f[0](x))))
+    same(student, lambda s, x: f[5](f[4](f[2](f[1](f[0](x))))))
 
 
 def test_lists_and_dicts_of_modules() -> None:
