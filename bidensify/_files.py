@@ -29,9 +29,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
         except Exception as error:
-            # Writers have errors of their own class for a full disk, which say little.
-            if not isinstance(error, OSError) and shutil.disk_usage(target.parent).free < 1 << 16:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+            # Writers have errors of their own classes for a full disk; not all of them say so.
+            full = os.strerror(errno.ENOSPC)
+            if isinstance(error, OSError):
+                raise
+            if full in str(error) or shutil.disk_usage(target.parent).free < 1 << 16:
+                raise OSError(errno.ENOSPC, full, str(target)) from error
             raise
         # mkstemp creates 0600; a finished file gets what the user's umask would have given it.
         umask = os.umask(0)

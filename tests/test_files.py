@@ -31,9 +31,10 @@ def test_paths_inside(tmp_path: Path) -> None:
     assert inside(tmp_path, "a/b.png") == (tmp_path / "a" / "b.png").resolve()
 
 
-def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+@pytest.mark.parametrize(("free", "text"), [(0, "of the writer"), (1 << 30, "I/O error: No space left on device")])
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, text: str) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "file"):
-        raise ValueError("of the writer")
+        raise ValueError(text)
     assert isinstance(caught.value.__cause__, ValueError)
     assert list(tmp_path.iterdir()) == []

@@ -51,12 +51,28 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time float against packed in interleaved runs: single layers, or a whole network."""
+    import torch
+
     from bidensify._files import atomic_write
+    from bidensify.errors import ConfigError
     from bidensify.models import build_model
     from bidensify.runtime.bench import render, run_bench
 
     options = arguments.parse_assignments(option or [], "--option")
-    network = None if model is None else build_model(model, **options).eval()
+    if min(size) < 1:
+        raise ConfigError(f"--size {size[0]} {size[1]}: height and width are at least 1")
+    network = None
+    if model is not None:
+        network = build_model(model, **options).eval()
+        shape = (1, 3, *size)
+        try:
+            with torch.inference_mode():
+                network(torch.zeros(shape))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"{model!r} does not run on an image {'×'.join(map(str, shape))}, which is what bench gives it "
+                f"({str(error).splitlines()[0][:200]}); give another --size"
+            ) from error
     result = run_bench(
         network,
         name=model or "layers",

@@ -163,6 +163,19 @@ def test_bench_times_a_network_against_float(cli: CliRunner, tmp_path: Path) -> 
     assert cli.invoke(app, ["bench", "demo:unet", "--kernel", "sse9"]).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "0", "8"], "--size 0 8: height and width are at least 1"),
+        (["-o", "in_channels=1", "--size", "8", "8"], "does not run on an image 1×3×8×8"),
+    ],
+)
+def test_bench_on_what_does_not_run(cli: CliRunner, arguments: list[str], message: str) -> None:
+    result = cli.invoke(app, ["bench", "demo:unet", "-o", "width=8", *arguments])
+    assert result.exit_code == 1
+    assert message in text_of(result)
+
+
 def test_a_misspelt_key_is_quoted_with_its_path(cli: CliRunner, tmp_path: Path) -> None:
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(RECIPE.replace("epochs: 1, lr: 1.0e-3, losses", "epoch: 1, lr: 1.0e-3, losses"))

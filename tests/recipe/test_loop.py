@@ -242,6 +242,15 @@ def test_fp64_is_for_the_run_alone(tiny: ModuleType, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_the_average_is_what_is_measured_and_kept(tiny: ModuleType, tmp_path: Path) -> None:
+    changes = {"ema": {"decay": 0.9}, "calibrate": {"at_end": False}}
+    model, without = tiny.network(), tiny.network()
+    result = train(tiny, tmp_path / "run", model, changes=changes)
+    train(tiny, tmp_path / "without", without)
+    assert evaluate(model, tiny.TASK, tiny.Colours(16, seed=1)) == result.metrics
+    assert not torch.equal(model[0].weight, without[0].weight)
+
+
 class Plain(torch.utils.data.Dataset[Any]):
     """A data set that knows nothing of bidensify."""
 

@@ -92,8 +92,9 @@ def test_gradients_reach_the_student_alone() -> None:
         assert s.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("cut", [1, 2])
 @pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.5)])
-def test_parts_add_up_to_the_whole(weights: tuple[float, ...] | None) -> None:
+def test_parts_add_up_to_the_whole(weights: tuple[float, ...] | None, cut: int) -> None:
     """Means over parts, weighted, are the mean over the batch: what several processes and accumulation rely on."""
     task = SegmentationTask(3, class_weights=weights)
     section = LossesSection.model_validate({"task": 1, "kl": {"ignore": True, "temperature": 2}, "cwd": 1})
@@ -105,7 +106,7 @@ def test_parts_add_up_to_the_whole(weights: tuple[float, ...] | None) -> None:
     target = {"image": torch.zeros(4, 3, 6, 6), "mask": mask}
     whole = torch.stack(losses.values(s, target, t))
     parts = []
-    for chunk in (slice(0, 1), slice(1, 4)):
+    for chunk in (slice(0, cut), slice(cut, 4)):
         part = {key: value[chunk] for key, value in target.items()}
         parts.append((losses.weights(part), torch.stack(losses.values(s[chunk], part, t[chunk]))))
     total = sum(w for w, _ in parts)

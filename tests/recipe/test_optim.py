@@ -82,6 +82,15 @@ def test_schedules_rise_then_fall(schedule: str, total: int, warmup: float) -> N
             assert factors[0] < 0.06
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first", "end"), [("onecycle", 0.04, 4e-6), ("cosine", 0.0, 0.0), ("linear", 0.0, 0.0)]
+)
+def test_where_schedules_start_and_end(schedule: str, first: float, end: float) -> None:
+    """One-cycle: the top divided by 25 at the start, that by 1e4 at the end."""
+    assert lr_factor(schedule, 0, 10**6, 0.5) == pytest.approx(first, abs=1e-5)
+    assert lr_factor(schedule, 100, 100, 0.5) == pytest.approx(end, abs=1e-12)
+
+
 def test_ema_is_the_recursion_and_swaps_back(tiny: ModuleType) -> None:
     model = tiny.network()
     ema = Ema(model, EmaSection(decay=0.5))

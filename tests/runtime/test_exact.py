@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bidensify as bd
+from bidensify.errors import ConfigError
 from bidensify.nn import (
     BiDenseConv2d,
     BiDenseLinear,
@@ -20,6 +21,7 @@ from bidensify.nn import (
     RPReLU,
     SignBinarizer,
     WeightBinarizer,
+    arithmetic,
     evaluation,
     make_binary,
 )
@@ -105,6 +107,19 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     )
     activation = draw(st.sampled_from([RPReLU(cout), RPReLU(cout), nn.Identity(), nn.LeakyReLU(0.1), nn.Hardtanh()]))
     return settle(binary(base, binarizer, draw(st.booleans()), activation)), (batch, cin, height, width)
+
+
+class Varying(Lopsided):
+    """A threshold per pixel."""
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, low, high = super().codes(x)
+        return x.mean(1, keepdim=True), low, high
+
+
+def test_a_threshold_per_pixel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a threshold of shape \(2, 1, 5, 6\) varies over space; .* one per channel"):
+        arithmetic.codes(Varying(8), torch.randn(2, 8, 5, 6))
 
 
 @settings(max_examples=120, deadline=None)
