@@ -23,6 +23,7 @@ __all__ = [
     "moments",
     "post",
     "post_backward",
+    "post_into",
     "weight",
     "weight_again",
     "weight_backward",
@@ -144,7 +145,12 @@ def _moments(x: Tensor, dim: int) -> Tensor:
     return result
 
 
-def _post(
+def _post(x: Tensor, *parts: Any) -> Tensor:
+    return post_into(torch.empty_like(x), x, *parts)
+
+
+def post_into(
+    y: Tensor,
     x: Tensor,
     bypass: Tensor | None,
     mean: Tensor | None,
@@ -157,9 +163,9 @@ def _post(
     eps: float,
     dim: int,
 ) -> Tensor:
-    y = torch.empty_like(x)
-    parts = (x, bypass, mean, variance, weight, bias, bias_in, slope, bias_out, y)
-    arguments = native.Post(eps, *map(_pointer, parts))
+    """``post``, written to ``y``, which is of the shape, strides and dtype of ``x``; returns ``y``."""
+    tensors = (x, bypass, mean, variance, weight, bias, bias_in, slope, bias_out, y)
+    arguments = native.Post(eps, *map(_pointer, tensors))
     native.call("bdt_post_forward", ctypes.byref(_geometry(x, dim).shape(x)), ctypes.byref(arguments))
     return y
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from bidensify.runtime.placed import placed
+
 __all__ = ["Deferred", "Part", "defer_concatenations", "made"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -102,7 +104,8 @@ class _Mode(TorchFunctionMode):
         elif self.live and not _only_looks(func):
             self._settle(func, kwargs)
             args, kwargs = tree_map(made, args), tree_map(made, kwargs)
-        return func(*args, **kwargs)
+        plain = placed(func, args, kwargs)
+        return func(*args, **kwargs) if plain is None else plain
 
     def _settle(self, func: Any, kwargs: dict[str, Any]) -> None:
         """Nothing may happen between a concatenation and its use that could change the parts: what waits is made before
@@ -215,7 +218,8 @@ class _Enter:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed
         mode = None if idle or any(outer for _, outer in _stack.calls) else _Mode()
         _stack.calls.append((module, mode))
         if mode is not None:

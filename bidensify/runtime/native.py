@@ -179,8 +179,8 @@ def run(
     call.check(x, tiles, side, thresholds, levels, residual)
     if parts is not None:
         call.check_parts(parts, x)
-    elif not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
+    else:
+        x = outputs.channels_last(x)
     out = outputs.empty(call.out_shape, call.out_dtype)
     # What the pointers below point to must live until the call returns.
     keep = []
@@ -197,7 +197,7 @@ def run(
     for name, offset in call.side:
         setattr(arguments, name, base + offset)
     if residual is not None:
-        keep.append(residual.to(x.dtype).contiguous(memory_format=torch.channels_last))
+        keep.append(outputs.channels_last(residual.to(x.dtype)))
         arguments.residual = keep[-1].data_ptr()
     if thresholds is not None:
         keep.append(thresholds.contiguous())

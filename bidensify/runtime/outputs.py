@@ -1,7 +1,7 @@
 """Memory of packed layers' outputs: the kernel library keeps it from layer to layer and from run to run.
 
 A packed network is so fast that filling fresh pages can be a third of its time, and whether the C library's allocator
-hands out fresh pages depends on what the process did before. Outputs from a few KiB up therefore lie in mappings of the
+hands out fresh pages depends on what the process did before. Outputs from 64 KiB up therefore lie in mappings of the
 kernel library (csrc/memory.cpp), which keeps as much as recent runs needed at once. They are torch tensors like others,
 taken over through DLPack, whose memory goes back when their last view is gone, in any thread; their storage alone cannot
 grow (``resize_`` to more elements is an error, as with every tensor whose memory is not torch's own).
@@ -10,17 +10,19 @@ grow (``resize_`` to more elements is an error, as with every tensor whose memor
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["empty", "kept", "release_memory", "use"]
+__all__ = ["cast", "channels_last", "empty", "kept", "release_memory", "takes", "use"]
 
 # Below, a tensor is a few pages at most, and taking it over costs more than they do.
 _LEAST = 64 << 10
-_DTYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2)}
+# DLPack's code and bits.
+_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.int64: (0, 64)}
 _new_capsule: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
@@ -32,27 +34,51 @@ _library: ctypes.CDLL | None = None
 def use(library: ctypes.CDLL) -> None:
     """Takes memory from ``library`` from now on, unless it was built without it."""
     global _library
-    if not hasattr(library, "bd_output_new"):
+    if not hasattr(library, "bd_tensor_new"):
         return
-    library.bd_output_new.argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32]
-    library.bd_output_new.restype = ctypes.c_void_p
-    library.bd_output_free.argtypes, library.bd_output_free.restype = [ctypes.c_void_p], None
+    library.bd_tensor_new.argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32, ctypes.c_int32]
+    library.bd_tensor_new.restype = ctypes.c_void_p
+    library.bd_tensor_free.argtypes, library.bd_tensor_free.restype = [ctypes.c_void_p], None
     library.bd_memory_release.argtypes, library.bd_memory_release.restype = [], None
     library.bd_memory_count.argtypes = [ctypes.POINTER(ctypes.c_int64)] * 2
     library.bd_memory_count.restype = None
     _library = library
 
 
-def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+def takes(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether ``empty`` has memory of the library for a tensor of this shape and dtype."""
+    if _library is None or dtype not in _DTYPES:
+        return False
+    return shape[0] * shape[1] * shape[2] * shape[3] * _DTYPES[dtype][1] >= 8 * _LEAST
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``."""
+    plain = type(x) is Tensor and x.dim() == 4 and x.device.type == "cpu" and x.dtype != dtype
+    if not plain or torch.is_grad_enabled() or not takes(x.shape, dtype):
+        return x.to(dtype)
+    if torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.to(dtype)
+    return empty(x.shape, dtype).copy_(x)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) itself where it is dense in channels_last, else a copy that is."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return empty(x.shape, x.dtype).copy_(x)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized (N, C, H, W), channels_last, on the CPU."""
-    number, size = _DTYPES.get(dtype, (0, 0))
-    if _library is not None and shape[0] * shape[1] * shape[2] * shape[3] * size >= _LEAST:
-        made = _library.bd_output_new((ctypes.c_int64 * 4)(*shape), number)
+    if takes(shape, dtype):
+        assert _library is not None
+        made = _library.bd_tensor_new((ctypes.c_int64 * 4)(*shape), *_DTYPES[dtype])
         if made is not None:
             try:
                 return from_dlpack(_new_capsule(made, b"dltensor", None))
             except BaseException:
-                _library.bd_output_free(made)
+                _library.bd_tensor_free(made)
                 raise
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 

@@ -11,6 +11,7 @@ from bidensify._changed import announce
 from bidensify.errors import ConfigError, PackError
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.weight import copy_model
+from bidensify.runtime import outputs
 from bidensify.runtime.deferred import defer_concatenations
 from bidensify.runtime.ops import check_kernel
 from bidensify.runtime.packed import PackedLayer, packed_layers
@@ -139,7 +140,7 @@ def set_float_dtype(packed: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return outputs.cast(value, dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_cast(v, dtype) for v in value))
     if isinstance(value, list | tuple):

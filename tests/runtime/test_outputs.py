@@ -27,7 +27,7 @@ from helpers import settle
 
 library = native.load()
 pytestmark = pytest.mark.skipif(
-    library is None or not hasattr(library, "bd_output_new") or sys.platform == "win32",
+    library is None or not hasattr(library, "bd_tensor_new") or sys.platform == "win32",
     reason="needs kernels, built from this checkout, and mmap",
 )
 SHAPE = (1, 64, 64, 64)
@@ -45,7 +45,7 @@ def live() -> int:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (2, 3, 200, 201), (3, 1, 500, 40), (1, 70000, 1, 1), (2, 1, 1, 90000)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("inference", [False, True])
 def test_an_output_is_what_torch_would_make(
     shape: tuple[int, int, int, int], dtype: torch.dtype, inference: bool

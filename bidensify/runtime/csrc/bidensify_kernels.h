@@ -75,14 +75,15 @@ BD_API int32_t bd_packed_conv2d(const bd_conv_args* args);
 // The same where x lies in parts, which hold its channels in order; args->x is not read.
 BD_API int32_t bd_packed_conv2d_parts(const bd_conv_args* args, const bd_part* parts, int32_t count);
 
-// Memory for a layer's output (n, c, h, w), dense NHWC, which the library keeps from one output to the next: a DLManagedTensor
-// of DLPack, whose deleter gives the memory back, from any thread. Null where there is none to be had: take other memory.
-BD_API void* bd_output_new(const int64_t* shape, int32_t dtype);
+// Memory for a tensor (n, c, h, w), dense NHWC, which the library keeps from one tensor to the next: a DLManagedTensor of
+// DLPack, whose deleter gives the memory back, from any thread. The type as DLPack says it: a code (0 int, 2 float, 4 bfloat)
+// and bits. Null where there is none to be had: take other memory.
+BD_API void* bd_tensor_new(const int64_t* shape, int32_t code, int32_t bits);
 // For a tensor that nothing took over.
-BD_API void bd_output_free(void* output);
-// Gives what is kept and holds no output back to the system.
+BD_API void bd_tensor_free(void* tensor);
+// Gives what is kept and holds no tensor back to the system.
 BD_API void bd_memory_release(void);
-// Bytes in outputs that are alive, and bytes kept for outputs, with these.
+// Bytes in tensors that are alive, and bytes kept for tensors, with these.
 BD_API void bd_memory_count(int64_t* live, int64_t* kept);
 
 #ifdef __cplusplus

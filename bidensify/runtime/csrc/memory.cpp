@@ -52,7 +52,6 @@ struct Managed {
   void (*deleter)(Managed*);
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 struct Tensor {
   Managed managed;
@@ -256,10 +255,10 @@ void drop(Managed* managed) {
 
 extern "C" {
 
-void* bd_output_new(const int64_t* shape, int32_t dtype) {
+void* bd_tensor_new(const int64_t* shape, int32_t code, int32_t bits) {
+  if (shape == nullptr || code < 0 || code > 255 || bits < 8 || bits > 64 || bits % 8) return nullptr;
   const int64_t c = shape[1], h = shape[2], w = shape[3];
-  const size_t element = dtype == BD_BFLOAT16 ? 2 : 4;
-  int64_t bytes = (int64_t)element;
+  int64_t bytes = bits / 8;
   for (int i = 0; i < 4; ++i)
     if (shape[i] < 1 || __builtin_mul_overflow(bytes, shape[i], &bytes)) return nullptr;
   char* data = nullptr;
@@ -274,7 +273,7 @@ void* bd_output_new(const int64_t* shape, int32_t dtype) {
     view.data = data;
     view.device = {kCpu, 0};
     view.dimensions = 4;
-    view.dtype = {dtype == BD_BFLOAT16 ? kBfloat : kFloat, (uint8_t)(8 * element), 1};
+    view.dtype = {(uint8_t)code, (uint8_t)bits, 1};
     view.shape = made->shape;
     view.strides = made->strides;
     made->managed.deleter = drop;
@@ -285,8 +284,8 @@ void* bd_output_new(const int64_t* shape, int32_t dtype) {
   }
 }
 
-void bd_output_free(void* output) {
-  if (output != nullptr) drop(static_cast<Managed*>(output));
+void bd_tensor_free(void* tensor) {
+  if (tensor != nullptr) drop(static_cast<Managed*>(tensor));
 }
 
 void bd_memory_release(void) { memory().release(); }
