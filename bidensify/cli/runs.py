@@ -74,8 +74,8 @@ def finetune(
     try:
         result = train(loaded, run_dir, role, teacher, resume, quiet)
     except KeyboardInterrupt:
-        output().print(f"Stopped. The same command with --resume goes on from the last checkpoint in {run_dir}")
-        raise
+        output().print("Stopped. The same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
     # Under a launcher every process comes here; one of them speaks.
     if os.environ.get("RANK", "0") == "0":
         show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)

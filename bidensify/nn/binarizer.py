@@ -105,6 +105,10 @@ class ActivationBinarizer(nn.Module):
         return parameter.reshape(-1) if self.dim == -1 else parameter.reshape(1, -1, *([1] * (x.dim() - 2)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__}: the input has shape {tuple(x.shape)}; statistics are per sample, so give a batch"
+            )
         if x.shape[self.dim] != self.channels:
             raise ValueError(
                 f"{type(self).__name__}: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from bidensify.errors import ConfigError
 from bidensify.nn.binarizer import statistics_dtype
@@ -84,7 +85,8 @@ def calibrate(
         norms: re-estimate BatchNorm's running mean and variance.
 
     Raises:
-        ConfigError: there is no batch, or a batch stands where a list of batches is asked for.
+        ConfigError: there is no batch, a batch holds values that are not finite, or a batch stands where a list of
+            batches is asked for.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise ConfigError(
@@ -93,6 +95,12 @@ def calibrate(
     inputs = list(batches)
     if not inputs:
         raise ConfigError("calibrate: no batch was given; pass at least one batch of the network's inputs")
+    for number, batch in enumerate(inputs):
+        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+            raise ConfigError(
+                f"calibrate: batch {number} holds NaN or infinity, which no statistic survives; leave it out"
+            )
     training = {module: module.training for module in model.modules()}
     norm_layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats

@@ -158,5 +158,7 @@ def test_errors_quote_what_was_given() -> None:
         DistributionAdaptiveBinarizer(3, "per_row")
     with pytest.raises(ValueError, match=r"dim=3 must be 1 \(channels first\) or -1 \(channels last\)"):
         SignBinarizer(3, dim=3)
+    with pytest.raises(ValueError, match=r"has shape \(3,\); statistics are per sample, so give a batch"):
+        DistributionAdaptiveBinarizer(3, dim=-1)(torch.zeros(3))
     with pytest.raises(ValueError, match=r"has 4 channels on dimension 1 \(shape \(1, 4, 2, 2\)\), .* made for 3"):
         DistributionAdaptiveBinarizer(3)(torch.zeros(1, 4, 2, 2))

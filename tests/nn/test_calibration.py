@@ -236,6 +236,16 @@ def test_a_batch_in_place_of_a_list_is_an_error(batches: object) -> None:
         calibrate(network(), batches)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_changes_nothing(value: float) -> None:
+    model = network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ConfigError, match="batch 1 holds NaN or infinity"):
+        calibrate(model, [x, torch.full_like(x, value)])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_no_batch_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no batch was given"):
         calibrate(network(), [])

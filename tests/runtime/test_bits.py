@@ -64,6 +64,7 @@ def test_a_spec_survives_json_and_integers(spec: LayerSpec) -> None:
     [
         ({"in_channels": 0}, "in_channels=0"),
         ({"in_channels": 7, "groups": 2}, "groups=2"),
+        ({"out_channels": 7, "groups": 2}, "groups=2"),
         ({"kernel": [3]}, "kernel"),
         ({"kernel": [3, 1 << 20]}, "kernel"),
         ({"stride": [0, 1]}, "stride"),
@@ -72,11 +73,13 @@ def test_a_spec_survives_json_and_integers(spec: LayerSpec) -> None:
         ({"kind": 3}, "kind"),
         ({"colour": 1}, "colour"),
         ({"kind": "linear", "kernel": [3, 3]}, "linear"),
+        ({"kind": "linear", "padding": [0, 1, 0, 0]}, "linear"),
         ({"output_padding": [1, 0]}, "output_padding"),
         ({"alpha": True, "levels": True}, "alpha"),
         ({"custom": True, "alpha": True}, "custom"),
         ({"same": True, "padding": [1, 1, 1, 1]}, "same"),
         ({"in_channels": 1 << 20, "out_channels": 1 << 20}, "weights"),
+        ({"in_channels": 1 << 20, "kernel": [4, 4]}, "weights"),
     ],
 )
 def test_impossible_specs_are_refused(change: dict[str, object], words: str) -> None:

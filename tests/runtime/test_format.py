@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bidensify.errors import FormatError
@@ -188,6 +188,19 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_deceitful_headers_are_refused(folder: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
     rehash(folder, change)
     with pytest.raises(FormatError, match=words):
+        read_packed(folder)
+
+
+@pytest.mark.parametrize("name", ["1.side", "1.bits"])
+def test_tensors_of_another_type_are_refused(folder: Path, name: str) -> None:
+    """Of the right shape, in a whole file with valid hashes."""
+    tensors = {key: value.clone() for key, value in load_file(folder / TENSORS).items()}
+    tensors[name] = tensors[name].to(torch.int16)
+    save_file(tensors, folder / TENSORS)
+    whole = (folder / TENSORS).read_bytes()
+    record = {"file": TENSORS, "bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    rehash(folder, _set("tensors", value=record))
+    with pytest.raises(FormatError, match=f"'{name}' has shape .* and dtype torch.int16, the layer needs"):
         read_packed(folder)
 
 
