@@ -19,7 +19,10 @@ __all__ = ["check_pack", "check_scale", "check_signs"]
 
 
 def check_scale(subject: Subject) -> dict[str, Any]:
-    """Standard deviation of every stage of the untrained rewrite against the original's, with batch statistics."""
+    """Standard deviation of every stage of the untrained rewrite against the original's, with batch statistics.
+
+    Where one is outside of the range, also with ``stages.levelled``'s original: "level_low" and "level_high".
+    """
     ratios = stages.ratios(subject.model, subject.student, subject.plan, subject.run)
     if not ratios:
         return {"status": ABSENT}
@@ -27,6 +30,15 @@ def check_scale(subject: Subject) -> dict[str, Any]:
     result = {"low": round(ratios[low], 2), "high": round(ratios[high], 2), "low_at": low, "high_at": high}
     inside = ratios[low] >= 0.25 and ratios[high] <= 4
     message = f"{low} has {ratios[low]:.2f} and {high} {ratios[high]:.2f} times the original's deviation"
+    if not inside:
+        level = stages.levelled(subject.model, subject.plan)
+        student = bd.bidensify(level, example_inputs=subject.example, verify=False)
+        ratios = stages.ratios(level, student, student.bidensify_plan, subject.run)  # type: ignore[arg-type]
+        result.update(level_low=round(min(ratios.values()), 2), level_high=round(max(ratios.values()), 2))
+        message += (
+            f"; {result['level_low']:.2f} to {result['level_high']:.2f} times, where the original's random layers keep the "
+            "signal's power"
+        )
     return {"status": PASS if inside else message, **result}
 
 

@@ -35,12 +35,7 @@ TIMM = {
 ATTENTION = ("swin", "maxvit", "vit_", "mobilevit", "efficientvit", "transformers:", "mit_")
 SCALED = ("smp:", "timm:resnet50", "timm:convnext", "timm:mobilenetv3", "_resnet50", "mobilenet_v3_large")
 # What falls short, so that a change is noticed either way.
-SHORT: dict[str, tuple[str, ...]] = {
-    "smp:MAnet/resnet18": ("scale",),
-    "smp:Linknet/resnet18": ("scale",),
-    "smp:DPT/tu-convnext_tiny": ("scale",),
-    "smp:DPT/tu-vit_tiny_patch16_224": ("scale",),
-}
+SHORT: dict[str, tuple[str, ...]] = {"smp:DPT/tu-vit_tiny_patch16_224": ("scale",)}
 
 SIDE = 96
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

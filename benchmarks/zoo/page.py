@@ -51,9 +51,10 @@ end.
 """
 
 SCALE = """\
-Where the original normalises again and again (convolutions with BatchNorm in a decoder, a projection shortcut), its scale
-starts anew; the full-precision signal of the rewritten network goes on through the bypasses, and each binary branch adds to it.
-Over many layers the sum of both outgrows the original.
+Where layers without a norm follow each other, the random weights that libraries draw for them shrink the original's signal from
+layer to layer (a transposed convolution of stride 4 alone to a seventh); bypasses hand it on as it is. The second pair of
+figures is the same comparison with an original whose convolutions and linear layers are rescaled to keep the power of a white
+input (`benchmarks/zoo/stages.py`, `levelled`).
 """
 
 MARKS = (
@@ -191,6 +192,8 @@ def render(rows: dict[str, dict[str, Any]], order: list[str]) -> str:
     ]
     if beyond:
         parts += ["\n## Outside the range where it is not asked for\n"]
+        if not wrong:
+            parts.append(SCALE)
         parts.append(_table(["network", "what"], ([n, _short_reason(t)] for n, t in beyond)))
     return "\n".join(parts) + "\n"
 

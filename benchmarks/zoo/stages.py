@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidensify.nn import BinaryLayer
+from bidensify.nn.weight import pretrained_spread
 from bidensify.rewrite import Plan
 
-__all__ = ["ratios"]
+__all__ = ["levelled", "ratios"]
 
 DEPTH = 3
 
@@ -86,3 +87,23 @@ def ratios(model: nn.Module, student: nn.Module, plan: Plan, run: Callable[[nn.M
     # A stage that the original holds at (nearly) 0, as a last layer that is initialised to 0, has no scale to keep.
     found = {key: after[key] / value for key, value in before.items() if key in after and value > 1e-6}
     return {key.removesuffix("#0"): value for key, value in found.items()}
+
+
+def levelled(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy whose convolutions and linear layers, but for predictions, all keep the power of a white input.
+
+    What is drawn for them by default does not: torch's layers lose two thirds of it each, its transposed convolutions of
+    stride s all but 1 / (3 s * s), and transformers' layers (weights of deviation 0.02) nearly all. Where no norm follows, the
+    signal of the random original dies out from layer to layer, while bypasses hand it on.
+    """
+    twin = copy.deepcopy(model)
+    for layer in plan.layers:
+        weight = None if layer.kind == "function" else twin.get_submodule(layer.path)._parameters.get("weight")
+        if weight is None or layer.makes_weight or layer.reason == "prediction layer":
+            continue
+        transposed = layer.kind.startswith("conv_transpose")
+        spread = pretrained_spread(weight, transposed=transposed, groups=layer.groups, stride=layer.stride)
+        rows = weight.data.reshape(layer.groups if transposed else 1, -1, *weight.shape[1:])
+        by_row = spread.view(layer.groups, 1, -1) if transposed else spread.view(1, -1, 1)
+        rows /= by_row.reshape(*by_row.shape, *[1] * (rows.dim() - 3))
+    return twin

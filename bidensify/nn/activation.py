@@ -6,6 +6,7 @@ RPReLU: ReActNet (Liu et al., ECCV 2020, eq. 3): a shift, a PReLU with one slope
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import pi
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidensify.nn import fused, native
+from bidensify.nn.sums import wide
 
 __all__ = ["ByWidth", "RPReLU"]
 
@@ -41,6 +43,25 @@ class RPReLU(nn.Module):
     def _shape(self, parameter: Tensor, x: Tensor) -> Tensor:
         shaped = parameter if self.dim == -1 else parameter.view(-1, *([1] * (x.dim() - 2)))
         return shaped.to(x.dtype)
+
+    @torch.no_grad()
+    def centre(self, mean: Tensor, deviation: Tensor) -> None:
+        """Sets ``bias_out`` so that inputs of these statistics leave with a mean of 0.
+
+        A bypass hands the activation's mean on to the next layer, which adds its own: uncentred, the offset grows with
+        every layer until the activation sees positive values only, is the identity, and no longer bounds the signal.
+
+        Args:
+            mean, deviation: (C,) each, of normally distributed inputs; the deviation's sign does not matter.
+        """
+        to = wide(mean.device)
+        mean, deviation = mean.to(to), deviation.to(to).abs().clamp(min=1e-12)
+        scaled = mean / deviation
+        density = torch.exp(-scaled.square() / 2) / (2 * pi) ** 0.5
+        # Means of the positive and of the negative part, each as a magnitude: sigma * (phi(t) + t * Phi(t)) and its mirror.
+        positive = deviation * density + mean * torch.special.ndtr(scaled)
+        negative = deviation * density - mean * torch.special.ndtr(-scaled)
+        self.bias_out.copy_(self.slope * negative - positive)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[self.dim] != self.channels:

@@ -7,7 +7,8 @@ binary layer of the weight so made: ``s_o = mean |w|``, ``sign(w)`` of the tenso
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -181,15 +182,22 @@ def parametrized(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer, "weight")
 
 
-def pretrained_spread(weight: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+def pretrained_spread(
+    weight: Tensor, *, transposed: bool = False, groups: int = 1, stride: Sequence[int] = (1,)
+) -> Tensor:
     """Standard deviation (C_out,) of the float layer's output for white input of unit variance: the weights' L2 norm.
 
     A BatchNorm that is added behind a layer without one starts from it, so that the output keeps its scale.
+
+    Args:
+        weight: as the layer has it.
+        transposed, groups: as ``WeightBinarizer`` has them.
+        stride: of a transposed convolution: of its taps, only one in each stride's step reaches an output.
     """
     weight = weight.detach().float()
     if transposed:
         grouped = weight.reshape(groups, -1, *weight.shape[1:])
-        norms = grouped.pow(2).sum((1, *range(3, grouped.dim()))).sqrt().flatten()
+        norms = (grouped.pow(2).sum((1, *range(3, grouped.dim()))) / prod(stride)).sqrt().flatten()
     else:
         norms = weight.flatten(1).norm(dim=1)
     return norms.clamp(min=1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from bidensify._changed import announce
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
-from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, ByWidth, make_binary
-from bidensify.nn.weight import pretrained_spread, used_weight
+from bidensify.nn import BinaryLayer, Bypass, ByWidth, RPReLU, make_binary
+from bidensify.nn.weight import used_weight
 from bidensify.rewrite.blocks import apply_edits
 from bidensify.rewrite.generated import become, without_hooks
-from bidensify.rewrite.kinds import is_frozen_norm
+from bidensify.rewrite.norms import centre, new_norm, taken_norm
 from bidensify.rewrite.plan import ActivationPlan, LayerPlan, Plan
 from bidensify.rewrite.untouched import forget_unreal
 
@@ -77,41 +77,6 @@ def _check_layer(layer: LayerPlan, module: nn.Module) -> None:
         raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {facts}; it is of another model")
 
 
-def _taken_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    """A plain BatchNorm2d that takes over the parameters and statistics of ``norm`` (fused with an activation or frozen, too)."""
-    if is_frozen_norm(norm):
-        like = cast(Tensor, norm.weight)
-        taken = nn.BatchNorm2d(len(like), eps=getattr(norm, "eps", 1e-5), device=like.device, dtype=like.dtype)
-        taken.load_state_dict(
-            {name: value for name, value in norm._buffers.items() if name in taken.state_dict()}, strict=False
-        )
-        return taken.train(norm.training)
-    assert isinstance(norm, nn.BatchNorm2d)
-    taken = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    taken._parameters = dict(norm._parameters)
-    taken._buffers = dict(norm._buffers)
-    taken.training = norm.training
-    return taken
-
-
-def _new_norm(layer: LayerPlan, module: nn.Module, weight: Tensor) -> nn.Module:
-    """A BatchNorm for a layer without one: it keeps the output's spread, and takes over the layer's bias."""
-    cls = BatchNormLast if layer.kind == "linear" else nn.BatchNorm2d
-    norm = cls(layer.out_channels, device=weight.device, dtype=weight.dtype)
-    spread = pretrained_spread(weight, transposed=layer.kind == "conv_transpose2d", groups=layer.groups)
-    bias = module._parameters.get("bias")
-    with torch.no_grad():
-        norm.weight.copy_(spread)
-        if bias is not None:
-            norm.bias.copy_(bias)
-    if bias is not None:
-        module._parameters["bias"] = None
-    norm.train(module.training)
-    return norm
-
-
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
@@ -159,7 +124,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     latent = _start_weight(layer, module, config)
     spec = LayerSpec(layer.kind, layer.in_channels, layer.out_channels, layer.groups, dim)
     parts = method.parts(spec, dataclasses.replace(config, act_scale=layer.act_scale))
-    norm: nn.Module = _taken_norm(modules[layer.norm]) if layer.norm is not None else _new_norm(layer, module, latent)
+    norm: nn.Module = taken_norm(modules[layer.norm]) if layer.norm is not None else new_norm(layer, module, latent)
     if layer.layer_scale is not None:
         holder, name = _owner(model, layer.layer_scale)
         gamma = holder._parameters[name]
@@ -181,6 +146,8 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     activation = None
     if layer.activation and method.activation is not None:
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
+        if isinstance(activation, RPReLU):
+            centre(activation, norm, bypass=layer.bypass)
     module.__class__ = make_binary(type(module))
     assert isinstance(module, BinaryLayer)
     module.install(

@@ -48,6 +48,21 @@ def test_starts_as_a_leaky_relu_that_keeps_the_negative_side() -> None:
     assert RPReLU(1)(x).flatten().tolist() == [-0.5, 0.0, 0.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [(0.0, 1.0), (0.7, -2.0), (-1.5, 0.5), (3.0, 0.1), (-3.0, 0.1), (2.0, 0.0)]
+)
+def test_centred_it_hands_on_a_mean_of_zero(mean: float, deviation: float) -> None:
+    layer = RPReLU(1, slope=0.25)
+    layer.centre(torch.tensor([mean]), torch.tensor([deviation]))
+    # The mean over a fine grid of a normal distribution's quantiles.
+    grid = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
+    x = (mean + abs(deviation) * grid).float().reshape(1, 1, -1)
+    with torch.no_grad():
+        y = layer(x)
+    assert abs(y.double().mean().item()) < 1e-4
+    assert y.std() <= x.std() * 1.0001
+
+
 def test_bfloat16_and_channels_last() -> None:
     layer = filled(4)
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()

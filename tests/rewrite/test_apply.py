@@ -223,6 +223,21 @@ def test_untrained_rewrite_keeps_each_stages_scale(name: str) -> None:
         assert 1 / 4 <= ratio <= 4, (stage, ratio)
 
 
+def test_a_long_row_of_layers_does_not_outgrow_the_original() -> None:
+    torch.manual_seed(0)
+    rows = [nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()) for _ in range(32)]
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *rows, nn.Conv2d(32, 2, 1))
+    student = bd.bidensify(model).train()
+    model.train()
+    a = b = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for place, (original, rewritten) in enumerate(zip(list(model)[:-1], list(student)[:-1])):
+            a, b = original(a), rewritten(b)
+            assert 0.5 <= (b.std() / a.std()).item() <= 2.5, place
+    # Nor does an offset: each activation's mean would add to the one that its layer's bypass brought.
+    assert abs(b.mean()) < 0.5 * b.std()
+
+
 def test_calibration_mixes_signs_behind_relus() -> None:
     torch.manual_seed(0)
     student = bd.bidensify(Net())

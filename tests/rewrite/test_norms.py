@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
+from bidensify.rewrite import apply_plan
 
 
 def around(norm: nn.Module, *after: nn.Module) -> nn.Sequential:
@@ -65,6 +66,61 @@ def test_a_frozen_batchnorm_becomes_the_layers_own_with_its_values(kind: str) ->
     assert not student.load_state_dict(other).missing_keys
     assert torch.equal(layer.norm.running_var, values["running_var"] + 1)
     mixed_signs(student, torch.randn(4, 3, 16, 16))
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_an_activation_starts_centred_on_what_it_is_given(bypass: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    nn.init.uniform_(norm.weight, -2, 2)
+    nn.init.uniform_(norm.bias, -2, 2)
+    weight, bias = (value.detach().view(-1, 1, 1) for value in (norm.weight, norm.bias))
+    model = around(norm, nn.ReLU())
+    student = bd.bidensify(model, bd.BidensifyConfig(rules=[bd.Rule("1", {"bypass": bypass})]))
+    activation = student[1].activation
+    assert (student[1].bypass is not None) == bypass
+    assert torch.equal(student[1].norm.weight, norm.weight)
+    assert torch.equal(student[1].norm.bias, norm.bias)
+    # Many signals as the norm gives them, and what a row of such layers hands on, each deviation as its layer's.
+    carried = torch.zeros(1, 8, 100, 1000)
+    for _ in range(12 * bypass):
+        carried = nn.functional.leaky_relu(carried + weight * torch.randn(carried.shape), 0.25)
+        carried = carried - carried.mean((2, 3), keepdim=True)
+    with torch.no_grad():
+        means = activation(carried + weight * torch.randn(carried.shape) + bias).mean((0, 2, 3))
+    # What is carried is not quite normal.
+    assert means.abs().max() < 0.1
+    assert activation.bias_out.abs().max() > 0.3
+
+
+def test_an_activation_starts_centred_without_values_too() -> None:
+    plain = bd.bidensify(around(nn.BatchNorm2d(8, affine=False), nn.ReLU()))
+    # sigma * (1 - a) / sqrt(2 pi) of a normal signal, for a = 1 / 4 and sigma^2 = 1 / (1 - 0.4417).
+    torch.testing.assert_close(plain[1].activation.bias_out, torch.full((8,), -0.4004), rtol=1e-3, atol=0)
+    model = around(nn.BatchNorm2d(8), nn.ReLU())
+    student = bd.bidensify(model)
+    replayed = apply_plan(model.to("meta"), student.bidensify_plan)
+    replayed.load_state_dict(student.state_dict(), assign=True)
+    assert torch.equal(replayed[1].activation.bias_out, student[1].activation.bias_out)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("transposed", "kernel", "stride"), [(False, 3, 2), (True, 4, 4), (True, 4, 2), (True, 3, 1)])
+def test_a_new_norm_starts_from_what_the_float_layer_gives(
+    transposed: bool, kernel: int, stride: int, groups: int
+) -> None:
+    torch.manual_seed(0)
+    cls = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = cls(64, 8, kernel, stride, groups=groups, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand(layer.weight.shape) * 4)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), layer, nn.Conv2d(8, 2, 1))
+    student = bd.bidensify(model, example_inputs=torch.randn(1, 3, 32, 32))
+    # Inputs of either sign of which only the power is that behind a ReLU, so that the output has no mean.
+    x = torch.randn(2, 64, 64, 64) / 2**0.5
+    with torch.no_grad():
+        y = layer(x)[..., kernel:-kernel, kernel:-kernel]
+    torch.testing.assert_close(student[2].norm.weight.detach(), y.std((0, 2, 3)), rtol=0.05, atol=0)
 
 
 def test_a_frozen_batchnorm_elsewhere_stays() -> None:

@@ -24,6 +24,7 @@ def silence(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, RPReLU):
                 module.slope.fill_(1.0)
+                module.bias_out.zero_()
 
 
 def open_kept(model: nn.Module) -> list[object]:
