@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,6 +39,11 @@ def plan_activations(planner: Planner) -> None:
             planner.absorbed_activations.add(first)
             planner.activations[key] = ActivationPlan(key, "absorbed")
             continue
+        if any(_writes_alone(planner, node) for node in nodes):
+            planner.note(
+                f"{key}: the activation stays as it is: the code around it reads what it writes in place, not what it gives"
+            )
+            continue
         wanted = [_activation_of(planner, node, layer_path) for node, layer_path in zip(nodes, behind)]
         if not shared and len(set(wanted)) == 1:
             channels, dim, method = wanted[0]
@@ -55,6 +63,31 @@ def _place(node: fx.Node) -> tuple[str, int] | int:
     """Where in the code a call stands: a block that runs twice calls its activation from one place."""
     scope = scope_of(node)
     return (scope[-1][0], int(node.meta["event"])) if scope and "event" in node.meta else id(node)
+
+
+def _writes_alone(planner: Planner, node: fx.Node) -> bool:
+    """Whether a call of an activation in place is a statement of its own: what another module gave there would be lost."""
+    module, scope = planner.flow.module(node), scope_of(node)
+    if not getattr(module, "inplace", False) or not scope:
+        return False
+    block = planner.record.modules[scope[-1][0]]
+    return any(getattr(block, name, None) is module for name in _bare_calls(type(block)))
+
+
+def _bare_calls(cls: type[nn.Module]) -> frozenset[str]:
+    """Names of the children that a class's forward calls without reading what they give."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    calls = [
+        item.value.func for item in ast.walk(tree) if isinstance(item, ast.Expr) and isinstance(item.value, ast.Call)
+    ]
+    return frozenset(
+        call.attr
+        for call in calls
+        if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id == "self"
+    )
 
 
 def _plan_left(planner: Planner, key: str, left: list[tuple[fx.Node, tuple[int, int, str]]]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_blocks import BLOCKS, Context, Options, Parallel, Residual, conv_norm, make_activation
+from random_blocks import BLOCKS, Residual
+from random_branches import Options, Parallel
+from random_parts import Context, conv_norm, make_activation
 from torch import Tensor, nn
 
 __all__ = ["random_graph", "random_network", "settle"]

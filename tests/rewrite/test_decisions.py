@@ -323,3 +323,26 @@ def test_padding_that_cannot_be_packed_is_said_in_the_plan() -> None:
         "a: pads with padding_mode='reflect', which can be trained but not packed; keep it by a rule, or pad with zeros"
     ]
     assert not bd.plan(Net(), bd.BidensifyConfig(rules=[bd.Rule("a", "keep")]), example_inputs=X).notes
+
+
+class InPlace(Base):
+    """Calls its activation as a statement; code between the layer and it cannot take it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.relu = nn.GroupNorm(2, 8), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(self.stem(x)))
+        self.relu(x)
+        return self.head(self.b(x))
+
+
+def test_an_activation_that_only_writes_in_place_is_not_lost() -> None:
+    student = bd.bidensify(InPlace(), example_inputs=X)
+    assert isinstance(student.relu, nn.ReLU)
+    assert [note for note in student.bidensify_plan.notes if note.startswith("relu: the activation stays as it is")]
+    seen: list[Tensor] = []
+    student.b.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    student(X)
+    assert seen[0].min() == 0
