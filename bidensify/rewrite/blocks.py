@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bidensify.errors import PlanError
 from bidensify.rewrite.generated import exchange_forward
-from bidensify.rewrite.proof import operation_of
+from bidensify.rewrite.proof import operation_of, written
 from bidensify.rewrite.trace import trace_once
 
 __all__ = ["BlockEdit", "apply_edits"]
@@ -81,6 +81,10 @@ def apply_edits(
             with graph.inserting_after(node):
                 new = graph.call_module(edit.module, (arguments[0],))
             node.replace_all_uses_with(new)
+            source = written(node)
+            for user in list(source.users) if source is not None else ():
+                if new < user:
+                    user.replace_input_with(arguments[0], new)
         else:
             raise PlanError(f"{path}: unknown edit {edit.action!r}")
         graph.erase_node(node)

@@ -23,7 +23,7 @@ from bidensify.rewrite.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.trace import trace_once
 from bidensify.rewrite.untouched import untouched
 
-__all__ = ["Traced", "editable_event", "operation_of", "trace_block"]
+__all__ = ["Traced", "editable_event", "operation_of", "trace_block", "written"]
 
 _SAME = {
     "truediv": "div",
@@ -231,7 +231,27 @@ def operation_of(node: fx.Node) -> str:
     return str(node.target).rstrip("_") if node.op == "call_method" else plain_name(node.target)
 
 
+def written(node: fx.Node) -> fx.Node | None:
+    """What a traced step overwrites with its result and can be read again there: a module's or a plain function's value."""
+    in_place = node.kwargs.get("inplace") is True or (
+        node.op in ("call_function", "call_method") and operation_name(node).endswith("_")
+    )
+    source = node.args[0] if node.args else None
+    if not in_place or not isinstance(source, fx.Node):
+        return None
+    own = source.op == "call_module" or operation_of(source) in ("add", "cat", "mul", "sub", "conv2d", "interpolate")
+    return source if own else None
+
+
+def operation_name(node: fx.Node) -> str:
+    """The name of a function or method as it is written."""
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+
+
 def editable_event(traced: Traced, event: int) -> bool:
-    """Whether something reads the event's result (code that only writes in place cannot be replaced)."""
+    """Whether something reads the event's result, or what it overwrites with it."""
     node = traced.events[event]
-    return node is not None and len(node.users) > 0
+    if node is None:
+        return False
+    source = written(node)
+    return len(node.users) > 0 or (source is not None and any(node < user for user in source.users))

@@ -346,3 +346,24 @@ def test_an_activation_that_only_writes_in_place_is_not_lost() -> None:
     student.b.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     student(X)
     assert seen[0].min() == 0
+
+
+class Statements(Base):
+    """Functional activations in place, called as statements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        F.relu(x, inplace=True)
+        y = self.a(x)
+        y = y + self.b(x)
+        y.relu_()
+        return self.head(y)
+
+
+def test_functional_activations_that_write_in_place_are_exchanged() -> None:
+    student = bd.bidensify(Statements(), example_inputs=X)
+    assert not student.bidensify_plan.notes
+    first, second = (module for module in student.children() if isinstance(module, RPReLU))
+    with torch.no_grad():
+        x = first(student.stem(X))
+        assert torch.equal(student(X), student.head(second(student.a(x) + student.b(x))))
