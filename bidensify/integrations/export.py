@@ -149,6 +149,11 @@ def _write_program(
     return "torch", _tensors(torch.export.load(buffer).module()(*args, **kwargs))
 
 
+def _copysign(size: Tensor, sign: Tensor) -> Tensor:
+    """``copysign`` for signs that are never -0.0 (``bidensify.nn.ste`` sees to it): ONNX cannot ask for a sign bit."""
+    return torch.where(sign < 0, -size.abs(), size.abs())
+
+
 def _write_onnx(
     program: torch.export.ExportedProgram, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, list[Tensor] | None]:
@@ -158,7 +163,7 @@ def _write_onnx(
 
     operator = torch.ops.bidensify.packed_conv2d.default
     with any_order():
-        plain = program.run_decompositions({operator: reference_operator})
+        plain = program.run_decompositions({operator: reference_operator, torch.ops.aten.copysign.Tensor: _copysign})
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         # Without optimize=False constants are folded, and the bits become floats.

@@ -78,7 +78,12 @@ def run_recipe(
         teacher_weights: of the student's teacher; by default ``teacher.weights`` of the recipe.
         resume: go on with a run that was stopped.
         quiet: print nothing.
+
+    Raises:
+        ConfigError: another role, a recipe with mistakes, or what :func:`bidensify.finetune` raises.
     """
+    if role not in ("student", "teacher"):
+        raise ConfigError(f"run_recipe: role={role!r} must be 'student' or 'teacher'")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     teacher: nn.Module | None = None
     if role == "teacher":

@@ -51,6 +51,24 @@ def test_onnx_runs_elsewhere_on_other_sizes_and_stays_small(packed: nn.Module, t
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
 
 
+@pytest.mark.parametrize("method", bd.available_methods())
+def test_a_latent_network_goes_to_onnx(method: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    student = bd.bidensify(unet(width=8, levels=2), method=method)
+    bd.calibrate(student, [torch.randn(2, 3, 32, 32)])
+    done = export(student.eval(), tmp_path / "net.onnx", example_inputs=torch.randn(2, 3, 32, 32))
+    assert done.difference is not None
+    assert done.difference < 1e-4
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    x = torch.zeros(1, 3, 40, 48)  # sign(0) = +1 there too
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        close = torch.isclose(torch.from_numpy(y), student(x), rtol=1e-3, atol=1e-3)
+    assert close.float().mean() > 0.99
+
+
 def test_torch_program_loads_again(packed: nn.Module, tmp_path: Path) -> None:
     done = export(packed, tmp_path / "net.pt2", example_inputs=torch.randn(2, 3, 64, 64))
     again = torch.export.load(str(done.path)).module()

@@ -66,6 +66,8 @@ def test_teacher_then_student_from_the_recipe_alone(tmp_path: Path, name: str) -
 
 def test_the_recipe_may_name_the_teacher(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "scenes_segmentation.yaml", SMALL)
+    with pytest.raises(ConfigError, match="role='pupil' must be 'student' or 'teacher'"):
+        run_recipe(recipe, tmp_path / "student", role="pupil", quiet=True)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"names no teacher\.weights; train the teacher first"):
         run_recipe(recipe, tmp_path / "student", quiet=True)
     run_recipe(recipe, tmp_path / "teacher", role="teacher", quiet=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bidensify as bd
+from bidensify.demo.network import unet
 from bidensify.errors import ConfigError
 from bidensify.nn import (
     BiDenseConv2d,
@@ -183,6 +184,20 @@ def test_whole_networks_give_the_same_bits(method: str) -> None:
     with torch.inference_mode():
         assert torch.equal(pack(student)(x), want)
         assert torch.equal(student(x), want)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 7), (1, 1)])
+def test_a_network_with_float_layers_gives_the_same_bits_in_channels_last(size: tuple[int, int]) -> None:
+    """PyTorch's own layers round by memory format; ``pack`` puts them in channels_last."""
+    torch.manual_seed(0)
+    student = bd.bidensify(unet(width=8))
+    bd.calibrate(student, [torch.randn(4, 3, 32, 32)])
+    student.eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        want = student(x)
+        for kernel in KERNELS:
+            assert torch.equal(pack(student, kernel=kernel)(x), want), kernel
 
 
 def test_evaluation_mode_still_has_gradients_where_they_are_wanted() -> None:
