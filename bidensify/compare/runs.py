@@ -108,7 +108,18 @@ def best_of(values: Sequence[float | None], higher_is_better: bool) -> int | Non
 
 
 def metrics_table(runs: Sequence[RunRecord], title: str = "Results") -> Table:
-    """A row per run: its metrics (the classes' own left out), time per step and epochs."""
+    """A row per run: its metrics (the classes' own left out), time per step and epochs.
+
+    Raises:
+        ConfigError: there is no run, or the runs are of different tasks.
+    """
+    if not runs:
+        raise ConfigError("no run was given; give what read_run returns, one or more")
+    primaries = sorted({run.primary for run in runs})
+    if len(primaries) > 1:
+        raise ConfigError(
+            f"the runs are of different tasks ({', '.join(primaries)} chose their weights); compare one task"
+        )
     names = [name for name in dict.fromkeys(name for run in runs for name in run.metrics) if "/" not in name]
     primary = runs[0].primary
     names.sort(key=lambda name: name != primary)
@@ -137,6 +148,10 @@ def learning_curves(runs: Sequence[RunRecord], title: str = "Learning curves", *
 
 
 def comparison(runs: Sequence[RunRecord]) -> Report:
-    """The page that puts ``runs`` side by side: their metrics and how they got there."""
+    """The page that puts ``runs`` side by side: their metrics and how they got there.
+
+    Raises:
+        ConfigError: there is no run, or the runs are of different tasks.
+    """
     lead = f"{len(runs)} runs on the same footing: final metrics on validation data, and how they got there."
     return Report("Comparison", lead, sections=[metrics_table(runs), learning_curves(runs)])

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bidensify.compare import RunRecord, comparison
 from bidensify.compare.images import png
 from bidensify.compare.plots import Panel, colour_of, curves
 from bidensify.compare.report import Card, Check, Facts, ImageGrid, Report, Table, render, write_report
+from bidensify.errors import ConfigError
 
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 
@@ -131,3 +133,17 @@ def test_status_claims_no_more_than_the_checks_say() -> None:
     partly = render(Report("t", "l", checks=[met, shown], status="passed"))
     assert "all checks passed" not in partly
     assert "enforced checks passed" in partly
+
+
+def test_runs_of_one_task_are_compared(tmp_path: Path) -> None:
+    def run(name: str, primary: str) -> RunRecord:
+        epoch = {"epoch": 0, "step": 3, "seconds": 1.5, "loss": 0.5, "metrics": {primary: 0.25}}
+        return RunRecord(tmp_path / name, name, name, 0, primary, {primary: 0.25}, [epoch])
+
+    page = render(comparison([run("a", "miou"), run("b", "miou")]))
+    assert page.count("0.2500") == 2
+    assert page.count("0.500") == 2  # seconds per step
+    with pytest.raises(ConfigError, match=r"different tasks \(miou, rmse chose"):
+        comparison([run("a", "miou"), run("b", "rmse")])
+    with pytest.raises(ConfigError, match="no run was given"):
+        comparison([])

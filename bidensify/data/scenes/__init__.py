@@ -62,7 +62,7 @@ class Scenes(DenseDataset):
         super().__init__(transforms)
         if split not in SPLITS:
             raise ConfigError(f"split={split!r}; the splits of scenes are {', '.join(SPLITS)}")
-        if len(size) != 2 or not all(isinstance(n, int) and n >= 16 for n in size):
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n >= 16 for n in size):
             raise ConfigError(f"size={size!r}; give (height, width), two whole numbers of at least 16")
         if not isinstance(length, int) or length < 1:
             raise ConfigError(f"length={length!r}; it is a number of scenes, at least 1")
