@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bidensify.runtime.allocator import keep_freed_memory
 from bidensify.runtime.format import read_packed, write_packed
 from bidensify.runtime.outputs import release_memory
 from bidensify.runtime.pack import pack, replace_layers, set_float_dtype, set_kernel
@@ -15,7 +14,6 @@ __all__ = [
     "PackedConvTranspose2d",
     "PackedLayer",
     "PackedLinear",
-    "keep_freed_memory",
     "pack",
     "packed_layers",
     "read_packed",

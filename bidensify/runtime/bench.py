@@ -88,7 +88,7 @@ def run_bench(
         int8: OpenVINO and ONNX Runtime int8 too, where they are installed.
         int8_folder: keeps the quantized networks and takes them from there the next time; default a temporary folder.
         bfloat16: packed with its float rest in bfloat16 too; layers: on a bfloat16 input.
-        memory: peak resident memory of one inference, each variant in a process of its own (networks only, Linux).
+        memory: peak resident memory and page faults, each variant in a process of its own (networks only, Linux).
         idle: see ``interleave``.
         progress: called with a line per finished case.
 
@@ -233,13 +233,21 @@ def render(result: dict[str, Any]) -> RenderableType:
             )  # fmt: skip
     if not any(row.memory for row in rows):
         return table
-    peaks = Table(title="Peak resident memory of inference (MiB); libraries are the same process without a network")
-    for column in ("case", "threads", "variant", "peak", "libraries", "above them", "of float"):
+    peaks = Table(
+        title="Peak resident memory of inference (MiB); libraries are the same process without a network; faults: of pages"
+    )
+    for column in ("case", "threads", "variant", "peak", "libraries", "above them", "of float", "faults/run"):
         peaks.add_column(column, justify="left" if column in ("case", "variant") else "right")
     for row in rows:
         above = {key: value["peak"] - value["libraries"] for key, value in row.memory.items()}
         for key, value in row.memory.items():
             share = f"{above[key] / above['float']:.2f}" if above.get("float") else ""
-            cells = [f"{value['peak']:.0f}", f"{value['libraries']:.0f}", f"{above[key]:.0f}", share]
+            cells = [
+                f"{value['peak']:.0f}",
+                f"{value['libraries']:.0f}",
+                f"{above[key]:.0f}",
+                share,
+                f"{value['faults']:.0f}",
+            ]
             peaks.add_row(row.case, str(row.threads), key, *cells)
     return Group(table, peaks)

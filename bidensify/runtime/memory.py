@@ -22,9 +22,9 @@ __all__ = ["MEMORY_VARIANTS", "peak_memory"]
 MEMORY_VARIANTS = ("float", "float compiled", "latent", "packed", "packed bfloat16")
 
 # Arguments: variant, height, width, threads, folder, JSON of {"spec", "options"}. Prints the resident MiB with the libraries
-# alone (the network gone, or not loaded yet) and the highest during inference.
+# alone (the network gone, or not loaded yet), the highest during twelve inferences, and page faults per run of the last ten.
 _CHILD = """
-import ctypes, gc, json, sys
+import ctypes, gc, json, resource, sys
 from pathlib import Path
 import torch
 variant, height, width, threads, folder, built = sys.argv[1:7]
@@ -75,7 +75,11 @@ with torch.inference_mode():
     Path("/proc/self/clear_refs").write_text("5")
     call()
     call()
-print("peak", libraries, resident("VmHWM"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        call()
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+print("peak", libraries, resident("VmHWM"), faults)
 """
 
 
@@ -90,7 +94,7 @@ def peak_memory(
     int8: bool = False,
     int8_folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Peak resident MiB of an inference, each variant in a fresh process that has loaded its network before the count starts.
+    """Peak resident MiB of a dozen inferences, each variant in a fresh process that has its network before the count starts.
 
     Args:
         network: the full-precision network.
@@ -103,7 +107,8 @@ def peak_memory(
         int8_folder: of ``quantize_int8``; default a temporary one.
 
     Returns:
-        variant -> {"peak": MiB, "libraries": MiB of the same process without a network}. Linux; elsewhere empty.
+        variant -> {"peak": MiB, "libraries": MiB of the same process without a network, "faults": page faults
+        per run, once two are done}. Linux; elsewhere empty.
     """
     import json
 
@@ -135,5 +140,5 @@ def peak_memory(
             lines = [line.split() for line in result.stdout.splitlines() if line.startswith("peak")]
             if result.returncode or not lines:
                 raise RuntimeError(f"the memory run of {key} failed: {result.stderr[-2000:]}")
-            found[key] = {"libraries": float(lines[-1][1]), "peak": float(lines[-1][2])}
+            found[key] = dict(zip(("libraries", "peak", "faults"), map(float, lines[-1][1:]), strict=True))
     return found

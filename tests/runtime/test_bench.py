@@ -89,13 +89,16 @@ def test_float_and_latent_layers_of_a_case_have_one_shape(case: Case) -> None:
 
 
 def test_a_ratio_is_of_medians_and_stands_in_the_table() -> None:
-    row = Row("net", 2, {"float": 40.0, "avx2": 10.0}, 5, memory={"float": {"peak": 900, "libraries": 700}})
+    row = Row(
+        "net", 2, {"float": 40.0, "avx2": 10.0}, 5, memory={"float": {"peak": 900, "libraries": 700, "faults": 12.4}}
+    )
     assert row.ratio("avx2") == 4
-    row.memory["packed"] = {"peak": 800, "libraries": 700}
+    row.memory["packed"] = {"peak": 800, "libraries": 700, "faults": 3.0}
     text = text_of({"machine": {"processor": "P", "torch": "2"}, "rows": [vars(row)]})
     (line,) = [line for line in text.splitlines() if "avx2" in line]
     assert "10.000" in line
     assert "4.00x" in line
+    assert "12" in text
     assert "0.50" in text  # 100 MiB above the libraries against 200
 
 
@@ -114,6 +117,7 @@ def test_peak_memory_of_a_packed_network_in_its_own_process() -> None:
     found = peak_memory(network, "demo:unet", (256, 256), 1, options={"width": 8}, variants=("packed",))
     assert list(found) == ["packed"]
     # The input alone is 0.75 MiB.
+    assert found["packed"]["faults"] >= 0
     assert found["packed"]["peak"] > found["packed"]["libraries"] + 0.75 > 10
 
 
