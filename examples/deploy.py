@@ -16,7 +16,6 @@ from torch.utils.benchmark import Timer
 
 import bidensify as bd
 from bidensify.models import build_model
-from bidensify.runtime import keep_freed_memory
 
 FLOAT = "smp:Unet/resnet34"
 
@@ -37,7 +36,6 @@ def milliseconds(model: nn.Module, size: int) -> float:
 
 def load(folder: Path, size: int = 512) -> None:
     """Reads the network back, with no data and no forward pass, and prints its time and float's."""
-    keep_freed_memory()  # else glibc may hand back each layer's output, and every run fills fresh pages
     packed = bd.from_pretrained(folder)
     print(f"file    {(folder / 'model.safetensors').stat().st_size:,} bytes")
     print(f"float   {milliseconds(build_model(FLOAT, classes=11), size):.1f} ms")
