@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _captured(subject: Subject, capture: Callable[..., Callable[..., Any]]) -> s
             # have the same arithmetic, and a wrong graph would differ all the same.
             twin = copy.deepcopy(subject.student).double()
             args, kwargs = tree_map(_double, (args, kwargs))
-            with torch.no_grad():
+            with torch.no_grad(), _float_means_double():
                 torch.manual_seed(0)
                 expected = twin(*args, **kwargs)
                 torch.manual_seed(0)
@@ -187,6 +188,17 @@ def _captured(subject: Subject, capture: Callable[..., Callable[..., Any]]) -> s
             torch._dynamo.reset()
             require(wide < 1e-9, f"the output differs from eager by {apart:.3g} of its norm, in float64 by {wide:.3g}")
     return PASS
+
+
+@contextlib.contextmanager
+def _float_means_double() -> Iterator[None]:
+    """Where a network's own code says ``.float()`` (RAFT's coordinates), it stays in float64."""
+    kept = Tensor.float
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.float = kept  # type: ignore[method-assign]
 
 
 def _double(value: Any) -> Any:
