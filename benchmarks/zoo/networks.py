@@ -30,9 +30,7 @@ TIMM = {
     "hrnet_w18": 0, "swin_tiny_patch4_window7_224": 224, "maxvit_tiny_tf_224": 224, "fastvit_t8": 0, "repvit_m0_9": 0,
     "nf_resnet50": 0, "efficientvit_b0": 0, "mobilevitv2_050": 0, "mobilevitv2_100": 0,
 }  # fmt: skip
-# The signs are asked of convolutional networks, these are none or only in part; the scale is asked of what SCALED names.
-# Both are reported for all.
-ATTENTION = ("swin", "maxvit", "vit_", "mobilevit", "efficientvit", "transformers:", "mit_")
+# The scale is asked of what this names, and reported for all.
 SCALED = ("smp:", "timm:resnet50", "timm:convnext", "timm:mobilenetv3", "_resnet50", "mobilenet_v3_large")
 # What falls short, so that a change is noticed either way.
 SHORT: dict[str, tuple[str, ...]] = {"smp:DPT/tu-vit_tiny_patch16_224": ("scale",)}
@@ -107,10 +105,8 @@ def _keywords(inputs: Callable[[int], dict[str, Tensor]]) -> Callable[[int], Inp
 
 
 def strict(name: str, check: str) -> bool:
-    """Whether "scale" or "signs" outside its range is a failure for this network, rather than a figure."""
-    if check == "scale":
-        return any(part in name for part in SCALED)
-    return not any(part in name for part in ATTENTION)
+    """Whether a figure of ``check`` outside its range is a failure for this network, rather than reported."""
+    return check != "scale" or any(part in name for part in SCALED)
 
 
 def networks() -> dict[str, Entry]:
