@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         ConfigError: the global batch cannot be split evenly over processes and micro-batches.
     """
     # accelerate keeps the precision of a process's first Accelerator; a second run may want another one.
-    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    joined = dist.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not joined)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
         # Without this, processes on a machine that has no GPU would not know of one another.
@@ -36,6 +38,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         kwargs_handlers=[ddp],
     )
+    if not joined and dist.is_initialized():
+        # The group outlives a run, for the next one (the student's behind its teacher's), but not the interpreter: threads that
+        # it still has then can abort a process whose work is done.
+        atexit.register(_leave_group)
     if accelerator.num_processes == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
         warnings.warn(
             "accelerate launch --cpu starts one process, whatever --num_processes says (it leaves more to mpirun); for "
@@ -49,6 +55,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{recipe.data.accumulate} accumulated micro-batches; use a multiple of {share}"
         )
     return accelerator
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

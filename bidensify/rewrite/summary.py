@@ -115,8 +115,9 @@ class Summary:
         )
         if self.uncounted:
             table.caption = "not counted: " + "; ".join(self.uncounted)
-        table.add_column("layer", overflow="fold", min_width=16)
-        table.add_column("kind", overflow="ellipsis", no_wrap=True)
+        # These two alone give way in a narrow terminal: a figure that is cut would be another figure.
+        table.add_column("layer", overflow="fold")
+        table.add_column("kind", overflow="fold")
         for title, _, _ in _COLUMNS:
             table.add_column(title, justify="right", no_wrap=True)
 
