@@ -35,7 +35,7 @@ FLAGS = [
     "-fPIC",
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-COMMON = ["api", "bypass", "layer", "memory", "passes", "phases", "plan", "pool", "inner_portable"]
+COMMON = ["api", "bypass", "layer", "memory", "passes", "phases", "plan", "pool", "rows", "inner_portable"]
 X86 = {
     "inner_avx2": ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"],
     "inner_avx512": [
