@@ -28,11 +28,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             yield temporary
+        except OSError:
+            raise
         except Exception as error:
             # Writers have errors of their own classes for a full disk; not all of them say so.
             full = os.strerror(errno.ENOSPC)
-            if isinstance(error, OSError):
-                raise
             if full in str(error) or shutil.disk_usage(target.parent).free < 1 << 16:
                 raise OSError(errno.ENOSPC, full, str(target)) from error
             raise

@@ -162,9 +162,7 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
         return "on constants alone, such as a table of positions"
     if config.keep_first and any(not flow.has_upstream_layer(node) for node in nodes):
         return "first layer on the image"
-    if layer.kind != "linear" and layer.in_channels <= _RAW:
-        return f"on {layer.in_channels} raw values, as a first layer is"
-    if layer.kind != "linear" and all(_is_raw(flow, node) for node in nodes):
+    if layer.kind != "linear" and (layer.in_channels <= _RAW or all(_is_raw(flow, node) for node in nodes)):
         return f"on {layer.in_channels} raw values, as a first layer is"
     if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
         return "on a pooled 1×1 map"

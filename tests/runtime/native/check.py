@@ -35,7 +35,10 @@ FLAGS = [
     "-fPIC",
 ]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-COMMON = ["api", "bypass", "layer", "memory", "passes", "phases", "plan", "pool", "rows", "inner_portable"]
+# Everything but what is built for one instruction set.
+COMMON = sorted(
+    file.stem for file in SOURCES.glob("*.cpp") if file.stem[:6] != "inner_" or file.stem == "inner_portable"
+)
 X86 = {
     "inner_avx2": ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"],
     "inner_avx512": [
