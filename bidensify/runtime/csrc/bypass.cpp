@@ -8,18 +8,27 @@
 
 namespace bd {
 
+// The input pixels that the bypass of row r reads are of one stretch: first..last-1.
+void Layer::bypass_rows(int64_t r, int64_t* first, int64_t* last) const {
+  if (pointwise_) {
+    *first = r * row_pixels_;
+    *last = std::min(*first + row_pixels_, a_.h * a_.w);
+    return;
+  }
+  const bool average = a_.bypass == BD_BYPASS_AVERAGE;
+  const int64_t top = average ? r * a_.sh - a_.bypass_pad_h : a_.rows ? a_.rows[r] : r;
+  *first = std::max<int64_t>(0, top) * a_.w;
+  *last = (average ? std::min<int64_t>(a_.h, top + a_.kh) : top + 1) * a_.w;
+}
+
 void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s) {
-  const int64_t place = pointwise_ ? r * row_pixels_ : r * a_.ow;
-  // The input pixels that this row's bypass reads are of one stretch: a few rows, or the row's own pixels.
-  const int64_t top = a_.bypass == BD_BYPASS_AVERAGE ? r * a_.sh - a_.bypass_pad_h : a_.rows ? a_.rows[r] : r;
-  const int64_t above = std::max<int64_t>(0, top);
-  const int64_t below = a_.bypass == BD_BYPASS_AVERAGE ? std::min<int64_t>(a_.h, top + a_.kh) : top + 1;
-  const int64_t first = pointwise_ ? place : above * a_.w;
+  int64_t first, last;
+  bypass_rows(r, &first, &last);
   const char* x = nullptr;
-  if (a_.bypass != BD_BYPASS_NONE && (pointwise_ || below > above))
-    x = this->pixels(sample, first, pointwise_ ? pixels : (below - above) * a_.w, s.room);
+  if (a_.bypass != BD_BYPASS_NONE && first < last) x = this->pixels(sample, first, last - first, s.room);
   auto pixel = [&](int64_t p) { return x + (p - first) * a_.cin * element_; };
-  auto source = [&](int64_t ow) { return pixel(pointwise_ ? place + ow : top * a_.w + (a_.cols ? a_.cols[ow] : ow)); };
+  auto source = [&](int64_t ow) { return pixel(first + (!pointwise_ && a_.cols ? a_.cols[ow] : ow)); };
+  const int64_t above = first / a_.w, below = last / a_.w;
   if (direct_) {
     int64_t i = 0;
     for (const Run& run : runs_)
@@ -49,7 +58,8 @@ void Layer::prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s
     }
   }
   if (a_.residual) {
-    const char* from = static_cast<const char*>(a_.residual) + ((sample * a_.oh * a_.ow + place) * a_.cout) * element_;
+    const char* from =
+        static_cast<const char*>(a_.residual) + ((sample * a_.oh * a_.ow + r * row_pixels_) * a_.cout) * element_;
     inner_.accumulate(from, a_.dtype, nullptr, pixels * a_.cout, s.buffer);
   }
   if (a_.levels) add_middle(sample, r, s);

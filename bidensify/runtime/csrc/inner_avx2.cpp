@@ -5,6 +5,7 @@
 
 #include "inner_common.h"
 #include "inner_depthwise.h"
+#include "inner_finish.h"
 
 namespace bd {
 namespace {

@@ -21,6 +21,7 @@ inline vu differ(vu a, vu b, vu valid) {
 
 #include "inner_common.h"
 #include "inner_depthwise.h"
+#include "inner_finish.h"
 
 namespace bd {
 namespace {

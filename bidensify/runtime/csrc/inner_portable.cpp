@@ -1,6 +1,7 @@
 // No instruction beyond the compiler's baseline: population counts by masks and shifts on whole vectors.
 #include "inner_common.h"
 #include "inner_depthwise.h"
+#include "inner_finish.h"
 
 namespace bd {
 namespace {

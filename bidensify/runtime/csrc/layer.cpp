@@ -48,6 +48,14 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
     runs_ = make_runs({a_.w, a_.ow, a_.kw, a_.sw, a_.dw, a_.pad_left, a_.transposed != 0});
   }
 
+  blocks_ = 0;
+  if (a_.depthwise) {
+    blocks_ = words_ * ((a_.ow + kLanes - 1) / kLanes);
+  } else {
+    for (const Run& run : runs_) blocks_ += (run.count + inner_.max_pixels - 1) / inner_.max_pixels;
+    blocks_ *= a_.groups * ((tiles_ + inner_.max_tiles - 1) / inner_.max_tiles);
+  }
+
   const bool middle = a_.levels != nullptr;
   const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
                                               (a_.groups == 1 || a_.depthwise || out_group_ % kMaxChannels == 0));
@@ -133,8 +141,9 @@ void Layer::run() {
     }
     phases.push_back({n * parts_, [=](int64_t u) { pack_part(first + u / parts_, u % parts_); }, [=] { scale(first, n); }, flip});
     flip = !flip;
+    const bool backwards = flip;
     phases.push_back({(rows + rows_per_unit - 1) / rows_per_unit, [=](int64_t u) {
-                        convolve(first, u * rows_per_unit, std::min(rows, (u + 1) * rows_per_unit));
+                        convolve(first, u * rows_per_unit, std::min(rows, (u + 1) * rows_per_unit), backwards);
                       }, nullptr, flip});
     flip = !flip;
     run_phases(a_.threads, phases);

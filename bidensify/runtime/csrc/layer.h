@@ -27,12 +27,14 @@ class Layer {
   void pack_part(int64_t sample, int64_t part);
   void scale(int64_t first, int64_t n);
   Scratch scratch() const;
-  void convolve(int64_t first, int64_t begin, int64_t end);
+  void convolve(int64_t first, int64_t begin, int64_t end, bool backwards);
+  void look_ahead(int64_t first, int64_t row, Scratch& s) const;
   void row(int64_t sample, int64_t r, Scratch& s);
   void fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
              int block) const;
   void depthwise_row(int64_t sample, int64_t r, Scratch& s);
   void prepare_bypass(int64_t sample, int64_t r, int64_t pixels, Scratch& s);
+  void bypass_rows(int64_t r, int64_t* first, int64_t* last) const;
   void add_middle(int64_t sample, int64_t r, Scratch& s);
   void fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const;
   int64_t part_start(int64_t part) const;
@@ -55,6 +57,7 @@ class Layer {
   int64_t cin_padded_, cout_padded_;
   bool pointwise_, direct_, buffered_, distance_;
   int64_t rows_, row_pixels_;
+  int64_t blocks_;  // of a row, each with its own popcounts and last step
   // Depthwise: words of one row lie in planes, one per 32 channels, split by column phase.
   int64_t plane_, phase_length_;
   std::vector<Run> runs_;

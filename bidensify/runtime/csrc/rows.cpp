@@ -31,15 +31,32 @@ Layer::Scratch Layer::scratch() const {
 }
 
 // Output rows begin..end-1, counted through the samples from `first` on.
-void Layer::convolve(int64_t first, int64_t begin, int64_t end) {
+void Layer::convolve(int64_t first, int64_t begin, int64_t end, bool backwards) {
   Scratch s = scratch();
-  for (int64_t r = begin; r < end; ++r) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t r = backwards ? begin + end - 1 - i : i;
+    look_ahead(first, backwards ? r - 1 : r + 1, s);
     if (a_.depthwise) {
       depthwise_row(first + r / rows_, r % rows_, s);
     } else {
       row(first + r / rows_, r % rows_, s);
     }
   }
+}
+
+// A block reads and writes short pieces of many pixels, which no processor foresees; the row as a whole is a few stretches.
+void Layer::look_ahead(int64_t first, int64_t row, Scratch& s) const {
+  s.x_ahead = s.y_ahead = {};
+  const int64_t sample = first + row / rows_, r = row % rows_;
+  if (row < 0 || sample >= a_.n || a_.dots != nullptr) return;
+  const int64_t place = r * row_pixels_, pixels = std::min(row_pixels_, a_.oh * a_.ow - place);
+  s.y_ahead.set(static_cast<const char*>(a_.y) + (sample * a_.oh * a_.ow + place) * a_.cout * element_,
+                pixels * a_.cout * element_, blocks_);
+  if (a_.bypass == BD_BYPASS_NONE || inputs_ != nullptr) return;
+  int64_t begin, end;
+  bypass_rows(r, &begin, &end);
+  if (begin < end)
+    s.x_ahead.set(x_ + (sample * a_.h * a_.w + begin) * a_.cin * element_, (end - begin) * a_.cin * element_, blocks_);
 }
 
 void Layer::fill(Epilogue& e, int64_t sample, int64_t first_channel, int channels) const {
@@ -127,6 +144,8 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         e.buffer_step = run.step * a_.cout;
         for (int64_t j = 0; j < count; j += inner_.max_pixels) {
           const int block = (int)std::min<int64_t>(inner_.max_pixels, count - j);
+          s.x_ahead.step<0>();
+          s.y_ahead.step<1>();
           if (a_.dots == nullptr) fetch(s, sample, channel, channels, before + j, place + run.start + j * run.step, run.step, block);
           inner_.gemm(bits + g * words_ + j * run.in_step * row_words_, run.in_step * row_words_, s.segments.data(),
                       (int64_t)s.segments.size(), w, tile_step, block, tiles, counts, count_step);
@@ -174,6 +193,8 @@ void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
       }
     for (int64_t ow = 0; ow < a_.ow; ow += kLanes) {
       const int block = (int)std::min<int64_t>(kLanes, a_.ow - ow);
+      s.x_ahead.step<0>();
+      s.y_ahead.step<1>();
       inner_.depthwise(s.taps.data(), s.valid.data(), s.weights.data(), (int)n,
                        !inside_[ow / kLanes], counts);
       for (size_t t = 0; t < n; ++t) {

@@ -34,7 +34,23 @@ struct Buffer {
 // Of the thread at work: rows, sums.
 extern thread_local Buffer row_buffer;
 
+// Memory that is asked for a share at a time, well before it is used.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0, share = 0;
+  void set(const char* from, int64_t bytes, int64_t steps) {
+    at = from;
+    lines = (bytes + 63) / 64;
+    share = (lines + steps - 1) / steps;
+  }
+  template <int Write>
+  void step() {
+    for (int64_t i = 0; i < share && lines > 0; ++i, --lines, at += 64) __builtin_prefetch(at, Write, 2);
+  }
+};
+
 struct Layer::Scratch {
+  Ahead x_ahead, y_ahead;      // what the last step of the next row reads and writes
   float* buffer;               // (row pixels, cout) of the bypass and what else is added before the activation
   float* pixel;                // (cin)
   char* room;                  // the pixels that the bypass of a row reads, where x lies in parts
