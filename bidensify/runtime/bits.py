@@ -7,11 +7,12 @@ from torch import Tensor
 
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["bits_from_signs", "signs_from_bits", "signs_from_tiles", "tiles_from_bits"]
+__all__ = ["bits_from_signs", "plus_minus", "signs_from_bits", "signs_from_tiles", "tiles_from_bits"]
 
 _SHIFTS32 = torch.arange(32, dtype=torch.int32)
 # Masks in place of shifts: ONNX has no right shift of signed integers.
 _MASKS32 = torch.ones(32, dtype=torch.int32) << _SHIFTS32
+_masks: dict[torch.device, Tensor] = {}
 
 
 def bits_from_signs(signs: Tensor) -> Tensor:
@@ -60,9 +61,26 @@ def tiles_from_bits(bits: Tensor, spec: LayerSpec) -> Tensor:
     return _words(flags).contiguous()
 
 
+def plus_minus(flags: Tensor) -> Tensor:
+    """+1 where ``flags`` holds, else -1; float32."""
+    # Numbers in place of the tensors would be copied to a GPU at each call, and the CPU waits for copies.
+    one = torch.ones((), device=flags.device)
+    return torch.where(flags, one, -one)
+
+
+def _masks32(tiles: Tensor) -> Tensor:
+    """``_MASKS32`` where ``tiles`` is. Copied to a device once: a copy at each call would wait for what runs there."""
+    if tiles.device.type == "cpu" or type(tiles) is not Tensor:
+        return _MASKS32.to(tiles.device)
+    if tiles.device not in _masks:
+        with torch.inference_mode(False):
+            _masks[tiles.device] = _MASKS32.to(tiles.device)
+    return _masks[tiles.device]
+
+
 def signs_from_tiles(tiles: Tensor, spec: LayerSpec) -> Tensor:
     """The inverse of ``tiles_from_bits``: (C_out, C_in / groups, kh, kw) float32 of -1 and +1."""
-    flags = (tiles.unsqueeze(-1) & _MASKS32.to(tiles.device)) != 0
+    flags = (tiles.unsqueeze(-1) & _masks32(tiles)) != 0
     out, per_group, kh, kw = spec.weight_shape
     if spec.depthwise:
         flags = flags.flatten(2)[..., :out].permute(2, 0, 1)
@@ -70,4 +88,4 @@ def signs_from_tiles(tiles: Tensor, spec: LayerSpec) -> Tensor:
         groups, count, _, _, words, lanes = spec.tiles_shape
         flags = flags.permute(0, 1, 5, 4, 6, 2, 3).reshape(groups, count * lanes, words * 32, kh, kw)
         flags = flags[:, : out // groups, :per_group]
-    return torch.where(flags, 1.0, -1.0).reshape(spec.weight_shape)
+    return plus_minus(flags).reshape(spec.weight_shape)

@@ -214,13 +214,19 @@ class _Stack(threading.local):
 _stack = _Stack()
 
 
+def _on_cpu(model: nn.Module) -> bool:
+    """Whether kernels can read parts: a mode costs each operation of the model some time, in vain elsewhere."""
+    first = next(model.buffers(), None)
+    return first is None or first.device.type == "cpu"
+
+
 class _Enter:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed
-        mode = None if idle or any(outer for _, outer in _stack.calls) else _Mode()
+        mode = None if idle or any(outer for _, outer in _stack.calls) or not _on_cpu(module) else _Mode()
         _stack.calls.append((module, mode))
         if mode is not None:
             mode.__enter__()  # type: ignore[no-untyped-call]

@@ -51,6 +51,12 @@ def reference_operator(
 
 def _without_kernels(x: Tensor, *arguments: Any) -> Tensor:
     """What runs on CUDA, MPS and XPU, and on the CPU for ``kernel="reference"``."""
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            raise ConfigError(
+                f"packed_conv2d: the input is on {x.device}, the layer or what it was given on {tensor.device}; bring "
+                "both to one device"
+            )
     # Autocast reaches the convolution inside, whose sums are no integers in half precision.
     with torch.autocast(x.device.type, enabled=False):
         return reference_operator(x, *arguments)
