@@ -114,7 +114,8 @@ class Seeded(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, self.epoch, int(index) % max(len(self), 1)))
+            # torch.manual_seed would seed GPUs too, whose generators belong to the run.
+            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, int(index) % max(len(self), 1)))
             return self.dataset[index]
 
 

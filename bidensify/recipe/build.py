@@ -60,7 +60,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
 
     section = needed(recipe, recipe.model, "model.source")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         return build(section.source, **section.options)
 
 

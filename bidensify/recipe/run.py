@@ -55,7 +55,7 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None) -> nn.Module
 
     base = recipe.build_model() if teacher is None else teacher
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         example = None if recipe.data.size is None else torch.zeros(2, 3, *recipe.data.size)
         return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
 

@@ -213,7 +213,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     before = set(model.state_dict())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        # torch.manual_seed would seed the caller's GPUs too.
+        torch.default_generator.manual_seed(0)
         for block in plan.blocks:
             module = _require(modules, block.path, plan)
             children = {}

@@ -16,7 +16,7 @@ from bidensify.nn.flags import frozen_flags
 from bidensify.nn.weight import copy_model
 from bidensify.rewrite.plan import Plan
 from bidensify.rewrite.recorded import Record, specs, tensors_in
-from bidensify.rewrite.untouched import untouched
+from bidensify.rewrite.untouched import same_random_state, untouched
 
 __all__ = ["check"]
 
@@ -46,7 +46,7 @@ class _Counting:
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Any:
-    with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), torch.random.fork_rng():
+    with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), same_random_state(model):
         if not fake:
             return specs(model(*args, **kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

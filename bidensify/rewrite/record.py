@@ -21,7 +21,7 @@ from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
 from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.leaves import is_leaf
 from bidensify.rewrite.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
-from bidensify.rewrite.untouched import untouched
+from bidensify.rewrite.untouched import same_random_state, untouched
 
 __all__ = ["record"]
 
@@ -201,7 +201,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
-                with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), torch.random.fork_rng():
+                with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), same_random_state(model):
                     if fake:
                         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                             fake_args = _copy_to(args, mode.from_tensor)

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["forget_unreal", "untouched"]
+__all__ = ["forget_unreal", "same_random_state", "untouched"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -50,6 +50,15 @@ def forget_unreal() -> None:
         module = str(getattr(cache, "__module__", ""))
         if module.partition(".")[0] != "torch" and any(map(_unreal, gc.get_referents(cache))):
             cache.cache_clear()
+
+
+def same_random_state(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Puts the generators of the CPU and of the CUDA devices that ``model`` is on back at the end.
+
+    Those of other devices are not asked: that alone would take memory on each of them.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return torch.random.fork_rng({tensor.device for tensor in tensors if tensor.device.type == "cuda"})
 
 
 @contextlib.contextmanager
