@@ -151,11 +151,10 @@ def from_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
 
     Args:
         directory: the folder.
-        model: the full-precision base network (left as it is), on the CPU or on the meta device; by default built by
-            the name that the file holds.
+        model: the full-precision base network (left as it is); by default built by the name that the file holds.
 
     Returns:
-        The network in evaluation mode.
+        The network in evaluation mode, where ``model`` is (on the CPU for one on the meta device).
 
     Raises:
         FormatError: a file is missing, truncated, edited, of an unknown version, or of another base model.

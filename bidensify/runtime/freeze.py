@@ -79,7 +79,8 @@ def empty_from_meta(meta: Mapping[str, Any], like: BinaryLayer | None, kernel: s
         raise FormatError(f"{name}: own={str(own)[:80]!r} must list 'binarizer', 'bypass' or 'activation'")
     if like is not None:
         _check_like(like, spec, name)
-    packed = _CLASSES[spec.kind](spec, kernel)
+    place = None if like is None else next(like.parameters()).device
+    packed = _CLASSES[spec.kind](spec, kernel, None if place is None or place.type == "meta" else place)
     for key in own:
         module = None if like is None else getattr(like, key)
         if module is None:
