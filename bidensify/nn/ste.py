@@ -27,9 +27,10 @@ def sign(x: Tensor) -> Tensor:
     return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x.detach() + 0.0)
 
 
-def unsigned_zero(beta: Tensor) -> Tensor:
-    """Replaces zeros by -0.0, so that ``x - beta`` is never -0.0 and copysign alone gives sign(0) = +1."""
-    return torch.where(beta == 0, -torch.zeros_like(beta), beta)
+def _above(x: Tensor, beta: Tensor) -> Tensor:
+    """``x - beta`` without a -0.0, so that copysign alone gives sign(0) = +1."""
+    # 0.0 - beta is no -0.0, and a sum is -0.0 only where both its terms are.
+    return x + (0.0 - beta)
 
 
 class _ThresholdSign(torch.autograd.Function):
@@ -39,13 +40,13 @@ class _ThresholdSign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, beta: Tensor, alpha: Tensor, polynomial: bool) -> Tensor:
         ctx.save_for_backward(x, beta, alpha)
         ctx.polynomial = polynomial
-        return torch.copysign(alpha, x - unsigned_zero(beta))
+        return torch.copysign(alpha, _above(x, beta))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, beta, alpha = ctx.saved_tensors
-        shifted = x - unsigned_zero(beta)
+        shifted = _above(x, beta)
         grad_alpha = None
         if ctx.needs_input_grad[2]:
             signs = torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), shifted)
