@@ -52,6 +52,7 @@ if variant.endswith("int8"):
     call = open_int8(variant, quantize_int8(variant, None, x, folder), x, int(threads))
 else:
     import bidensify
+    from bidensify.errors import FormatError
     from bidensify.models import build_model
     from safetensors.torch import load_model
     build = lambda: build_model(built["spec"], **built["options"]).eval()
@@ -66,7 +67,21 @@ else:
         if variant == "float compiled":
             model = torch.compile(model)
     else:
-        model = bidensify.from_pretrained(folder / variant.replace(" ", "_"), build()).eval()
+        folder = folder / variant.replace(" ", "_")
+        model = None
+        try:
+            with torch.device("meta"):
+                base = build()
+            model = bidensify.from_pretrained(folder, base)
+        except FormatError:
+            pass
+        # Tensors that a constructor computes and no file holds.
+        if model is None or any(
+            isinstance(value, torch.Tensor) and value.is_meta for part in model.modules() for value in vars(part).values()
+        ):
+            model = bidensify.from_pretrained(folder, build())
+        model.eval()
+        base = None
     call = lambda: model(x)
 with torch.inference_mode():
     if variant == "float compiled":
