@@ -6,7 +6,7 @@ format, number of threads and instruction set (numbers are float32 where nothing
 
 * sums over space: blocks of 64 consecutive positions, in a block quads (x0 + x1) + (x2 + x3) of consecutive positions
   added one after the other, a missing position counting as 0; block sums are added in float64, where their order does
-  not show;
+  not show (on a GPU, which has no kernels of its own here, float64 is taken throughout: equal to rounding);
 * beta = k * mean + b, rounded to the input's dtype; distance: the same blocks of |x - beta|, added over channels too;
   alpha = exp(a * (mean distance - 1)) in float64, rounded once;
 * dot = the integer sum of products of signs, padded positions contributing 0;

@@ -58,12 +58,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @contextmanager
-def flags(tf32: bool, benchmark: bool) -> Iterator[None]:
+def flags(tf32: bool, autotune: bool) -> Iterator[None]:
     """cuDNN's and cuBLAS's choices, put back at the end."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=tf32):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=autotune, allow_tf32=tf32):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -168,7 +168,7 @@ def exact_layer(kind: str, channels: int, out: int, kernel: int, groups: int, ag
     return packed, signs
 
 
-@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("autotune", [False, True])
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("agreeing", [False, True])
@@ -195,7 +195,7 @@ def test_dot_products_are_exact_integers(
     agreeing: bool,
     dtype: torch.dtype,
     tf32: bool,
-    benchmark: bool,
+    autotune: bool,
 ) -> None:
     packed, signs = exact_layer(kind, channels, out, kernel, groups, agreeing)
     generator = torch.Generator().manual_seed(7)
@@ -214,7 +214,7 @@ def test_dot_products_are_exact_integers(
     else:
         want = F.conv2d(bits, signs.double(), padding=kernel // 2, groups=groups)
     moved = packed.cuda()
-    with torch.inference_mode(), flags(tf32, benchmark):
+    with torch.inference_mode(), flags(tf32, autotune):
         got = moved(x.cuda().to(dtype)).cpu()
     # float16 holds integers up to 2048, and rounds larger ones to nearest even.
     assert torch.equal(got, want.to(dtype))
@@ -226,8 +226,8 @@ def test_settings_change_no_bit() -> None:
     with torch.inference_mode():
         want = packed(x)
         for tf32 in (False, True):
-            for benchmark in (False, True):
-                with flags(tf32, benchmark):
+            for autotune in (False, True):
+                with flags(tf32, autotune):
                     assert torch.equal(packed(x), want)
         with torch.autocast("cuda", torch.bfloat16):
             assert torch.equal(packed(x), want)
@@ -404,7 +404,7 @@ def test_cpu_and_cuda_see_the_same_classes(method: str, record_property: Callabl
     _, made, x = student(method)
     packed = pack(made)
     x = x.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode(), flags(tf32=False, benchmark=False):
+    with torch.inference_mode(), flags(tf32=False, autotune=False):
         want = packed(x)
         there = packed.to("cuda")(x.cuda())
         back = packed.cpu()(x)
