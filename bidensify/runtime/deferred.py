@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from bidensify.runtime.placed import placed
 
-__all__ = ["Deferred", "Part", "defer_concatenations", "made"]
+__all__ = ["Deferred", "Part", "defer_concatenations", "made", "only_deferring"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -204,6 +204,12 @@ def _factor(size: Any, scale: Any, h: int, w: int) -> int | None:
     factor = factors.pop()
     whole = int(factor)
     return whole if not factors and whole == factor and whole > 1 and whole & (whole - 1) == 0 else None
+
+
+def only_deferring() -> bool:
+    """Whether no ``TorchFunctionMode`` is active but, perhaps, the one of this module."""
+    active = torch._C._len_torch_function_stack()
+    return active == 0 or (active == 1 and type(torch._C._get_function_stack_at(0)) is _Mode)
 
 
 class _Stack(threading.local):

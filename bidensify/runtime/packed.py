@@ -6,7 +6,7 @@ y = activation(scale * alpha * dot + bias + bypass(x)), where dot is an exact in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,27 +18,10 @@ from bidensify.nn import BinaryLayer, arithmetic
 from bidensify.runtime import native, ops
 from bidensify.runtime.bits import signs_from_tiles, tiles_from_bits
 from bidensify.runtime.deferred import Deferred
+from bidensify.runtime.facts import PackedFacts
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedFacts", "PackedLayer", "PackedLinear", "packed_layers"]
-
-
-@dataclass(frozen=True)
-class PackedFacts:
-    """What ``bidensify.summary`` counts of a packed layer.
-
-    Attributes:
-        binary_params: weights of one bit.
-        float_params: side parameters.
-        macs_per_output: binary multiply-accumulates per output element (a fraction in a strided transposed layer).
-        work_per_input, work_per_output: elementwise operations per input and per output element.
-    """
-
-    binary_params: int
-    float_params: int
-    macs_per_output: Fraction
-    work_per_input: int
-    work_per_output: int
+__all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedLayer", "PackedLinear", "packed_layers"]
 
 
 class PackedLayer(nn.Module):
@@ -163,25 +146,30 @@ class PackedLayer(nn.Module):
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _run(self, x: Tensor, ints: list[int]) -> Tensor:
+    def _run(self, x: Tensor, spec: LayerSpec) -> Tensor:
         """x: (N, C_in, H, W) -> (N, C_out, H', W'), without an activation of the method's own."""
         if type(x) is Deferred:
-            from_parts = self._run_parts(x, ints)
+            from_parts = self._run_parts(x, spec)
             if from_parts is not None:
                 return from_parts
             x = x.make()
+        if self.binarizer is None and self.bypass is None:
+            direct = ops.direct(x, self.tiles, self.side, spec, self.kernel)
+            if direct is not None:
+                return direct
         thresholds = levels = residual = None
         if self.binarizer is not None:
             thresholds, levels = arithmetic.codes(self.binarizer, x)
         if self.bypass is not None:
-            size = LayerSpec.from_ints(ints).output_size(x.shape[2], x.shape[3])
+            size = spec.output_size(x.shape[2], x.shape[3])
             residual = arithmetic.own_signal(self.bypass, x, size)
+        ints = self._ints if spec is self.spec else spec.to_ints()
         y: Tensor = torch.ops.bidensify.packed_conv2d(
             x, self.tiles, self.side, ints, thresholds, levels, residual, self.kernel
         )
         return y
 
-    def _run_parts(self, x: Deferred, ints: list[int]) -> Tensor | None:
+    def _run_parts(self, x: Deferred, spec: LayerSpec) -> Tensor | None:
         """The same from the parts of an input that was never made; None where this layer or its kernel needs it whole."""
         if self.binarizer is not None or self.bypass is not None or x.parts is None:
             return None
@@ -189,7 +177,7 @@ class PackedLayer(nn.Module):
         if tier is None or not native.takes_parts(native.load()):
             return None
         with torch._C.DisableTorchFunction():
-            y = native.run(tier, x, self.tiles, self.side, LayerSpec.from_ints(ints), None, None, None, parts=x.parts)
+            y = native.run(tier, x, self.tiles, self.side, spec, None, None, None, parts=x.parts)
         x.consumed = True
         return y
 
@@ -251,7 +239,7 @@ class PackedConv2d(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C_in, H, W), float32, bfloat16 or float16; the result has its dtype."""
         self._check_input(x, (4,), 1)
-        return self._activated(self._run(x, self._ints))
+        return self._activated(self._run(x, self.spec))
 
 
 class PackedConvTranspose2d(PackedLayer):
@@ -263,7 +251,7 @@ class PackedConvTranspose2d(PackedLayer):
         """x: (N, C_in, H, W); ``output_size`` = (H', W') picks among the sizes that the stride allows, as in torch."""
         self._check_input(x, (4,), 1)
         if output_size is None:
-            return self._activated(self._run(x, self._ints))
+            return self._activated(self._run(x, self.spec))
         wanted = list(output_size)[-2:]
         least = replace(self.spec, output_padding=(0, 0)).output_size(x.shape[2], x.shape[3])
         extra = (wanted[0] - least[0], wanted[1] - least[1])
@@ -271,7 +259,7 @@ class PackedConvTranspose2d(PackedLayer):
             raise ConfigError(
                 f"output_size={wanted} is not reachable from {tuple(x.shape[2:])}; the least is {list(least)}"
             )
-        return self._activated(self._run(x, replace(self.spec, output_padding=extra).to_ints()))
+        return self._activated(self._run(x, replace(self.spec, output_padding=extra)))
 
 
 class PackedLinear(PackedLayer):
@@ -294,7 +282,7 @@ class PackedLinear(PackedLayer):
         self._check_input(x, tuple(range(2, 9)), -1)
         shape = x.shape
         tokens = x.reshape(shape[0], -1, 1, shape[-1]).permute(0, 3, 1, 2)
-        y = self._run(tokens, self._ints)
+        y = self._run(tokens, self.spec)
         return self._activated(y.permute(0, 2, 3, 1).reshape(*shape[:-1], self.spec.out_channels))
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.runtime import PackedLayer, native, ops, pack
@@ -132,3 +137,64 @@ def test_cuda_agrees_with_cpu() -> None:
     with torch.no_grad():
         want = packed(x)
         assert relative(packed.cuda()(x.cuda()).cpu(), want) < 1e-3
+
+
+NAME = "packed_conv2d"
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_whoever_watches_operators_sees_packed_ones(whole: bool) -> None:
+    packed: nn.Module = network() if whole else PackedLayer.from_layer(settle(BiDenseConv2d(3, 16, 3, padding=1)))
+    x = torch.randn(1, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = packed(x)
+        for mode in (_Functions(), _Dispatched()):
+            with mode:
+                assert torch.equal(packed(x), want)
+            assert any(NAME in name for name in mode.seen), type(mode).__name__
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            packed(x)
+        assert any(NAME in event.key for event in profile.key_averages())
+        graph = make_fx(packed)(x).graph
+        assert any(NAME in str(node.target) for node in graph.nodes)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert packed(fake.from_tensor(x)).shape == want.shape
+        assert torch.equal(torch.func.vmap(lambda v: v * 1)(packed(x)), want)
+
+
+@pytest.mark.skipif(KERNELS[0] == "reference", reason="no kernels on this machine")
+def test_where_nobody_watches_the_dispatcher_is_left_out() -> None:
+    layer = settle(BiDenseConv2d(16, 16, 3, padding=1))
+    packed = PackedLayer.from_layer(layer)
+    x = torch.randn(1, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    arguments = (x, packed.tiles, packed.side)
+    through = torch.ops.bidensify.packed_conv2d(*arguments, packed.spec.to_ints(), None, None, None, "auto")
+    straight = ops.direct(*arguments, packed.spec, "auto")
+    assert straight is not None
+    assert torch.equal(straight, through)
+    assert ops.direct(x, packed.tiles, packed.side, packed.spec, "reference") is None
+    assert ops.direct(x.double(), packed.tiles, packed.side, packed.spec, "auto") is None
+    wanting = x.clone().requires_grad_()
+    assert ops.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is None
+    with torch.no_grad():
+        assert ops.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is not None
