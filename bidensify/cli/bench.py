@@ -16,6 +16,7 @@ from bidensify.cli.app import AsJson, Debug, command, output
     "bench",
     "bidensify bench",
     "bidensify bench smp:Unet/resnet34 --size 512 512 --threads 1 --threads 2",
+    "bidensify bench smp:Unet/resnet34 --profile",
     "bidensify bench smp:UPerNet/tu-convnext_tiny --int8 --memory --out bench.json",
 )
 def bench(
@@ -43,6 +44,9 @@ def bench(
         bool, typer.Option("--bfloat16", help="The packed side with its float part in bfloat16 too.")
     ] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each variant (networks).")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where the time goes, by kind of layer (networks).")
+    ] = False,
     idle: Annotated[
         bool, typer.Option("--idle", help="Count only rounds in which other programs left the machine alone.")
     ] = False,
@@ -88,6 +92,7 @@ def bench(
         int8_folder=int8_folder,
         bfloat16=bfloat16,
         memory=memory,
+        profile=profile,
         idle=idle,
     )
     if out is not None:

@@ -25,11 +25,14 @@ from bidensify.runtime.int8 import installed_runtimes, open_int8, quantize_int8
 from bidensify.runtime.memory import peak_memory
 from bidensify.runtime.pack import pack
 from bidensify.runtime.packed import PackedLayer
+from bidensify.runtime.profile import profile as profile_layers
+from bidensify.runtime.profile import table as profile_table
 from bidensify.runtime.timing import interleave, machine
 from bidensify.runtime.timing import threads as torch_threads
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 __all__ = ["Row", "render", "run_bench"]
 
@@ -45,6 +48,7 @@ class Row:
     others: float | None = None
     target: float | None = None
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    profile: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def ratio(self, variant: str, base: str = "float") -> float:
         """How many times faster than ``base``."""
@@ -68,6 +72,7 @@ def run_bench(
     int8_folder: Path | None = None,
     bfloat16: bool = True,
     memory: bool = False,
+    profile: bool = False,
     idle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def run_bench(
         int8_folder: keeps the quantized networks and takes them from there the next time; default a temporary folder.
         bfloat16: packed with its float rest in bfloat16 too; layers: on a bfloat16 input.
         memory: peak resident memory and page faults, each variant in a process of its own (networks only, Linux).
+        profile: where the time of each variant goes, by kind of layer (networks only).
         idle: see ``interleave``.
         progress: called with a line per finished case.
 
@@ -96,7 +102,8 @@ def run_bench(
         {"machine": ..., "rows": [...]}, JSON-able; ``render`` makes a table of it.
 
     Raises:
-        ConfigError: an unknown kernel, a thread count below one, or ``memory`` without a network that can be built by name.
+        ConfigError: an unknown kernel, a thread count below one, ``memory`` without a network that can be built by name, or
+            ``profile`` without a network.
     """
     available = [kernel for kernel in native.available_kernels() if kernel != "reference"] or ["reference"]
     chosen = list(kernels) if kernels is not None else available
@@ -108,6 +115,8 @@ def run_bench(
         raise ConfigError(
             "memory is measured in fresh processes, which build the network by name: give a network and spec="
         )
+    if profile and network is None:
+        raise ConfigError("a profile says which layers of a network take its time: give a network")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         made = _variants(network, name, cases or CASES, size, chosen, latent, bfloat16)
@@ -130,6 +139,11 @@ def run_bench(
                             calls[key] = open_int8(key, file, case.x, number)
                     timing = interleave(calls, seconds=seconds, idle=idle)
                     row = Row(case.title, number, timing.milliseconds, timing.rounds, timing.others, case.target)
+                    if profile:
+                        row.profile = {
+                            key: [asdict(share) for share in profile_layers(module, case.x)]
+                            for key, module in case.modules.items()
+                        }
                     rows.append(row)
                     if progress is not None:
                         progress(_line(row))
@@ -160,6 +174,7 @@ class _Made:
     floats: nn.Module
     x: Tensor
     calls: dict[str, Callable[[], Any]]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def _variants(
@@ -184,7 +199,7 @@ def _variants(
         for kernel in kernels:
             modules[f"{kernel} bfloat16"] = pack(student, kernel=kernel, float_dtype=torch.bfloat16)
     x = torch.randn(1, 3, *size).contiguous(memory_format=torch.channels_last)
-    return [_Made(name, None, floats, x, {key: partial(module, x) for key, module in modules.items()})]
+    return [_Made(name, None, floats, x, {key: partial(module, x) for key, module in modules.items()}, modules)]
 
 
 def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool) -> _Made:
@@ -215,7 +230,7 @@ def _line(row: Row) -> str:
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """Rich tables: a line per case, threads and variant with its time and how many times faster than float; then memory."""
+    """Rich tables: a line per case, threads and variant with its time and how many times faster than float; memory; profiles."""
     from rich.console import Group
     from rich.table import Table
 
@@ -231,8 +246,17 @@ def render(result: dict[str, Any]) -> RenderableType:
                 *case, variant, f"{milliseconds:.3f}", f"{row.ratio(variant):.2f}x" if known else "",
                 end_section=number == len(row.milliseconds) - 1,
             )  # fmt: skip
-    if not any(row.memory for row in rows):
-        return table
+    tables = [table]
+    if any(row.memory for row in rows):
+        tables.append(_peaks(rows))
+    for row in rows:
+        tables += [profile_table(row.case, row.threads, variant, shares) for variant, shares in row.profile.items()]
+    return Group(*tables)
+
+
+def _peaks(rows: Sequence[Row]) -> Table:
+    from rich.table import Table
+
     peaks = Table(
         title="Peak resident memory of inference (MiB); libraries are the same process without a network; faults: of pages"
     )
@@ -250,4 +274,4 @@ def render(result: dict[str, Any]) -> RenderableType:
                 f"{value['faults']:.0f}",
             ]
             peaks.add_row(row.case, str(row.threads), key, *cells)
-    return Group(table, peaks)
+    return peaks

@@ -155,9 +155,11 @@ def test_the_whole_way(cli: CliRunner, tmp_path: Path) -> None:
 def test_bench_times_a_network_against_float(cli: CliRunner, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     arguments = ["bench", "demo:unet", "-o", "width=8", "--size", "32", "32", "--seconds", "0.05", "--out", str(file)]
-    result = cli.invoke(app, arguments)
+    result = cli.invoke(app, [*arguments, "--profile"])
     assert result.exit_code == 0, text_of(result)
+    assert "packed layers" in text_of(result)
     row = json.loads(file.read_text())["rows"][0]
+    assert set(row["profile"]) == set(row["milliseconds"])
     assert "float" in row["milliseconds"]
     assert len(row["milliseconds"]) >= 2
     assert cli.invoke(app, ["bench", "demo:unet", "--kernel", "sse9"]).exit_code == 1
