@@ -27,33 +27,10 @@ from bidensify.runtime import LayerSpec, PackedConv2d, PackedLayer, PackedLinear
 from bidensify.runtime.bits import bits_from_signs
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import relative, settle
+from helpers import LAYERS, network, relative, settle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "same 3x3": (lambda: BiDenseConv2d(20, 36, 3, padding=1), (2, 20, 9, 11)),
-    "odd channels": (lambda: BiDenseConv2d(33, 47, 3, padding=1, bias=True), (2, 33, 10, 7)),
-    "fusion down": (lambda: BiDenseConv2d(40, 12, 3, padding=1, bias=True), (1, 40, 5, 6)),
-    "strided": (lambda: BiDenseConv2d(33, 64, 3, stride=2, padding=1), (2, 33, 9, 8)),
-    "strided valid": (lambda: BiDenseConv2d(16, 16, (2, 4), stride=(2, 3)), (1, 16, 9, 17)),
-    "dilated groups": (lambda: BiDenseConv2d(24, 48, 3, padding=4, dilation=4, groups=3), (1, 24, 13, 7)),
-    "depthwise": (lambda: BiDenseConv2d(40, 40, 7, padding=3, groups=40), (2, 40, 12, 19)),
-    "depthwise strided": (lambda: BiDenseConv2d(36, 36, 5, stride=2, padding=2, groups=36), (1, 36, 11, 18)),
-    "same even": (lambda: BiDenseConv2d(16, 20, 4, padding="same"), (1, 16, 8, 9)),
-    "pointwise": (lambda: BiDenseConv2d(48, 80, 1, act_scale="none"), (2, 48, 9, 9)),
-    "one pixel": (lambda: BiDenseConv2d(70, 30, 3, padding=1), (3, 70, 1, 1)),
-    "transposed 2x2": (lambda: BiDenseConvTranspose2d(48, 24, 2, 2), (2, 48, 5, 7)),
-    "transposed 4x4": (lambda: BiDenseConvTranspose2d(20, 20, 4, 2, 1, bias=True), (1, 20, 6, 5)),
-    "transposed groups": (
-        lambda: BiDenseConvTranspose2d(24, 36, 3, (2, 3), 1, (1, 2), groups=4, dilation=2),
-        (2, 24, 4, 5),
-    ),
-    "linear": (lambda: BiDenseLinear(40, 72, bias=True), (2, 13, 40)),
-    "linear on an image": (lambda: BiDenseLinear(36, 20), (2, 4, 5, 36)),
-    "linear on vectors": (lambda: BiDenseLinear(36, 36), (3, 36)),
-    "no activation": (lambda: BiDenseConv2d(16, 16, 3, padding=1, activation=False), (1, 16, 6, 6)),
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -87,18 +64,6 @@ def made(case: str) -> tuple[BinaryLayer, Tensor]:
     layer = settle(make())
     assert isinstance(layer, BinaryLayer)
     return layer, torch.randn(shape) * 2
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        BiDenseConv2d(16, 24, 3, 2, 1),
-        nn.ReLU(),
-        BiDenseConvTranspose2d(24, 8, 2, 2),
-        nn.Conv2d(8, 4, 1),
-    )
-    return settle(layers)
 
 
 def student(method: str = "bidense") -> tuple[nn.Module, nn.Module, Tensor]:

@@ -18,7 +18,7 @@ from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.runtime import PackedLayer, native, ops, pack
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import relative, settle
+from helpers import network, relative, settle
 
 KERNELS = native.available_kernels()
 
@@ -39,20 +39,8 @@ def test_opcheck(make: object, shape: tuple[int, ...], kernel: str) -> None:
     torch.library.opcheck(torch.ops.bidensify.packed_conv2d.default, arguments)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        BiDenseConv2d(16, 24, 3, 2, 1),
-        nn.ReLU(),
-        BiDenseConvTranspose2d(24, 8, 2, 2),
-        nn.Conv2d(8, 4, 1),
-    )
-    return pack(settle(layers))
-
-
 def test_compile_agrees_with_eager() -> None:
-    packed = network()
+    packed = pack(network())
     x = torch.randn(1, 3, 12, 12)
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -60,7 +48,7 @@ def test_compile_agrees_with_eager() -> None:
 
 
 def test_export_keeps_the_operator_and_a_dynamic_size() -> None:
-    packed = network()
+    packed = pack(network())
     x = torch.randn(2, 3, 16, 12)
     height, width = torch.export.Dim("height", min=4, max=512), torch.export.Dim("width", min=4, max=512)
     # The strided layer and the 2x2 upsampling meet again at even sizes only.
@@ -82,7 +70,7 @@ def test_linear_under_compile() -> None:
 
 
 def test_fake_tensors_have_the_right_shape_and_order() -> None:
-    packed = network()
+    packed = pack(network())
     with torch.device("meta"):
         x = torch.empty(1, 3, 10, 14)
     y = packed.to("meta")(x)
@@ -102,7 +90,7 @@ def test_autocast_changes_nothing_inside_a_layer(kernel: str) -> None:
 
 
 def test_inductor_compiles_a_packed_network() -> None:
-    packed = network()
+    packed = pack(network())
     x = torch.randn(1, 3, 12, 12)
     with torch.no_grad():
         assert relative(torch.compile(packed, fullgraph=True)(x), packed(x)) < 1e-5
@@ -132,7 +120,7 @@ def test_devices_without_kernels_run_the_path_that_is_tested_here(key: str) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_with_cpu() -> None:
-    packed = network()
+    packed = pack(network())
     x = torch.randn(1, 3, 12, 12)
     with torch.no_grad():
         want = packed(x)
@@ -164,7 +152,7 @@ class _Dispatched(TorchDispatchMode):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_whoever_watches_operators_sees_packed_ones(whole: bool) -> None:
-    packed: nn.Module = network() if whole else PackedLayer.from_layer(settle(BiDenseConv2d(3, 16, 3, padding=1)))
+    packed: nn.Module = pack(network()) if whole else PackedLayer.from_layer(settle(BiDenseConv2d(3, 16, 3, padding=1)))
     x = torch.randn(1, 3, 12, 12).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         want = packed(x)
