@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from bidensify._random import seeded
 from bidensify.errors import ConfigError
 
 Sample = dict[str, Tensor]
@@ -113,9 +114,7 @@ class Seeded(Dataset[Sample]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Sample:
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed GPUs too, whose generators belong to the run.
-            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, int(index) % max(len(self), 1)))
+        with seeded(_mix(self.seed, self.epoch, int(index) % max(len(self), 1))):
             return self.dataset[index]
 
 

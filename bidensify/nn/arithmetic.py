@@ -41,6 +41,7 @@ __all__ = [
     "finish",
     "fold",
     "own_signal",
+    "plus_minus",
     "thresholds",
 ]
 
@@ -79,6 +80,13 @@ def activation_scale(x: Tensor, beta: Tensor, a: Tensor) -> Tensor:
     total = block_sums((x.float() - beta[:, :, None, None]).abs().flatten(2)).sum(1)
     mean = total / (x.shape[1] * x.shape[2] * x.shape[3])
     return torch.exp(a.to(total.dtype) * (mean - 1)).float().reshape(-1)
+
+
+def plus_minus(flags: Tensor) -> Tensor:
+    """+1 where ``flags`` holds, else -1; float32."""
+    # Numbers in place of the tensors would be copied to a GPU at each call, and the CPU waits for copies.
+    one = torch.ones((), device=flags.device)
+    return torch.where(flags, one, -one)
 
 
 def codes(binarizer: ActivationBinarizer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,8 +161,7 @@ def _bits(binarizer: ActivationBinarizer, x: Tensor) -> tuple[Tensor, Tensor | N
         beta, levels = arithmetic.codes(binarizer, x)
         beta = beta.to(x.dtype).float()
         half, middle = (levels[:, 1] - levels[:, 0]) / 2, (levels[:, 1] + levels[:, 0]) / 2
-    one = torch.ones((), device=x.device)
-    return torch.where(x.float() >= beta[:, :, None, None], one, -one), half, middle
+    return arithmetic.plus_minus(x.float() >= beta[:, :, None, None]), half, middle
 
 
 def _extra(layer: BinaryLayer, x: Tensor, size: tuple[int, int]) -> Tensor | None:

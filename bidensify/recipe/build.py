@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from bidensify._random import seeded
 from bidensify.errors import ConfigError
 from bidensify.recipe.schema import Recipe
 
@@ -59,8 +60,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     from bidensify.models import build_model as build
 
     section = needed(recipe, recipe.model, "model.source")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return build(section.source, **section.options)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bidensify._random import seeded
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn.weight import copy_model
 from bidensify.recipe.checkpoint import load_weights
@@ -54,8 +55,7 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None) -> nn.Module
     from bidensify.rewrite import bidensify
 
     base = recipe.build_model() if teacher is None else teacher
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         example = None if recipe.data.size is None else torch.zeros(2, 3, *recipe.data.size)
         return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bidensify._changed import announce
+from bidensify._random import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
@@ -212,9 +213,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         _require(modules, item.path, plan)
     before = set(model.state_dict())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # torch.manual_seed would seed the caller's GPUs too.
-        torch.default_generator.manual_seed(0)
+    with seeded(0), torch.no_grad():
         for block in plan.blocks:
             module = _require(modules, block.path, plan)
             children = {}

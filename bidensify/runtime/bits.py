@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bidensify.nn import arithmetic
 from bidensify.runtime.spec import LayerSpec
 
-__all__ = ["bits_from_signs", "plus_minus", "signs_from_bits", "signs_from_tiles", "tiles_from_bits"]
+__all__ = ["bits_from_signs", "signs_from_bits", "signs_from_tiles", "tiles_from_bits"]
 
 _SHIFTS32 = torch.arange(32, dtype=torch.int32)
 # Masks in place of shifts: ONNX has no right shift of signed integers.
@@ -61,13 +62,6 @@ def tiles_from_bits(bits: Tensor, spec: LayerSpec) -> Tensor:
     return _words(flags).contiguous()
 
 
-def plus_minus(flags: Tensor) -> Tensor:
-    """+1 where ``flags`` holds, else -1; float32."""
-    # Numbers in place of the tensors would be copied to a GPU at each call, and the CPU waits for copies.
-    one = torch.ones((), device=flags.device)
-    return torch.where(flags, one, -one)
-
-
 def _masks32(tiles: Tensor) -> Tensor:
     """``_MASKS32`` where ``tiles`` is. Copied to a device once: a copy at each call would wait for what runs there."""
     if tiles.device.type == "cpu" or type(tiles) is not Tensor:
@@ -88,4 +82,4 @@ def signs_from_tiles(tiles: Tensor, spec: LayerSpec) -> Tensor:
         groups, count, _, _, words, lanes = spec.tiles_shape
         flags = flags.permute(0, 1, 5, 4, 6, 2, 3).reshape(groups, count * lanes, words * 32, kh, kw)
         flags = flags[:, : out // groups, :per_group]
-    return plus_minus(flags).reshape(spec.weight_shape)
+    return arithmetic.plus_minus(flags).reshape(spec.weight_shape)

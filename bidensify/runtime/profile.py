@@ -47,12 +47,16 @@ class Share:
 
 
 class _Clock:
-    """Hooks of one layer. What a layer calls of others is its own time."""
+    """Time and calls of each layer in one run. What a layer calls of others is its own time."""
 
     def __init__(self) -> None:
+        self._open: list[tuple[str, float]] = []
+        self.start()
+
+    def start(self) -> None:
+        """A new run."""
         self.spent: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
-        self._open: list[tuple[str, float]] = []
 
     def enter(self, path: str) -> None:
         self._open.append((path, time.perf_counter()))
@@ -71,7 +75,7 @@ def _timed(layers: Mapping[str, nn.Module], clock: _Clock) -> Iterator[None]:
     handles: list[Any] = []
     try:
         for path, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(lambda *_, path=path: clock.enter(path), prepend=False))
+            handles.append(layer.register_forward_pre_hook(lambda *_, path=path: clock.enter(path)))
             handles.append(layer.register_forward_hook(lambda *_, path=path: clock.leave(path), always_call=True))
         yield
     finally:
@@ -100,19 +104,18 @@ def profile(model: nn.Module, x: Any, *, runs: int = 10) -> list[Share]:
     layers = {path: module for path, module in layers.items() if not inside or not path.startswith(inside)}
     times: list[dict[str, float]] = []
     totals: list[float] = []
-    calls: dict[str, int] = {}
+    clock = _Clock()
     with torch.inference_mode():
         for _ in range(2):
             model(x)
-        for _ in range(runs):
-            clock = _Clock()
-            with _timed(layers, clock):
+        with _timed(layers, clock):
+            for _ in range(runs):
+                clock.start()
                 start = time.perf_counter()
                 model(x)
                 totals.append(time.perf_counter() - start)
-            times.append(dict(clock.spent))
-            calls = dict(clock.calls)
-    return _shares({path: _kind(layers[path]) for path in calls}, times, totals, calls)
+                times.append(clock.spent)
+    return _shares({path: _kind(layers[path]) for path in clock.calls}, times, totals, clock.calls)
 
 
 def _kind(layer: nn.Module) -> str:

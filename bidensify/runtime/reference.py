@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidensify.nn import Bypass, arithmetic
-from bidensify.runtime.bits import plus_minus, signs_from_tiles
+from bidensify.runtime.bits import signs_from_tiles
 from bidensify.runtime.spec import LayerSpec
 
 __all__ = ["convolve", "make_bypass", "packed_reference"]
@@ -82,7 +82,7 @@ def packed_reference(
     elif spec.alpha:
         half = arithmetic.activation_scale(x, beta, part["a"])
     signs = signs_from_tiles(tiles, spec)
-    bits = plus_minus(x.float() >= beta[:, :, None, None])
+    bits = arithmetic.plus_minus(x.float() >= beta[:, :, None, None])
     y = convolve(bits, signs, spec)
     if y.device.type not in ("cpu", "meta"):
         # A transform (Winograd, FFT) may stand behind the convolution there: its sums are integers to rounding.
