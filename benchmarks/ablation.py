@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from bidensify._files import atomic_write
-from bidensify._machine import cpu_name
+from bidensify._util.files import atomic_write
+from bidensify._util.machine import cpu_name
 from bidensify.recipe import load_recipe
-from bidensify.recipe.run import run_recipe
+from bidensify.train.run import run_recipe
 
 HERE = Path(__file__).parent
 KL = {"weight": 1.0, "temperature": 2.0}

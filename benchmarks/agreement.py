@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import bidensify as bd
-from bidensify._files import atomic_write
-from bidensify._machine import cpu_name
+from bidensify._util.files import atomic_write
+from bidensify._util.machine import cpu_name
 from bidensify.recipe import load_recipe, load_run
-from bidensify.recipe.loaders import collate
 from bidensify.runtime import native
+from bidensify.train.loaders import collate
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 

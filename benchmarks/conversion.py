@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from children import in_child
 
-from bidensify._machine import cpu_name
+from bidensify._util.machine import cpu_name
 
 SOURCES: dict[str, dict[str, Any]] = {
     "smp:UPerNet/tu-convnext_tiny": {"encoder_weights": None, "classes": 19},

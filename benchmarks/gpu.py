@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bidensify
-from bidensify._machine import cpu_name
+from bidensify._util.machine import cpu_name
 from bidensify.models import build_model
 
 Call = Callable[[], Any]

@@ -49,10 +49,10 @@ def main() -> None:
     import torch
     from rich.console import Console
 
-    from bidensify._files import atomic_write
+    from bidensify._util.files import atomic_write
+    from bidensify.bench.cases import CASES
+    from bidensify.bench.run import render, run_bench
     from bidensify.models import build_model
-    from bidensify.runtime.bench import render, run_bench
-    from bidensify.runtime.cases import CASES
 
     torch.manual_seed(0)
     options = json.loads(arguments.options)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from children import in_child
 
-from bidensify._machine import cpu_name
+from bidensify._util.machine import cpu_name
 
 SOURCES = ("smp:UPerNet/tu-convnext_tiny", "smp:Unet/resnet34")
 OPTIONS = {"encoder_weights": None, "classes": 19}

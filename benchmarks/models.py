@@ -51,7 +51,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
 
 def add(file: Path, row: dict[str, Any], order: list[str]) -> None:
     """Puts one row into the file, which stays whole and in the list's order; rows of networks that left the list go."""
-    from bidensify._files import atomic_write
+    from bidensify._util.files import atomic_write
 
     with locked(file):
         rows = read(file)
@@ -65,7 +65,7 @@ def machine() -> dict[str, str]:
     """What the row was made on."""
     import torch
 
-    from bidensify._machine import cpu_name
+    from bidensify._util.machine import cpu_name
 
     return {"cpu": cpu_name(), "torch": torch.__version__}
 

@@ -32,11 +32,11 @@ from zoo import stages  # noqa: E402
 from zoo.networks import Entry, networks, strict  # noqa: E402
 from zoo.subject import Subject  # noqa: E402
 
-from bidensify._files import atomic_write  # noqa: E402
-from bidensify._machine import cpu_name  # noqa: E402
+from bidensify._util.files import atomic_write  # noqa: E402
+from bidensify._util.machine import cpu_name  # noqa: E402
 from bidensify.nn import RPReLU, binary_layers  # noqa: E402
 from bidensify.rewrite import Plan  # noqa: E402
-from bidensify.rewrite.plan import LayerPlan  # noqa: E402
+from bidensify.rewrite.plan.schema import LayerPlan  # noqa: E402
 
 RESULTS = HERE / "results" / "starts.json"
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify._machine import cpu_name
+from bidensify._util.machine import cpu_name
 
 FORMATS = {"plain": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
+    from bidensify.costs.summary import summary
     from bidensify.integrations.pretrained import from_pretrained, save_pretrained
     from bidensify.methods import available_methods, register_method
     from bidensify.nn import calibrate
     from bidensify.recipe import finetune
     from bidensify.rewrite.api import bidensify, plan
-    from bidensify.rewrite.summary import summary
     from bidensify.runtime.pack import pack
 
 # Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
@@ -32,7 +32,7 @@ _PUBLIC = {
     "plan": "bidensify.rewrite.api",
     "register_method": "bidensify.methods",
     "save_pretrained": "bidensify.integrations.pretrained",
-    "summary": "bidensify.rewrite.summary",
+    "summary": "bidensify.costs.summary",
 }
 
 __all__ = [

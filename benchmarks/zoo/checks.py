@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 import bidensify as bd
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
 from bidensify.rewrite import Plan, apply_plan
-from bidensify.rewrite.record import record
+from bidensify.rewrite.record.recorder import record
 from zoo.figures import check_pack, check_scale, check_signs
 from zoo.networks import Entry
 from zoo.signal import joined_signals

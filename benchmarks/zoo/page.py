@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bidensify._files import atomic_write
+from bidensify._util.files import atomic_write
 from zoo.networks import strict
 
 __all__ = ["ABSENT", "PASS", "failures", "render", "write_page"]

@@ -19,7 +19,7 @@ import re
 from torch import fx, nn
 
 from bidensify.nn import BinaryLayer
-from bidensify.rewrite.record import Record
+from bidensify.rewrite.record.recorder import Record
 
 __all__ = ["joined_signals"]
 

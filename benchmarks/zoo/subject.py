@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.rewrite import Plan
-from bidensify.rewrite.record import record
+from bidensify.rewrite.record.recorder import record
 from zoo.networks import Entry
 
 __all__ = [

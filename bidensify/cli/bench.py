@@ -57,10 +57,10 @@ def bench(
     """Time float against packed in interleaved runs: single layers, or a whole network."""
     import torch
 
-    from bidensify._files import atomic_write
+    from bidensify._util.files import atomic_write
+    from bidensify.bench.run import render, run_bench
     from bidensify.errors import ConfigError
     from bidensify.models import build_model
-    from bidensify.runtime.bench import render, run_bench
 
     options = arguments.parse_assignments(option or [], "--option")
     if min(size) < 1:

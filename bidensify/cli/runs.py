@@ -224,7 +224,7 @@ def write_prediction(out: Path, name: str, values: Any, picture: Any) -> None:
     import numpy as np
     from PIL import Image
 
-    from bidensify._files import atomic_write
+    from bidensify._util.files import atomic_write
     from bidensify.compare.images import png
 
     array = values.numpy()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from bidensify import __version__
-from bidensify._files import atomic_write
+from bidensify._util.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from bidensify._random import seeded
+from bidensify._util.seeding import seeded
 from bidensify.errors import ConfigError
 
 Sample = dict[str, Tensor]

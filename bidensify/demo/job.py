@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bidensify import __version__
-from bidensify._files import atomic_write
-from bidensify._machine import cpu_name
+from bidensify._util.files import atomic_write
+from bidensify._util.machine import cpu_name
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:

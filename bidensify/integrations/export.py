@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify._files import atomic_write
+from bidensify._util.files import atomic_write
 from bidensify.errors import CheckError, ConfigError, FormatError, MissingExtraError, PlanError
 from bidensify.nn.arithmetic import any_order
 from bidensify.nn.flags import frozen_flags
-from bidensify.rewrite.inputs import candidate_inputs, describe_inputs
+from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 
 __all__ = ["Exported", "export"]
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify._changed import announce
-from bidensify._files import atomic_write
-from bidensify._fingerprint import fingerprint
+from bidensify._util.files import atomic_write
+from bidensify._util.fingerprint import fingerprint
+from bidensify._util.listeners import announce
 from bidensify.errors import FormatError, PlanError
 from bidensify.nn import BinaryLayer
 from bidensify.nn.weight import copy_model
-from bidensify.rewrite.apply import apply_plan
-from bidensify.rewrite.plan import Plan
+from bidensify.rewrite.apply.model import apply_plan
+from bidensify.rewrite.plan.schema import Plan
 
 __all__ = ["empty_packed", "from_pretrained", "save_pretrained"]
 

@@ -23,14 +23,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bidensify._changed import listen
+from bidensify._util.listeners import listen
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bidensify.rewrite.plan import Plan
+    from bidensify.rewrite.plan.schema import Plan
 
 __all__ = ["NAME", "BidensifyQuantizer", "StoredBidensify"]
 
@@ -164,8 +164,8 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return model
         from bidensify.integrations.pretrained import empty_packed
-        from bidensify.rewrite.apply import apply_plan
-        from bidensify.rewrite.plan import Plan
+        from bidensify.rewrite.apply.model import apply_plan
+        from bidensify.rewrite.plan.schema import Plan
 
         stored = self.quantization_config
         apply_plan(model, Plan.from_dict(stored.plan))

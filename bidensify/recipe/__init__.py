@@ -6,23 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bidensify.recipe.evaluation import evaluate
     from bidensify.recipe.folder import RunResult
     from bidensify.recipe.load import load_recipe
-    from bidensify.recipe.loop import finetune
-    from bidensify.recipe.run import build_student, build_teacher, load_run, run_recipe
     from bidensify.recipe.schema import Recipe
+    from bidensify.train.evaluation import evaluate
+    from bidensify.train.loop import finetune
+    from bidensify.train.run import build_student, build_teacher, load_run, run_recipe
 
 _PUBLIC = {
     "Recipe": "bidensify.recipe.schema",
     "RunResult": "bidensify.recipe.folder",
-    "build_student": "bidensify.recipe.run",
-    "build_teacher": "bidensify.recipe.run",
-    "evaluate": "bidensify.recipe.evaluation",
-    "finetune": "bidensify.recipe.loop",
+    "build_student": "bidensify.train.run",
+    "build_teacher": "bidensify.train.run",
+    "evaluate": "bidensify.train.evaluation",
+    "finetune": "bidensify.train.loop",
     "load_recipe": "bidensify.recipe.load",
-    "load_run": "bidensify.recipe.run",
-    "run_recipe": "bidensify.recipe.run",
+    "load_run": "bidensify.train.run",
+    "run_recipe": "bidensify.train.run",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from bidensify._random import seeded
+from bidensify._util.seeding import seeded
 from bidensify.errors import ConfigError
 from bidensify.recipe.schema import Recipe
 

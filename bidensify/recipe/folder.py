@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from torch import nn
 
-from bidensify._files import atomic_write
+from bidensify._util.files import atomic_write
 from bidensify.errors import ConfigError, FormatError
-from bidensify.recipe.checkpoint import read_checkpoint
 from bidensify.recipe.load import load_recipe
-from bidensify.recipe.logs import versions, write_json
 from bidensify.recipe.schema import Recipe
+from bidensify.train.checkpoint import read_checkpoint
+from bidensify.train.logs import versions, write_json
 
 # What may differ when a run is resumed: where files are, how fast data comes and what is written down, not the result.
 _FREE = ("data.workers", "data.root", "data.eval_batch_size", "log.", "checkpoint.", "device", "teacher.weights")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bidensify.rewrite.api import bidensify, plan
-from bidensify.rewrite.apply import apply_plan
-from bidensify.rewrite.plan import ActivationPlan, BlockPlan, LayerPlan, Plan
-from bidensify.rewrite.record import record
-from bidensify.rewrite.recorded import Record
-from bidensify.rewrite.summary import Summary, summary
+from bidensify.rewrite.apply.model import apply_plan
+from bidensify.rewrite.plan.schema import ActivationPlan, BlockPlan, LayerPlan, Plan
+from bidensify.rewrite.record.recorded import Record
+from bidensify.rewrite.record.recorder import record
 
 __all__ = [
     "ActivationPlan",
@@ -15,10 +14,8 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "Record",
-    "Summary",
     "apply_plan",
     "bidensify",
     "plan",
     "record",
-    "summary",
 ]

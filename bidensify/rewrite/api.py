@@ -13,11 +13,11 @@ from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer
 from bidensify.nn.weight import copy_model
-from bidensify.rewrite.apply import apply_plan
+from bidensify.rewrite.apply.model import apply_plan
 from bidensify.rewrite.check import check, second_size
-from bidensify.rewrite.plan import Plan
-from bidensify.rewrite.planner import make_plan
-from bidensify.rewrite.record import record
+from bidensify.rewrite.plan.planner import make_plan
+from bidensify.rewrite.plan.schema import Plan
+from bidensify.rewrite.record.recorder import record
 
 __all__ = ["bidensify", "plan"]
 

@@ -14,9 +14,9 @@ from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
 from bidensify.nn.flags import frozen_flags
 from bidensify.nn.weight import copy_model
-from bidensify.rewrite.plan import Plan
-from bidensify.rewrite.recorded import Record, specs, tensors_in
-from bidensify.rewrite.untouched import same_random_state, untouched
+from bidensify.rewrite.plan.schema import Plan
+from bidensify.rewrite.record.recorded import Record, specs, tensors_in
+from bidensify.rewrite.record.untouched import same_random_state, untouched
 
 __all__ = ["check"]
 

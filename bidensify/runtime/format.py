@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bidensify
-from bidensify._files import atomic_write
-from bidensify._fingerprint import fingerprint
+from bidensify._util.files import atomic_write
+from bidensify._util.fingerprint import fingerprint
 from bidensify.errors import FormatError
 from bidensify.runtime.packed import packed_layers
 from bidensify.runtime.spec import LayerSpec

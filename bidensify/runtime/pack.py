@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify._changed import announce
+from bidensify._util.listeners import announce
 from bidensify.errors import ConfigError, PackError
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.weight import copy_model

@@ -11,7 +11,7 @@ from zoo.signal import joined_signals
 
 import bidensify as bd
 from bidensify.nn import binary_layers
-from bidensify.rewrite.record import record
+from bidensify.rewrite.record.recorder import record
 
 
 class Net(nn.Module):

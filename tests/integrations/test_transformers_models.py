@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.nn import BinaryLayer
-from bidensify.rewrite.inputs import candidate_inputs
-from bidensify.rewrite.record import record
+from bidensify.rewrite.record.inputs import candidate_inputs
+from bidensify.rewrite.record.recorder import record
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("scipy", reason="transformers builds its mask losses with scipy")

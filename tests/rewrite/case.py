@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.rewrite import Plan
-from bidensify.rewrite.recorded import tensors_in
+from bidensify.rewrite.record.recorded import tensors_in
 
 __all__ = ["Case", "same", "same_state"]
 

@@ -18,8 +18,8 @@ import bidensify as bd
 from bidensify.errors import PackError
 from bidensify.nn import RPReLU, binary_layers
 from bidensify.rewrite import Plan, apply_plan
-from bidensify.rewrite.record import record
-from bidensify.rewrite.recorded import specs, tensors_in
+from bidensify.rewrite.record.recorded import specs, tensors_in
+from bidensify.rewrite.record.recorder import record
 
 __all__ = ["CHECKS", "Case", "examine", "undone"]
 

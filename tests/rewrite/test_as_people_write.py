@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import bidensify as bd
 from bidensify.errors import PlanError
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
-from bidensify.rewrite.plan import LayerPlan
+from bidensify.rewrite.plan.schema import LayerPlan
 
 X = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(5))
 

@@ -8,8 +8,8 @@ from networks import Net
 from torch import Tensor, nn
 
 from bidensify.errors import PlanError
-from bidensify.rewrite.record import record
-from bidensify.rewrite.recorded import TensorSpec
+from bidensify.rewrite.record.recorded import TensorSpec
+from bidensify.rewrite.record.recorder import record
 
 
 def state_of(model: nn.Module) -> tuple[object, ...]:

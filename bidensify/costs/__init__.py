@@ -1,0 +1,1 @@
+"""What a network costs: parameters, bytes and operations, of each layer and in total."""

@@ -1,0 +1,1 @@
+"""The code of one block: traced, proven equal to what ran, edited."""

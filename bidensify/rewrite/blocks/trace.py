@@ -1,0 +1,82 @@
+"""Trace the code of one block alone (``torch.fx``); its children stay calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bidensify.rewrite.blocks.arguments import NotTraceable, call_expression, placeholder
+from bidensify.rewrite.record.untouched import untouched
+
+__all__ = ["trace_once"]
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+class _BlockTracer(fx.Tracer):
+    """Children are leaves. Code under another gradient or autocast mode is refused: a graph does not hold the mode."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise NotTraceable("it changes the gradient or autocast mode on its way")
+        return super().create_node(*args, **kwargs)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A module that the code makes as it runs (a slice of a ``Sequential``) is no child: its steps are the block's own."""
+        try:
+            self.path_of_module(m)
+        except NameError:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _narrow_forward(block: nn.Module, varying: list[str], constants: dict[str, Any]) -> Iterator[None]:
+    """For the time of a trace the block's forward takes the varying arguments alone."""
+    cls = type(block)
+    names = [placeholder(expression) for expression in varying]
+    passed = call_expression(block, varying, constants)
+    namespace: dict[str, Any] = {"_forward": cls.forward, "_constants": constants}
+    # The names come from the live signature, so they are identifiers.
+    exec(f"def forward(self, {', '.join(names)}):\n    return _forward(self, {passed})\n", namespace)
+    block.__class__ = type(cls.__name__, (cls,), {"forward": namespace["forward"], "__module__": cls.__module__})
+    try:
+        yield
+    finally:
+        block.__class__ = cls
+
+
+def trace_once(block: nn.Module, training: bool, varying: list[str], constants: dict[str, Any]) -> fx.Graph:
+    """The graph of the block's code in the given mode; the block is left as it was.
+
+    Raises:
+        NotTraceable: the code makes constant tensors or sets attributes, which a graph does not hold.
+    """
+    flag = block.training
+    # Before the snapshot, so that the mode does not count as a change of the block's own.
+    block.training = training
+    try:
+        with untouched(block) as changed, _narrow_forward(block, varying, constants):
+            graph = _BlockTracer(autowrap_functions=()).trace(block)
+            names = changed()
+    finally:
+        block.training = flag
+    if names:
+        raise NotTraceable(f"its forward makes constant tensors or sets attributes ({', '.join(names)})")
+    return graph

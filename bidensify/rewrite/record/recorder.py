@@ -1,0 +1,239 @@
+"""Record one run of a network as a ``torch.fx.Graph``: module calls by path, functions between them, shapes.
+
+Running and recording captures every network that runs; a symbolic trace of the whole captures a third of them.
+Nothing of the recording stays on the model: no hook, buffer or constant; flags and the RNG state are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+
+from bidensify.errors import PlanError
+from bidensify.nn.flags import frozen_flags
+from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
+from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
+from bidensify.rewrite.record.leaves import is_leaf
+from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
+from bidensify.rewrite.record.untouched import same_random_state, untouched
+
+__all__ = ["record"]
+
+# Four images of 128×128, what two of a pair of frames have.
+_LIGHT_PIXELS = 4 * 128 * 128
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes the graph: functions through the mode, module calls through ``Module.__call__``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.attributes = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self.nodes: dict[int, fx.Node] = {}
+        # ids are only unique among living tensors, so every tensor that was seen is kept until the end.
+        self.alive: list[Tensor] = []
+        self.scope: list[tuple[str, int]] = []
+        self.calls: dict[str, list[Call]] = {}
+        self.leaf_depth = 0
+        self.leaf: nn.Module | None = None
+        self.weights: dict[str, list[bool]] = {}
+
+    def _finish(self, node: fx.Node, spec: Any) -> fx.Node:
+        node.meta["spec"] = spec if isinstance(spec, TensorSpec) else None
+        node.meta["scope"] = tuple(self.scope)
+        return node
+
+    def bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self.alive.append(tensor)
+        self.nodes[id(tensor)] = node
+
+    def placeholder(self, tensor: Tensor, name: str) -> fx.Node:
+        node = self._finish(self.graph.placeholder(name), specs(tensor))
+        self.bind(tensor, node)
+        return node
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self.nodes:
+            return self.nodes[id(tensor)]
+        if id(tensor) in self.attributes:
+            node = self.graph.create_node("get_attr", self.attributes[id(tensor)], (), {})
+        else:
+            node = self.graph.create_node("placeholder", "constant", (), {})
+        self._finish(node, specs(tensor))
+        self.bind(tensor, node)
+        return node
+
+    def _args(self, value: Any) -> Any:
+        return map_aggregate(value, lambda item: self.node_of(item) if isinstance(item, Tensor) else item)
+
+    def _event(self, kind: str, name: str, node: fx.Node | None) -> None:
+        if not self.scope:
+            return
+        path, number = self.scope[-1]
+        events = self.calls[path][number].events
+        if node is not None:
+            node.meta["event"] = len(events)
+        events.append(Event(kind, name, node))
+
+    def _bind_result(self, node: fx.Node, result: Any) -> None:
+        if isinstance(result, Tensor):
+            self.bind(result, node)
+            return
+        for position, tensor in enumerate(tensors_in(result)):
+            item = self.graph.create_node("call_function", _item, (node, position), {})
+            self.bind(tensor, self._finish(item, specs(tensor)))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if self.leaf_depth:
+            if self.leaf is not None and func in WEIGHTED_FUNCTIONS:
+                own = weight_argument(args, options) is self.leaf._parameters.get("weight")
+                self.weights.setdefault(self.paths[id(self.leaf)], []).append(own)
+            return func(*args, **options)
+        name = plain_name(func)
+        arguments, keywords = self._args(tuple(args)), self._args(options)
+        result = func(*args, **options)
+        if name == "setitem":
+            node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(args[0]))
+            self.bind(args[0], node)
+            self._event("function", name, node)
+        elif tensors_in(result):
+            node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(result))
+            self._bind_result(node, result)
+            self._event("function", name, node)
+        return result
+
+    def call(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        path = self.paths.get(id(module))
+        if self.leaf_depth or path is None:
+            return original(module, *args, **kwargs)
+        if is_leaf(module):
+            # Reading a tensor's shape is a torch function too: the bookkeeping must not record itself.
+            self.leaf_depth += 1
+            try:
+                arguments, keywords = self._args(args), self._args(dict(kwargs))
+                self.leaf = module
+                try:
+                    result = original(module, *args, **kwargs)
+                finally:
+                    self.leaf = None
+                node = self._finish(self.graph.create_node("call_module", path, arguments, keywords), specs(result))
+                self._bind_result(node, result)
+                self._event("module", path, node)
+            finally:
+                self.leaf_depth -= 1
+            return result
+        self._event("module", path, None)
+        calls = self.calls.setdefault(path, [])
+        self.leaf_depth += 1
+        calls.append(Call(specs(args), specs(dict(kwargs))))
+        self.leaf_depth -= 1
+        self.scope.append((path, len(calls) - 1))
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            self.scope.pop()
+
+
+def _item(values: Any, position: int) -> Any:
+    """The ``position``-th tensor of a function's or layer's results."""
+    return tensors_in(values)[position]
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Recorder, Any]:
+    recorder = _Recorder(model)
+    for number, tensor in enumerate(tensors_in([args, kwargs])):
+        recorder.placeholder(tensor, f"input_{number}")
+    original = nn.Module.__call__
+
+    def patched(module: nn.Module, *a: Any, **k: Any) -> Any:
+        return recorder.call(original, module, a, k)
+
+    nn.Module.__call__ = patched  # type: ignore[method-assign]
+    try:
+        with recorder:
+            output = model(*args, **kwargs)
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+    outputs = [recorder.node_of(tensor) for tensor in tensors_in(output)]
+    node = recorder.graph.output(tuple(outputs))
+    node.meta.update(spec=None, scope=())
+    return recorder, output
+
+
+def _copy_to(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return map_aggregate(value, lambda item: function(item) if isinstance(item, Tensor) else item)
+
+
+def _heavy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a run on fake tensors is the cheaper one: large inputs, or a network without values."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return True
+    pixels = sum(item.numel() // item.shape[1] for item in tensors_in([args, kwargs]) if item.dim() == 4)
+    return pixels > _LIGHT_PIXELS
+
+
+def record(model: nn.Module, example_inputs: Any = None) -> Record:
+    """Runs ``model`` once in evaluation mode and writes down what it did.
+
+    Small inputs run for real, which takes less time than the bookkeeping of fake tensors; larger ones, and networks on
+    the meta device, run on fake tensors, which cost no arithmetic. Where one way fails the other is tried.
+
+    Args:
+        model: any module; it is left as it was.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; by default they are
+            derived from the model (channels of its first convolution, sizes that divide).
+
+    Raises:
+        PlanError: no example input ran; the message quotes what was tried and each error.
+    """
+    failures: list[str] = []
+    for args, kwargs in candidate_inputs(model, example_inputs):
+        for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
+            try:
+                with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), same_random_state(model):
+                    if fake:
+                        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                            fake_args = _copy_to(args, mode.from_tensor)
+                            fake_kwargs = _copy_to(kwargs, mode.from_tensor)
+                            recorder, output = _run(model, tuple(fake_args), dict(fake_kwargs))
+                    else:
+                        recorder, output = _run(model, args, kwargs)
+            except Exception as error:
+                text = str(error).strip().splitlines()
+                failures.append(
+                    f"{describe_inputs(args, kwargs)}{' (fake)' if fake else ''}: {type(error).__name__}: "
+                    f"{text[0][:200] if text else ''}"
+                )
+                continue
+            modules = dict(model.named_modules())
+            first = {id(module): path for path, module in modules.items()}
+            aliases: dict[str, list[str]] = {}
+            for path, module in model.named_modules(remove_duplicate=False):
+                if first[id(module)] != path:
+                    aliases.setdefault(first[id(module)], []).append(path)
+            return Record(
+                graph=recorder.graph,
+                calls=recorder.calls,
+                modules=modules,
+                weights=recorder.weights,
+                aliases=aliases,
+                inputs=(args, kwargs),
+                inputs_text=describe_inputs(args, kwargs),
+                output=specs(output),
+                fake=fake,
+            )
+    raise PlanError(
+        f"{type(model).__name__} did not run on any example input, so there is nothing to rewrite; pass "
+        "example_inputs= (a tensor, a tuple or a dict). Tried:\n  " + "\n  ".join(failures[-6:])
+    )

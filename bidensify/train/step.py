@@ -1,0 +1,174 @@
+"""One optimizer step on a global batch, split over micro-batches and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from bidensify.errors import TrainingError
+from bidensify.recipe.schema import Recipe
+from bidensify.recipe.sections import StageSection
+from bidensify.tasks import Task
+from bidensify.train.distributed import forward_context, sum_over_processes
+from bidensify.train.features import Features
+from bidensify.train.loaders import to_device
+from bidensify.train.losses import Losses, widen
+from bidensify.train.optim import Ema, build_optimizer
+
+Sample = dict[str, Tensor]
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is NaN or infinite; the weights were not touched."""
+
+
+class Step:
+    """Forward, backward, clipping, AdamW and the moving average, for one stage.
+
+    Args:
+        student: the network whose parameters are stepped.
+        model: what is called: the student, or its wrapper in a run of several processes.
+        teacher: the full-precision network, in eval mode, or None.
+        optimizer: over the student's parameters.
+        losses: the stage's terms.
+        ema: moving average to update, or None.
+        recipe: gives batch, precision and clipping options.
+        accelerator: the run's.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        losses: Losses,
+        ema: Ema | None,
+        recipe: Recipe,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student, self.model, self.losses, self.ema = student, model, losses, ema
+        self.teacher = teacher if losses.section.distils else None
+        self.optimizer, self.recipe, self.accelerator = optimizer, recipe, accelerator
+
+    def __call__(self, batch: Sample) -> list[float]:
+        """Steps on this process's part of a global batch.
+
+        Returns:
+            [the weighted loss, each unweighted term ...], means over the global batch.
+
+        Raises:
+            NotFiniteError: the loss, or with clipping the gradient, is not finite.
+        """
+        processes = self.accelerator.num_processes
+        parts = self._parts(to_device(batch, self.accelerator.device, self.recipe.channels_last, self.student))
+        weights = [self.losses.weights(part) for part in parts]
+        total = sum_over_processes(torch.stack(weights).sum(0)).clamp(min=1e-12)
+        factors = torch.tensor(list(self.losses.factors.values()), dtype=torch.float64, device=total.device)
+        sums = torch.zeros_like(total)
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            share = weight / total
+            # DDP averages gradients over the processes; their number as a factor makes it the sum that shares call for.
+            factor = factors * share * processes
+            waits = processes > 1 and index < len(parts) - 1
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                terms = torch.stack(self._terms(part))
+                self.accelerator.backward((terms * factor.to(terms.dtype)).sum())
+            sums += terms.detach().double() * share
+        sums = sum_over_processes(sums)
+        values = [float((sums * factors).sum()), *sums.tolist()]
+        self._check(values)
+        if self.recipe.optimizer.clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.optimizer.clip)
+            if not math.isfinite(norm.item()):
+                raise NotFiniteError(f"the gradient's norm is {norm.item()} while the loss is {values[0]:.4g}")
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return values
+
+    def _parts(self, batch: Sample) -> list[Sample]:
+        count = self.recipe.data.accumulate
+        if count == 1:
+            return [batch]
+        chunks = {key: value.chunk(count) for key, value in batch.items()}
+        return [{key: chunks[key][i] for key in chunks} for i in range(count)]
+
+    def _terms(self, part: Sample) -> list[Tensor]:
+        teacher_output: Any = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_output = self.teacher(part["image"])
+        with forward_context(self.accelerator):
+            output = self.model(part["image"])
+        return [widen(value) for value in self.losses.values(output, part, teacher_output)]
+
+    def _check(self, values: list[float]) -> None:
+        if not all(map(math.isfinite, values)):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.losses.names, values[1:], strict=True))
+            raise NotFiniteError(f"the loss is {values[0]:.4g} ({terms})")
+
+
+@contextmanager
+def stage_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    stage: StageSection,
+    task: Task,
+    *,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    state: Mapping[str, Any] | None,
+) -> Iterator[Step]:
+    """A stage's step with its optimizer, moving average and hooks, which are there as long as the context lasts.
+
+    Args:
+        student: the network to train, in the stage's mode.
+        teacher: the full-precision network, or None.
+        stage: gives losses, decay and learning rates.
+        task: the run's.
+        recipe: the run's.
+        accelerator: the run's.
+        state: a checkpoint of this stage, whose optimizer and average go on; None for a fresh start.
+    """
+    several = accelerator.num_processes > 1
+    # First of all, as it may give the parameters new memory, which the moving average reads.
+    model = accelerator.prepare_model(student) if several else student
+    optimizer = build_optimizer(student, recipe.optimizer, stage)
+    ema = Ema(student, recipe.ema) if recipe.ema is not None else None
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+    student.train()
+    try:
+        with ExitStack() as stack:
+            own = stack.enter_context(Features(student, stage.losses.layers, "student"))
+            theirs = None
+            if teacher is not None:
+                theirs = stack.enter_context(Features(teacher, stage.losses.layers, "teacher"))
+            yield Step(
+                student=student,
+                model=model,
+                teacher=teacher,
+                optimizer=optimizer,
+                losses=Losses(stage.losses, task, own, theirs),
+                ema=ema,
+                recipe=recipe,
+                accelerator=accelerator,
+            )
+    finally:
+        if several:
+            # Without accelerate's reference the wrapper goes, and with it its gradient hooks.
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+            student.__dict__.pop("_is_accelerate_prepared", None)
+        student.zero_grad(set_to_none=True)
