@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Subset
 import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.machine import cpu_name
+from bidensify.deploy.backends import available_kernels
 from bidensify.recipe import load_recipe, load_run
-from bidensify.runtime import native
 from bidensify.train.loaders import collate
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
@@ -142,7 +142,7 @@ def main() -> None:
                 "cpu": cpu_name(),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
-                "kernel": native.available_kernels()[0],
+                "kernel": available_kernels()[0],
                 "rows": list(rows.values()),
             }
             with atomic_write(arguments.out) as temporary:

@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
     from bidensify.costs.summary import summary
-    from bidensify.integrations.pretrained import from_pretrained, save_pretrained
+    from bidensify.deploy.pack import pack
+    from bidensify.deploy.pretrained import from_pretrained, save_pretrained
     from bidensify.methods import available_methods, register_method
     from bidensify.nn import calibrate
     from bidensify.recipe import finetune
     from bidensify.rewrite.api import bidensify, plan
-    from bidensify.runtime.pack import pack
 
 # Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
 _PUBLIC = {
@@ -27,11 +27,11 @@ _PUBLIC = {
     "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
     "finetune": "bidensify.recipe",
-    "from_pretrained": "bidensify.integrations.pretrained",
-    "pack": "bidensify.runtime.pack",
+    "from_pretrained": "bidensify.deploy.pretrained",
+    "pack": "bidensify.deploy.pack",
     "plan": "bidensify.rewrite.api",
     "register_method": "bidensify.methods",
-    "save_pretrained": "bidensify.integrations.pretrained",
+    "save_pretrained": "bidensify.deploy.pretrained",
     "summary": "bidensify.costs.summary",
 }
 

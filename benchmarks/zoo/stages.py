@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidensify.nn import BinaryLayer
-from bidensify.nn.weight import pretrained_spread
+from bidensify.nn.used_weight import pretrained_spread
 from bidensify.rewrite import Plan
 
 __all__ = ["levelled", "ratios"]

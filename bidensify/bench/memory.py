@@ -15,7 +15,7 @@ from torch import nn
 
 import bidensify
 from bidensify.bench.int8 import installed_runtimes, quantize_int8
-from bidensify.runtime.pack import pack
+from bidensify.deploy.pack import pack
 
 __all__ = ["MEMORY_VARIANTS", "peak_memory"]
 

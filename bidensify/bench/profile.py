@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bidensify.runtime.packed import PackedLayer
+from bidensify.deploy.layers import PackedLayer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -25,10 +25,10 @@ from bidensify.bench.profile import profile as profile_layers
 from bidensify.bench.profile import table as profile_table
 from bidensify.bench.timing import interleave, machine
 from bidensify.bench.timing import threads as torch_threads
+from bidensify.deploy.backends import available_kernels, choose_backend
+from bidensify.deploy.freeze import freeze
+from bidensify.deploy.pack import pack
 from bidensify.errors import ConfigError
-from bidensify.runtime import native
-from bidensify.runtime.pack import pack
-from bidensify.runtime.packed import PackedLayer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -105,10 +105,10 @@ def run_bench(
         ConfigError: an unknown kernel, a thread count below one, ``memory`` without a network that can be built by name, or
             ``profile`` without a network.
     """
-    available = [kernel for kernel in native.available_kernels() if kernel != "reference"] or ["reference"]
+    available = [kernel for kernel in available_kernels() if kernel != "reference"] or ["reference"]
     chosen = list(kernels) if kernels is not None else available
     for kernel in chosen:
-        native.tier(kernel)
+        choose_backend(kernel)
     if not threads or min(threads) < 1:
         raise ConfigError(f"threads={list(threads)} must be one or more numbers from 1 up")
     if memory and (network is None or spec is None):
@@ -209,7 +209,7 @@ def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool) -> 
     if latent:
         calls["latent"] = partial(layer, x)
     for kernel in kernels:
-        packed = PackedLayer.from_layer(layer, kernel=kernel)  # type: ignore[arg-type]
+        packed = freeze(layer, kernel)  # type: ignore[arg-type]
         calls[kernel] = partial(packed, x)
         if bfloat16:
             calls[f"{kernel} bfloat16"] = partial(packed, x.to(torch.bfloat16))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import bidensify
-from bidensify.runtime import native
+from bidensify.deploy.backends import available_kernels
 
 __all__ = ["Timing", "interleave", "machine", "threads"]
 
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "bidensify": bidensify.__version__,
-        "kernels": list(native.available_kernels()),
+        "kernels": list(available_kernels()),
     }
 
 

@@ -34,7 +34,7 @@ def pack(
     import torch
 
     import bidensify
-    from bidensify.runtime.format import TENSORS
+    from bidensify.deploy.format import TENSORS
 
     arguments.refuse_existing(out)
     loaded = sources.load_source(source, recipe)
@@ -67,9 +67,9 @@ def export(
     import torch
 
     import bidensify
+    from bidensify.deploy.export import export as write
+    from bidensify.deploy.layers import packed_layers
     from bidensify.errors import ConfigError
-    from bidensify.integrations.export import export as write
-    from bidensify.runtime import packed_layers
 
     if out.exists():
         raise ConfigError(f"{str(out)!r} exists; give another name, or remove it first")

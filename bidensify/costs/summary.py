@@ -13,7 +13,7 @@ from torch import nn
 from bidensify._util.tables import as_text
 from bidensify.costs import work
 from bidensify.errors import ConfigError, PlanError
-from bidensify.nn import BinaryLayer
+from bidensify.nn import BinaryLayer, FrozenLayer
 from bidensify.rewrite.plan.kinds import macs_of
 from bidensify.rewrite.record.recorder import record
 
@@ -168,9 +168,9 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     for path, module in run.modules.items():
         if path.startswith(inside):
             continue
-        facts = getattr(module, "packed_facts", None)
+        frozen = isinstance(module, FrozenLayer)
         kind = type(module).__name__
-        if isinstance(module, BinaryLayer) or facts is not None:
+        if isinstance(module, BinaryLayer) or frozen:
             inside = (*inside, path + ".")
             row = _latent(module, calls[path]) if isinstance(module, BinaryLayer) else _packed(module, calls[path])
             states.add("LATENT" if isinstance(module, BinaryLayer) else "PACKED")
@@ -190,8 +190,9 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
 def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
     """(binary parameters, float parameters, binary MACs, float MACs, elementwise) as the packed layer will have them."""
     weights = layer.latent_weight.numel()
-    scale = layer.weight_binarizer.channel_scale(layer.latent_weight)
-    floats = sum(p.numel() for p in layer.parameters()) - weights + (0 if scale is None else scale.numel())
+    floats = sum(p.numel() for p in layer.parameters()) - weights
+    if layer.weight_binarizer.scaled:
+        floats += len(layer.weight_binarizer.rows(layer.latent_weight))
     macs = elements = 0
     for call in calls:
         macs += macs_of(layer, call.output)
@@ -202,7 +203,7 @@ def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, i
 
 
 def _packed(layer: Any, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
-    facts = layer.packed_facts()
+    facts = layer.counts()
     floats = facts.float_params + sum(p.numel() for p in layer.parameters())
     macs = sum(round(facts.macs_per_output * work.numel(call.output)) for call in calls)
     elements = sum(

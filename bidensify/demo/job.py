@@ -84,9 +84,9 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 def _pack(method: str, run: Path, out: Path, images: Tensor) -> Student:
     import bidensify
+    from bidensify.deploy.format import TENSORS
     from bidensify.nn import binary_layers
     from bidensify.recipe import load_run
-    from bidensify.runtime.format import TENSORS
 
     latent, _ = load_run(run)
     packed = bidensify.pack(latent)

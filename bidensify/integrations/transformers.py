@@ -107,7 +107,7 @@ class StoredBidensify(QuantizationConfigMixin):  # type: ignore[misc]
 
 def _stored(model: nn.Module) -> StoredBidensify:
     """The stored form of a rewritten or packed model."""
-    from bidensify.runtime import packed_layers
+    from bidensify.deploy.layers import packed_layers
 
     plan: Plan = model.bidensify_plan  # type: ignore[assignment]
     packed = {path: layer.meta() for path, layer in packed_layers(model).items()}
@@ -163,7 +163,7 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
         """Rebuilds a stored model's layers on the meta device."""
         if not self.pre_quantized:
             return model
-        from bidensify.integrations.pretrained import empty_packed
+        from bidensify.deploy.pretrained import empty_packed
         from bidensify.rewrite.apply.model import apply_plan
         from bidensify.rewrite.plan.schema import Plan
 
@@ -253,8 +253,8 @@ def _refuse_split(model: nn.Module) -> None:
 
 def _refuse_missing(model: nn.Module) -> None:
     """A tensor of a binary layer that the checkpoint lacks would hold whatever was in memory."""
+    from bidensify.deploy.layers import PackedLayer
     from bidensify.nn import BinaryLayer
-    from bidensify.runtime import PackedLayer
 
     lacking = [
         f"{path}.{name}"
@@ -274,12 +274,12 @@ def _refuse_missing(model: nn.Module) -> None:
 def _finish_packed(model: nn.Module, float_dtype: str | None) -> None:
     import torch
 
-    from bidensify.runtime import packed_layers, set_float_dtype
-    from bidensify.runtime.pack import finish
+    from bidensify.deploy.layers import packed_layers
+    from bidensify.deploy.pack import set_float_dtype, settle
 
     for layer in packed_layers(model).values():
         layer.arrange()
-    finish(model)
+    settle(model)
     if float_dtype is not None:
         set_float_dtype(model, getattr(torch, float_dtype))
 

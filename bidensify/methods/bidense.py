@@ -6,7 +6,7 @@ A layer is y = BatchNorm(binary_conv(DAB(x))) + CFB(x), then RPReLU, with
 * DAB: beta_c = k_c * mean(x_c) + b_c, s = x - beta, a_b = exp(a * (mean|s| - 1)) * sign(s) (section 3.2);
 * CFB: the parameter-free fusion-up / fusion-down of x (section 3.3).
 
-Where this differs from the paper's code, and why, is said in ``bidensify.nn.binarizer`` and ``bidensify.nn.bypass``.
+Where this differs from the paper's code, and why, is said in ``bidensify.nn.dab`` and ``bidensify.nn.bypass``.
 """
 
 from __future__ import annotations

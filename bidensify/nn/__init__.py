@@ -1,19 +1,23 @@
-"""Binary layers and their parts. Knows nothing of methods or graphs; imports torch alone."""
+"""Binary layers and their parts: what a binary layer is. Knows nothing of methods, graphs or files."""
 
 from __future__ import annotations
 
-from bidensify.nn.activation import ByWidth, RPReLU
-from bidensify.nn.binarizer import ActivationBinarizer, DistributionAdaptiveBinarizer, SignBinarizer
+from bidensify.exact import Affine, Pointwise
+from bidensify.nn.binary_layer import BinaryLayer, binary_layers, make_binary, set_binarization, state_of
 from bidensify.nn.bypass import Bypass, fusion, fusion_down, fusion_matrix, fusion_up
 from bidensify.nn.calibration import calibrate
-from bidensify.nn.conv import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-from bidensify.nn.layer import BinaryLayer, binary_layers, make_binary, set_binarization
+from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, set_progress
+from bidensify.nn.dab import DistributionAdaptiveBinarizer
+from bidensify.nn.layers import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.nn.norm import BatchNormLast
-from bidensify.nn.ste import binarize_weight, clipped_sign, polynomial_sign, sign, threshold_sign
+from bidensify.nn.rprelu import ByWidth, RPReLU
+from bidensify.nn.signs import SignBinarizer
+from bidensify.nn.ste import Estimator, binarize_weight, clipped_sign, estimator, polynomial_sign, sign, threshold_sign
 from bidensify.nn.weight import WeightBinarizer
 
 __all__ = [
     "ActivationBinarizer",
+    "Affine",
     "BatchNormLast",
     "BiDenseConv2d",
     "BiDenseConvTranspose2d",
@@ -22,6 +26,9 @@ __all__ = [
     "ByWidth",
     "Bypass",
     "DistributionAdaptiveBinarizer",
+    "Estimator",
+    "FrozenLayer",
+    "Pointwise",
     "RPReLU",
     "SignBinarizer",
     "WeightBinarizer",
@@ -29,6 +36,7 @@ __all__ = [
     "binary_layers",
     "calibrate",
     "clipped_sign",
+    "estimator",
     "fusion",
     "fusion_down",
     "fusion_matrix",
@@ -36,6 +44,8 @@ __all__ = [
     "make_binary",
     "polynomial_sign",
     "set_binarization",
+    "set_progress",
     "sign",
+    "state_of",
     "threshold_sign",
 ]

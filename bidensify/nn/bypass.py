@@ -7,11 +7,15 @@ divides the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bidensify.exact.definition import fusion_down_in_order
+from bidensify.nn.contract import Declares
 
 __all__ = ["Bypass", "fusion", "fusion_down", "fusion_matrix", "fusion_up"]
 
@@ -93,19 +97,6 @@ def fusion(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
     return fusion_down(x, out_channels, dim)
 
 
-def contiguous_fusion_down(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
-    """Averages runs of neighbouring channels (sizes as equal as they can be): the alternative that is compared.
-
-    Args:
-        x: (N, C, ...) with C on ``dim``.
-        out_channels: at most C.
-        dim: the channel dimension.
-    """
-    dim = _check("contiguous_fusion_down", x, out_channels, dim)
-    parts = torch.tensor_split(x, out_channels, dim)
-    return torch.cat([part.mean(dim, keepdim=True) for part in parts], dim)
-
-
 def fusion_matrix(in_channels: int, out_channels: int) -> Tensor:
     """The fusion as a matrix (out_channels, in_channels) whose rows sum to 1."""
     return fusion(torch.eye(in_channels, dtype=torch.float64), out_channels, dim=1).T
@@ -122,7 +113,7 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-class Bypass(nn.Module):
+class Bypass(Declares, nn.Module):
     """CFB for any geometry: (N, C_in, H, W) -> (N, C_out, H', W') with H', W' as the layer's own output has.
 
     * stride 1 "same" (dilated too): identity in space;
@@ -133,6 +124,8 @@ class Bypass(nn.Module):
 
     Channels go through ``fusion_up`` / ``fusion_down``. There are no parameters and no buffers.
     """
+
+    declarations: ClassVar[Mapping[str, tuple[str, ...]]] = {"exact": ("forward", "to_size", "averages")}
 
     def __init__(
         self,
@@ -145,11 +138,8 @@ class Bypass(nn.Module):
         *,
         transposed: bool = False,
         dim: int = 1,
-        grouping: str = "interleaved",
     ) -> None:
         super().__init__()
-        if grouping not in ("interleaved", "contiguous"):
-            raise ValueError(f"Bypass: grouping={grouping!r} must be 'interleaved' or 'contiguous'")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = _pair(kernel_size, "kernel_size")
@@ -165,7 +155,6 @@ class Bypass(nn.Module):
             self.padding = _pair(padding, "padding")
         self.transposed = transposed
         self.dim = dim
-        self.grouping = grouping
 
     def to_size(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """The spatial part alone: (N, C, H, W) -> (N, C, H', W')."""
@@ -229,9 +218,7 @@ class Bypass(nn.Module):
                 f"Bypass: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
                 f"{tuple(x.shape)}), the layer was made for {self.in_channels}"
             )
-        if self.grouping == "contiguous" and self.out_channels < self.in_channels:
-            x = contiguous_fusion_down(x, self.out_channels, self.dim)
-        elif self.out_channels < self.in_channels:
+        if self.out_channels < self.in_channels:
             # Fewer channels first: the spatial part then reads less.
             x = fusion_down(x, self.out_channels, self.dim)
         return self.after_fusion_down(x, size)
@@ -243,6 +230,30 @@ class Bypass(nn.Module):
         if self.out_channels > self.in_channels:
             x = fusion_up(x, self.out_channels, self.dim)
         return x
+
+    def exact(self, x: Tensor, size: Sequence[int]) -> Tensor | None:
+        """``forward`` in the order of the definition (``bidensify.exact``): averages over space, then over channels.
+
+        Args:
+            x: (N, C_in, H, W) float32; a bypass over the last dimension is taken for the pointwise one that it is.
+            size: (H', W').
+
+        Returns:
+            (N, C_out, H', W') float32; ``x`` itself where nothing is to be done.
+        """
+        channels, out = self.in_channels, self.out_channels
+        averaged = self.dim == 1 and self.averages(x.shape[-2:], size)
+        if out < channels and not averaged:
+            # Picking positions commutes with averaging channels, and less is picked this way.
+            x = fusion_down_in_order(x, out)
+        if self.dim == 1:
+            x = self.to_size(x, size)
+        if out < channels:
+            return fusion_down_in_order(x, out)
+        copies, rest = divmod(out, channels)
+        if copies == 1 and rest == 0:
+            return x
+        return torch.cat([x] * copies + ([fusion_down_in_order(x, rest)] if rest else []), 1)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}"

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from bidensify.errors import ConfigError
-from bidensify.nn.binarizer import statistics_dtype
-from bidensify.nn.layer import binary_layers
+from bidensify.nn.binary_layer import binary_layers
+from bidensify.nn.dab import statistics_dtype
 
 __all__ = ["calibrate"]
 

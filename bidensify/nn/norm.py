@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bidensify.exact.fold import Affine, batch_norm
+from bidensify.nn.contract import Declares
+
 __all__ = ["BatchNormLast", "make_norm"]
 
 
-class BatchNormLast(nn.BatchNorm1d):
+class BatchNormLast(Declares, nn.BatchNorm1d):
     """BatchNorm over the last dimension: (..., C), statistics over all other dimensions."""
+
+    def folded(self) -> Affine | None:
+        """Scale and shift by the running statistics."""
+        return batch_norm(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)

@@ -2,20 +2,82 @@
 
 Everywhere sign(0) = +1 (and sign(-0.0) = +1): a third state cannot be packed into one bit.
 
-Sources: Bi-Real Net (Liu et al., ECCV 2018, eq. 6) for the piecewise polynomial; Binarized Neural Networks
-(Hubara et al., NeurIPS 2016, eq. 4) for the clipped identity; XNOR-Net (Rastegari et al., ECCV 2016) for the
-per-output-channel scale.
+An estimator is what stands for the derivative of sign(u) in the backward pass, u the input less its threshold:
+
+=============  ==========================  ==========================================================================
+clipped        1[abs(u) <= 1]              Binarized Neural Networks (Hubara et al., NeurIPS 2016, eq. 4)
+strict         1[abs(u) < 1]               XNOR-Net's code (Rastegari et al., ECCV 2016)
+polynomial     2 max(0, 1 - abs(u))        Bi-Real Net (Liu et al., ECCV 2018, eq. 6)
+tanh           k t (1 - tanh(t u)^2)       IR-Net (Qin et al., CVPR 2020, eq. 8): t and k follow the training's progress
+identity       1                           DoReFa-Net (Zhou et al., 2016)
+=============  ==========================  ==========================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["binarize_weight", "clipped_sign", "polynomial_sign", "sign", "threshold_sign"]
+from bidensify._util.names import near
+from bidensify.errors import ConfigError
+
+__all__ = [
+    "Estimator",
+    "binarize_weight",
+    "clipped_sign",
+    "estimator",
+    "polynomial_sign",
+    "sign",
+    "threshold_sign",
+]
+
+_WINDOWS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "clipped": lambda u, k, t: (u.abs() <= 1).to(u.dtype),
+    "strict": lambda u, k, t: (u.abs() < 1).to(u.dtype),
+    # d/du of 2u + u^2 on [-1, 0) and 2u - u^2 on [0, 1), and 0 outside.
+    "polynomial": lambda u, k, t: u.abs().neg_().add_(1).clamp_(min=0).mul_(2),
+    "tanh": lambda u, k, t: (u * t).tanh_().square_().neg_().add_(1).mul_(k * t),
+    "identity": lambda u, k, t: torch.ones_like(u),
+}
+
+
+@dataclass
+class Estimator:
+    """An estimator by name; ``k`` and ``t`` are of "tanh" alone."""
+
+    name: str
+    k: float = 1.0
+    t: float = 1.0
+
+    def window(self, u: Tensor) -> Tensor:
+        """What stands for the derivative of sign at ``u``. Shape: any, kept."""
+        return _WINDOWS[self.name](u, self.k, self.t)
+
+    def set_progress(self, fraction: float) -> None:
+        """Of "tanh": t = 10^(-3 + 4 fraction), k = max(1 / t, 1): from the identity to the sign's own derivative."""
+        if self.name == "tanh":
+            self.t = 10.0 ** (-3 + 4 * fraction)
+            self.k = max(1 / self.t, 1.0)
+
+
+def estimator(ste: str | Estimator) -> Estimator:
+    """An estimator of a name, at the beginning of training; one that is given is copied.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if isinstance(ste, Estimator):
+        return replace(ste)
+    if ste not in _WINDOWS:
+        raise ConfigError(f"ste={ste!r} is no estimator{near(ste, _WINDOWS)}")
+    made = Estimator(ste)
+    made.set_progress(0.0)
+    return made
 
 
 def sign(x: Tensor) -> Tensor:
@@ -37,82 +99,100 @@ class _ThresholdSign(torch.autograd.Function):
     """alpha * sign(x - beta); keeps only x (already alive), beta and alpha for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Tensor, alpha: Tensor, polynomial: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, beta: Tensor, alpha: Tensor, name: str, k: float, t: float) -> Tensor:
         ctx.save_for_backward(x, beta, alpha)
-        ctx.polynomial = polynomial
+        ctx.ste = name, k, t
         return torch.copysign(alpha, _above(x, beta))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, beta, alpha = ctx.saved_tensors
+        name, k, t = ctx.ste
         shifted = _above(x, beta)
         grad_alpha = None
         if ctx.needs_input_grad[2]:
             signs = torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), shifted)
             grad_alpha = signs.mul_(grad).sum_to_size(alpha.shape)
-        distance = shifted.abs_()
-        if ctx.polynomial:
-            # d/dx of 2x + x^2 on [-1, 0) and 2x - x^2 on [0, 1) is 2 * (1 - |x|), and 0 outside.
-            window = distance.neg_().add_(1).clamp_(min=0)
-            grad_x = window.mul_(grad).mul_(2 * alpha)
-        else:
-            grad_x = torch.where(distance <= 1, grad, grad.new_zeros(())).mul_(alpha)
+        grad_x = _WINDOWS[name](shifted, k, t).mul_(grad).mul_(alpha)
         grad_beta = None
         if ctx.needs_input_grad[1]:
             # sum_to_size gives grad_x itself where the shapes are equal: not in place.
             grad_beta = grad_x.sum_to_size(beta.shape).neg()
-        return (grad_x if ctx.needs_input_grad[0] else None), grad_beta, grad_alpha, None
+        return (grad_x if ctx.needs_input_grad[0] else None), grad_beta, grad_alpha, None, None, None
 
 
-def threshold_sign(x: Tensor, beta: Tensor, alpha: Tensor, *, polynomial: bool = True) -> Tensor:
+def threshold_sign(x: Tensor, beta: Tensor, alpha: Tensor, *, ste: str | Estimator = "polynomial") -> Tensor:
     """alpha * sign(x - beta), differentiable in all three.
 
-    Forward: ``alpha`` where x >= beta, ``-alpha`` elsewhere. Backward: to x through the Bi-Real polynomial window
-    2 * max(0, 1 - |x - beta|) (``polynomial=True``) or through 1[|x - beta| <= 1]; to beta with the opposite sign,
-    summed over what it was broadcast to; to alpha exactly.
+    Forward: ``alpha`` where x >= beta, ``-alpha`` elsewhere. Backward: to x through the estimator at x - beta, times alpha; to
+    beta with the opposite sign, summed over what it was broadcast to; to alpha exactly.
 
     Args:
         x: any shape.
         beta: thresholds, broadcastable to ``x``, same dtype.
         alpha: positive scale, broadcastable to ``x``, same dtype.
-        polynomial: the estimator's window.
+        ste: the estimator.
     """
-    result: Tensor = _ThresholdSign.apply(x, beta, alpha, polynomial)
+    ste = ste if isinstance(ste, Estimator) else estimator(ste)
+    result: Tensor = _ThresholdSign.apply(x, beta, alpha, ste.name, ste.k, ste.t)
     return result
 
 
 def polynomial_sign(x: Tensor) -> Tensor:
     """sign(x) with the Bi-Real estimator: gradient 2 * max(0, 1 - |x|). Shape: any, kept."""
-    return threshold_sign(x, x.new_zeros(()), x.new_ones(()), polynomial=True)
+    return threshold_sign(x, x.new_zeros(()), x.new_ones(()), ste="polynomial")
 
 
 def clipped_sign(x: Tensor) -> Tensor:
     """sign(x) with the clipped identity: gradient 1[|x| <= 1]. Shape: any, kept."""
-    return threshold_sign(x, x.new_zeros(()), x.new_ones(()), polynomial=False)
+    return threshold_sign(x, x.new_zeros(()), x.new_ones(()), ste="clipped")
 
 
 class _BinarizeWeight(torch.autograd.Function):
-    """scale * sign(w), keeping the latent weight itself and the scale only."""
+    """scale * sign(w) (+ offset), keeping the latent weight itself and the scale only."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, signs: Tensor | None, scale: Tensor, offset: Tensor | None, name: str, k: float, t: float,
+        scaled: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight, scale)
-        return torch.copysign(scale, weight + 0.0)
+        ctx.ste, ctx.scaled = (name, k, t), scaled
+        binary = torch.copysign(scale, weight + 0.0) if signs is None else signs * scale
+        return binary if offset is None else binary + offset
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return torch.where(weight.abs() <= 1, grad * scale, grad.new_zeros(())), None
+        name, k, t = ctx.ste
+        window = _WINDOWS[name](weight, k, t)
+        grad = grad * scale if ctx.scaled else grad
+        # What the window leaves out is 0, whatever the gradient is there.
+        return torch.where(window == 0, window, window * grad), *(None,) * 7
 
 
-def binarize_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """scale * sign(weight). The scale takes no gradient; the weight's is grad * scale * 1[|weight| <= 1].
+def binarize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    signs: Tensor | None = None,
+    offset: Tensor | None = None,
+    ste: str | Estimator = "clipped",
+    ste_scaled: bool = True,
+) -> Tensor:
+    """scale * sign(weight) + offset. Scale and offset take no gradient; the weight's is grad * window(weight) (* scale).
 
     Args:
         weight: latent weight, any shape.
         scale: non-negative, broadcastable to ``weight``.
+        signs: -1 and +1 in place of the weight's own signs.
+        offset: broadcastable to ``weight``, or None for 0.
+        ste: the estimator.
+        ste_scaled: whether the gradient is multiplied by the scale.
     """
-    result: Tensor = _BinarizeWeight.apply(weight, scale.detach())
+    ste = ste if isinstance(ste, Estimator) else estimator(ste)
+    offset = None if offset is None else offset.detach()
+    result: Tensor = _BinarizeWeight.apply(weight, signs, scale.detach(), offset, ste.name, ste.k, ste.t, ste_scaled)
     return result

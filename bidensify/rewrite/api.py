@@ -11,8 +11,8 @@ from torch import nn
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method
-from bidensify.nn import BinaryLayer
-from bidensify.nn.weight import copy_model
+from bidensify.nn import BinaryLayer, FrozenLayer
+from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.apply.model import apply_plan
 from bidensify.rewrite.check import check, second_size
 from bidensify.rewrite.plan.planner import make_plan
@@ -48,7 +48,7 @@ def _refuse(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, BinaryLayer):
             raise PlanError(f"{path}: the network is binary already; give the full-precision one")
-        if hasattr(module, "packed_facts"):
+        if isinstance(module, FrozenLayer):
             raise PlanError(f"{path}: the network is packed already; give the full-precision one")
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             raise PlanError(

@@ -12,8 +12,8 @@ from torch.fx.node import map_aggregate
 
 from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
-from bidensify.nn.flags import frozen_flags
-from bidensify.nn.weight import copy_model
+from bidensify.nn.modes import evaluation_flags
+from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorded import Record, specs, tensors_in
 from bidensify.rewrite.record.untouched import same_random_state, untouched
@@ -46,7 +46,7 @@ class _Counting:
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Any:
-    with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), same_random_state(model):
+    with torch.no_grad(), untouched(model, fake=fake), evaluation_flags(model), same_random_state(model):
         if not fake:
             return specs(model(*args, **kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -13,7 +13,7 @@ from torch import nn
 
 from bidensify._util.seeding import seeded
 from bidensify.errors import ConfigError, FormatError
-from bidensify.nn.weight import copy_model
+from bidensify.nn.used_weight import copy_model
 from bidensify.recipe.folder import RunResult
 from bidensify.recipe.load import load_recipe
 from bidensify.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bidensify.errors import ConfigError
-from bidensify.nn import binary_layers, calibrate, set_binarization
+from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
 from bidensify.recipe.schema import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.train.features import Features
@@ -63,7 +63,7 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
                 f"the {name}'s parameters are {dtype}, in which small steps are lost; call {name}.float(), and set "
                 "precision: bf16 for speed"
             )
-    if any(hasattr(module, "packed_facts") for module in student.modules()):
+    if state_of(student) == "packed":
         raise ConfigError(
             "the student is packed, and bits do not train; give the latent network that it was packed from"
         )

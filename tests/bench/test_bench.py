@@ -18,11 +18,11 @@ from bidensify.bench.cases import CASES, Case
 from bidensify.bench.int8 import installed_runtimes
 from bidensify.bench.memory import peak_memory
 from bidensify.bench.run import Row, render, run_bench
+from bidensify.deploy.backends import available_kernels
 from bidensify.errors import ConfigError
 from bidensify.models import build_model
-from bidensify.runtime import native
 
-KERNEL = native.available_kernels()[0]
+KERNEL = available_kernels()[0]
 SMALL = Case("3x3 8->8 at 6x6", "conv", (1, 8, 6, 6), 8, 3, 1, 1)
 
 

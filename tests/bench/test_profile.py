@@ -10,11 +10,11 @@ import bidensify
 from bidensify.bench import profile as profiles
 from bidensify.bench.profile import BETWEEN, PACKED, profile
 from bidensify.bench.run import render, run_bench
+from bidensify.deploy.backends import available_kernels
 from bidensify.errors import ConfigError
 from bidensify.models import build_model
-from bidensify.runtime import native
 
-KERNEL = native.available_kernels()[0]
+KERNEL = available_kernels()[0]
 
 
 class Clock:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import bidensify as bd
+from bidensify.deploy import packed_layers
 from bidensify.errors import ConfigError, FormatError, PlanError
 from bidensify.nn import BinaryLayer
-from bidensify.runtime import packed_layers
 
 transformers = pytest.importorskip("transformers")
 from zoo.transformers import MODELS  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bidensify.runtime import packed_layers
+from bidensify.deploy import packed_layers
 
 pytest.importorskip("transformers")
 TEXT = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")

@@ -106,7 +106,7 @@ def test_a_method_of_the_users_own() -> None:
         @bd.register_method("plain-sign", citation="none")
         def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
             return LayerParts(
-                SignBinarizer(spec.in_channels, spec.dim, polynomial=True),
+                SignBinarizer(spec.in_channels, spec.dim, ste="polynomial"),
                 WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
             )
 

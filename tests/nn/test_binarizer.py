@@ -93,11 +93,11 @@ def test_statistics_are_per_sample() -> None:
         torch.testing.assert_close(together[i : i + 1], layer(x[i : i + 1]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("polynomial", [True, False])
-def test_sign_binarizer(polynomial: bool) -> None:
+@pytest.mark.parametrize("ste", ["polynomial", "clipped"])
+def test_sign_binarizer(ste: str) -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    ours = SignBinarizer(3, polynomial=polynomial)(x)
-    theirs = (plain.bireal if polynomial else plain.clipped)(x)
+    ours = SignBinarizer(3, ste=ste)(x)
+    theirs = (plain.bireal if ste == "polynomial" else plain.clipped)(x)
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(x)
     got, want = gradients(ours, weight, [x]), gradients(theirs, weight, [x])

@@ -196,7 +196,5 @@ def test_errors_quote_what_was_given() -> None:
         Bypass(3, 3, 3, 1, "reflect")
     with pytest.raises(ValueError, match=r"kernel_size=\(1, 2, 3\) must be one integer or two"):
         Bypass(3, 3, (1, 2, 3))
-    with pytest.raises(ValueError, match=r"grouping='odd' must be 'interleaved' or 'contiguous'"):
-        Bypass(3, 3, grouping="odd")
     with pytest.raises(ValueError, match=r"has 4 channels on dimension 1 \(shape \(1, 4, 2, 2\)\), .* made for 3"):
         Bypass(3, 3)(torch.zeros(1, 4, 2, 2), (2, 2))

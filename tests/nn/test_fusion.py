@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bidensify.nn import fusion, fusion_down, fusion_matrix, fusion_up
-from bidensify.nn.bypass import contiguous_fusion_down
 
 LIMIT = 130
 
@@ -77,13 +76,6 @@ def test_gradient_is_the_transposed_matrix() -> None:
     for channels, out in ((6, 4), (4, 6), (8, 4), (4, 8), (5, 12)):
         x = torch.randn(2, channels, 3, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda t, o=out: fusion(t, o), (x,))
-
-
-@pytest.mark.parametrize(("channels", "out"), [(7, 3), (8, 4), (9, 9), (5, 1)])
-def test_contiguous_grouping(channels: int, out: int) -> None:
-    x = torch.randn(2, channels, 2, 2)
-    expected = np.stack([part.mean(1) for part in np.array_split(x.numpy(), out, axis=1)], 1)
-    np.testing.assert_allclose(contiguous_fusion_down(x, out).numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_errors_quote_what_was_given() -> None:

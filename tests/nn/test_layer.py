@@ -77,7 +77,7 @@ def plain_conv(layer: Any, x: torch.Tensor) -> torch.Tensor:
     a = plain.dab(x, binarizer.k.to(to), binarizer.b.to(to), binarizer.a.to(to), binarizer.act_scale)
     weight = layer.latent_weight.to(to)
     if layer.weight_binarizer.transposed:
-        scale = layer.weight_binarizer.scale(weight)
+        scale = layer.weight_binarizer.like(layer.weight_binarizer.channel_scale(weight), weight)
     else:
         scale = weight.detach().abs().mean((1, 2, 3), keepdim=True)
     layer_weight = scale * plain.clipped(weight)
@@ -314,7 +314,8 @@ def test_exchanged_class_keeps_the_forward_of_the_class_below() -> None:
     assert type(layer) is make_binary(PaddedConv)
     assert type(layer).__name__ == "BinaryPaddedConv"
     x = torch.randn(2, 4, 9, 9)
-    signs, scale = layer.binary_weight()
+    signs, scale, offset = layer.binary_weight()
+    assert offset is None
     assert torch.equal(signs, sign(reference.weight))
     reference.weight.data = signs * scale.view(-1, 1, 1, 1)
     torch.testing.assert_close(layer.conv_only(x), reference(x))

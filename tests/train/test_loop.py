@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from bidensify.deploy import pack
 from bidensify.errors import ConfigError, DataError, FormatError, TrainingError
 from bidensify.recipe import evaluate, finetune
-from bidensify.runtime import pack
 from bidensify.train.loaders import training_loader
 
 

@@ -16,7 +16,7 @@ from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, RPReLU, make_binary
-from bidensify.nn.weight import used_weight
+from bidensify.nn.used_weight import used_weight
 from bidensify.rewrite.apply.norms import centre, new_norm, taken_norm
 from bidensify.rewrite.blocks.edit import apply_edits
 from bidensify.rewrite.blocks.generated import become, without_hooks
@@ -136,14 +136,13 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
         holder._parameters[name] = None
     bypass = None
     if layer.bypass:
-        grouping = config.fusion_grouping
         if isinstance(module, nn.modules.conv._ConvNd):
             bypass = Bypass(
                 layer.in_channels, layer.out_channels, module.kernel_size, module.stride, module.padding,
-                module.dilation, transposed=layer.kind == "conv_transpose2d", grouping=grouping,
+                module.dilation, transposed=layer.kind == "conv_transpose2d",
             )  # fmt: skip
         else:
-            bypass = Bypass(layer.in_channels, layer.out_channels, dim=-1, grouping=grouping)
+            bypass = Bypass(layer.in_channels, layer.out_channels, dim=-1)
     activation = None
     if layer.activation and method.activation is not None:
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)

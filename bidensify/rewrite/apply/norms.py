@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.nn import BatchNormLast, RPReLU
-from bidensify.nn.weight import pretrained_spread
+from bidensify.nn.used_weight import pretrained_spread
 from bidensify.rewrite.plan.kinds import is_frozen_norm
 from bidensify.rewrite.plan.schema import LayerPlan
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bidensify.nn.flags import frozen_flags
+from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.blocks.arguments import NotTraceable, bind, values_of
 from bidensify.rewrite.blocks.generated import unimportable
 from bidensify.rewrite.blocks.trace import trace_once
@@ -154,7 +154,7 @@ def _replay(
         return function(*values_of(varying, bound))
 
     replay = _Replay(fx.GraphModule(block, graph), names)
-    with torch.no_grad(), untouched(block), frozen_flags(block), same_random_state(block):
+    with torch.no_grad(), untouched(block), evaluation_flags(block), same_random_state(block):
         args, kwargs = _values(call, block)
         containers = _containers([args, kwargs])
         # Hooks of the block itself run around either forward.

@@ -7,6 +7,7 @@ import re
 import torch
 from torch import nn
 
+from bidensify.nn import FrozenLayer
 from bidensify.rewrite.plan.kinds import is_frozen_norm
 
 __all__ = ["is_leaf"]
@@ -39,8 +40,8 @@ def is_leaf(module: nn.Module) -> bool:
         nn.Embedding,
         nn.Identity,
     )
-    # A packed layer (it belongs to a package that this one does not import) counts itself.
-    if isinstance(module, leaf_bases) or hasattr(module, "packed_facts"):
+    # A packed layer counts itself.
+    if isinstance(module, (*leaf_bases, FrozenLayer)):
         return True
     if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
         return True

@@ -16,8 +16,8 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import PlanError
-from bidensify.nn.flags import frozen_flags
-from bidensify.nn.weight import WEIGHTED_FUNCTIONS, weight_argument
+from bidensify.exact.latent import WEIGHTED_FUNCTIONS, weight_argument
+from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
@@ -201,7 +201,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
-                with torch.no_grad(), untouched(model, fake=fake), frozen_flags(model), same_random_state(model):
+                with torch.no_grad(), untouched(model, fake=fake), evaluation_flags(model), same_random_state(model):
                     if fake:
                         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                             fake_args = _copy_to(args, mode.from_tensor)

@@ -1,0 +1,212 @@
+"""What a layer's parts say of themselves: the contract that training, evaluation, packing and kernels share.
+
+A part is an activation binarizer, a weight binarizer, a norm, an activation or a bypass. Training uses its differentiable
+``forward``; evaluation without gradients and packed layers use what it declares: ``codes``, ``stored``, ``folded``,
+``exact``. A declaration is true of the class that makes it: a subclass that changes what was declared, and declares nothing
+itself, has no declaration (``Declares``), so that nothing is ever evaluated as another network than was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.errors import ConfigError
+from bidensify.nn.ste import threshold_sign
+
+__all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "quiet", "set_progress"]
+
+
+def _undeclared(self: Any, *unused: Any) -> None:
+    """Nothing is declared: the part is called."""
+    return
+
+
+class Declares:
+    """A class whose methods named on the left of ``declarations`` describe those on the right.
+
+    A subclass that defines one on the right and not the one on the left has the latter exchanged for one that gives None.
+    """
+
+    declarations: ClassVar[Mapping[str, tuple[str, ...]]] = {"folded": ("forward",)}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, described in cls.declarations.items():
+            if name not in cls.__dict__ and any(each in cls.__dict__ for each in described):
+                setattr(cls, name, _undeclared)
+
+
+class Split(NamedTuple):
+    """What ``ActivationBinarizer.split`` gives.
+
+    Attributes:
+        binary: the binarized input.
+        passed: the bypass's input, or None for ``groups=0``.
+        source: what ``remake`` makes ``binary`` of, detached.
+        remake: gives ``binary`` again, so that it need not be kept for the backward pass.
+    """
+
+    binary: Tensor
+    passed: Tensor | None
+    source: Tensor
+    remake: Callable[[], Tensor]
+
+
+class FrozenLayer(nn.Module):
+    """Base of layers that hold bits and cannot be trained (packed layers)."""
+
+
+def quiet(module: nn.Module | None) -> bool:
+    """Whether nobody listens to ``module``, so that what it declares may stand for a call of it."""
+    return module is None or not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def set_progress(model: nn.Module, fraction: float) -> None:
+    """Tells every part that changes as training goes on how far it is.
+
+    Args:
+        model: a network with binary layers.
+        fraction: 0 at the first step, 1 at the end.
+
+    Raises:
+        ConfigError: ``fraction`` is outside 0..1.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ConfigError(f"set_progress: fraction={fraction!r} must be within 0 and 1")
+    for module in model.modules():
+        change = getattr(module, "set_progress", None)
+        if callable(change):
+            change(fraction)
+
+
+class ActivationBinarizer(nn.Module):
+    """Base of activation binarizers for (N, C, H, W) (``dim=1``) or (..., C) (``dim=-1``).
+
+    A subclass says with ``codes`` which two values it gives and where the threshold between them lies:
+    binarized x = high where x >= threshold, low elsewhere. A packed layer needs no more than that. It may define ``binarize``,
+    the differentiable forward, too; else that is ``codes`` behind the Bi-Real estimator. One that defines ``binarize`` alone
+    trains and is not packable.
+
+    Attributes:
+        enabled: False passes the input through (the stage that trains with float activations).
+        calibrating: True sets thresholds from what comes in, before they are used.
+        planes: bit planes of the result: value = middle + half * s1 with one.
+        work: elementwise operations per input element, as ``summary`` counts them.
+        packable, unpackable_reason: whether ``pack`` takes it, and why not.
+    """
+
+    work: int = 1
+    planes: int = 1
+    packable: bool = True
+    unpackable_reason: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__
+        changed = any(name in own for name in ("codes", "binarize", "forward"))
+        for name in ("stored", "split"):
+            if changed and name not in own:
+                setattr(cls, name, _undeclared)
+        if ("binarize" in own or "forward" in own) and "codes" not in own and "packable" not in own:
+            cls.packable = False
+            if "unpackable_reason" not in own:
+                cls.unpackable_reason = (
+                    f"{cls.__name__} has a forward of its own and does not say its codes(x) -> (threshold, low, high); define "
+                    "them to pack"
+                )
+        elif "codes" in own and "packable" not in own:
+            cls.packable, cls.unpackable_reason = True, ""
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__()
+        if dim not in (1, -1):
+            raise ValueError(f"{type(self).__name__}: dim={dim} must be 1 (channels first) or -1 (channels last)")
+        self.channels = channels
+        self.dim = dim
+        self.enabled = True
+        self.calibrating = False
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(threshold, low, high), each broadcastable to ``x`` and in its dtype.
+
+        A threshold per sample and channel at the finest, values per sample; anything finer can be trained, not packed.
+        """
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor] | None:
+        """The codes as parameters that packed layers hold and kernels know, or None: this part is kept and asked.
+
+        Among "k", "b" ((C,) each: threshold k * mean(x) + b), "a" (one element: values -+exp(a * (mean|x - threshold| - 1)))
+        and "levels" ((2,): low and high, constant); without "a" and "levels" the values are -1 and +1.
+        """
+        return None
+
+    def split(self, x: Tensor, groups: int, owned: bool) -> Split | None:
+        """``binarize`` and the bypass's view of ``x`` in one pass of a training kernel, or None where there is none for it.
+
+        Args:
+            x: the input.
+            groups: 0; or C, which hands ``x`` on; or fewer, which gives ``fusion_down(x, groups)``.
+            owned: nothing else will see the binarized input's gradient, which may be overwritten.
+        """
+        return None
+
+    def binarize(self, x: Tensor) -> Tensor:
+        """The differentiable binarization of ``x``."""
+        threshold, low, high = self.codes(x)
+        return threshold_sign(x, threshold, (high - low) / 2) + (high + low) / 2
+
+    def calibrate(self, x: Tensor) -> None:
+        """Sets thresholds from one batch of inputs; without thresholds there is nothing to set."""
+
+    def begin_calibration(self) -> None:
+        """Forgets earlier calibration batches and starts listening."""
+        self.calibrating = True
+        self._samples: Tensor | None = None
+        self._thinned = 1
+
+    def end_calibration(self) -> None:
+        """Stops listening."""
+        self.calibrating = False
+        self._samples = None
+
+    def set_progress(self, fraction: float) -> None:
+        """Called as training goes on, with 0 at its first step and 1 at its end."""
+
+    def _spatial(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions that statistics are taken over: all but the sample's and the channel's."""
+        if self.dim == 1:
+            return tuple(range(2, x.dim()))
+        return tuple(range(1, x.dim() - 1))
+
+    def _shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """A parameter of (C,) elements, broadcastable to ``x``."""
+        return parameter.reshape(-1) if self.dim == -1 else parameter.reshape(1, -1, *([1] * (x.dim() - 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__}: the input has shape {tuple(x.shape)}; statistics are per sample, so give a batch"
+            )
+        if x.shape[self.dim] != self.channels:
+            raise ValueError(
+                f"{type(self).__name__}: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
+                f"{tuple(x.shape)}), the layer was made for {self.channels}"
+            )
+        if self.calibrating:
+            with torch.no_grad():
+                self.calibrate(x)
+        return self.binarize(x) if self.enabled else x
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "")

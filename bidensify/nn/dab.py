@@ -1,0 +1,192 @@
+"""The distribution-adaptive binarizer (DAB): a threshold per channel and a scale per sample, from the sample's own statistics.
+
+Source: BiDense (arXiv 2411.10346), section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.kernels import autograd
+from bidensify.kernels import training_ops as ops
+from bidensify.kernels.dense import dense, supports
+from bidensify.nn.contract import ActivationBinarizer, Split
+from bidensify.nn.ste import threshold_sign
+
+__all__ = ["DistributionAdaptiveBinarizer", "mixing_threshold", "statistics_dtype"]
+
+_CALIBRATION_SAMPLES = 4096
+# Values of a channel that differ by less, relative to its largest, are one value summed in different orders.
+_ROUNDING = 1e-6
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32 for half precision, else the dtype of ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def mixing_threshold(values: Tensor) -> Tensor:
+    """Per-row thresholds that split each row's values as evenly as their ties allow.
+
+    A threshold lies midway between two values of the row, so that rounding moves none of them across it.
+
+    Args:
+        values: (C, n).
+
+    Returns:
+        (C,): the cut nearest the row's middle; the value itself in a row of one value.
+    """
+    ordered = values.float().sort(dim=1).values
+    count = ordered.shape[1]
+    if count == 1:
+        return ordered[:, 0]
+    low, high = ordered[:, :-1], ordered[:, 1:]
+    distinct = high - low > _ROUNDING * ordered.abs().amax(1, keepdim=True)
+    distinct = torch.where(distinct.any(1, keepdim=True), distinct, high > low)
+    above = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=values.device)
+    cut = torch.where(distinct, (2 * above - count).abs(), 2 * count).argmin(1, keepdim=True)
+    start, end = low.gather(1, cut).squeeze(1), high.gather(1, cut).squeeze(1)
+    middle = start + (end - start) / 2
+    return torch.where(middle > start, middle, end)
+
+
+class DistributionAdaptiveBinarizer(ActivationBinarizer):
+    """DAB: beta_c = k_c * mean(x_c) + b_c; s = x - beta; output alpha * sign(s), alpha = exp(a * (mean|s| - 1)).
+
+    Means are per sample; mean(x_c) over space, mean|s| over channels and space (``per_tensor``) or over space alone
+    (``per_channel``). The statistics take no gradient; k, b and a learn. STE: the Bi-Real polynomial.
+
+    Args:
+        channels: C.
+        act_scale: "per_tensor" (one alpha per sample, which leaves the popcount sum), "per_channel" (as in the
+            paper's code; can be trained and compared, not packed) or "none" (alpha = 1).
+        dim: 1 for (N, C, H, W), -1 for (N, tokens..., C).
+
+    Shape: kept. ``k`` and ``b`` are (1, C, 1, 1) for ``dim=1`` and (C,) for ``dim=-1``; ``a`` is a scalar.
+    """
+
+    # The sum of the mean, the shift, the sum of distances, the comparison.
+    work = 4
+
+    def __init__(self, channels: int, act_scale: str = "per_tensor", dim: int = 1) -> None:
+        super().__init__(channels, dim)
+        if act_scale not in ("per_tensor", "per_channel", "none"):
+            raise ValueError(f"act_scale={act_scale!r} must be 'per_tensor', 'per_channel' or 'none'")
+        self.act_scale = act_scale
+        shape = (1, channels, 1, 1) if dim == 1 else (channels,)
+        self.k = nn.Parameter(torch.randn(shape) * 1e-3)
+        self.b = nn.Parameter(torch.zeros(shape))
+        self.a = nn.Parameter(torch.randn(()) * 1e-3)
+        if act_scale == "none":
+            self.a.requires_grad_(False)
+
+    @property
+    def packable(self) -> bool:  # type: ignore[override]
+        """Whether one alpha per sample leaves the popcount sum."""
+        return self.act_scale != "per_channel"
+
+    @property
+    def unpackable_reason(self) -> str:  # type: ignore[override]
+        """Why ``pack`` refuses, or an empty string."""
+        if self.packable:
+            return ""
+        return (
+            'act_scale="per_channel" keeps one alpha per input channel inside the sum over channels, which a popcount '
+            'cannot weigh; train with act_scale="per_tensor" (or "none") to pack'
+        )
+
+    def _mean(self, x: Tensor) -> Tensor:
+        spatial = self._spatial(x)
+        dtype = statistics_dtype(x)
+        return x.detach().mean(spatial, keepdim=True, dtype=dtype) if spatial else x.detach().to(dtype)
+
+    def _threshold(self, x: Tensor) -> Tensor:
+        k, b = self._shaped(self.k, x), self._shaped(self.b, x)
+        mean = self._mean(x)
+        return (k.to(mean.dtype) * mean + b.to(mean.dtype)).to(x.dtype)
+
+    def _scale(self, shifted: Tensor) -> Tensor:
+        if self.act_scale == "none":
+            return shifted.new_ones(())
+        if self.act_scale == "per_tensor":
+            dims: tuple[int, ...] = tuple(range(1, shifted.dim()))
+        else:
+            dims = self._spatial(shifted)
+        dtype = statistics_dtype(shifted)
+        if not dims:
+            distance = shifted.abs().to(dtype)
+        else:
+            count = 1
+            for d in dims:
+                count *= shifted.shape[d]
+            distance = torch.linalg.vector_norm(shifted, 1, dims, keepdim=True, dtype=dtype) / count
+        return torch.exp(self.a.to(dtype) * (distance - 1)).to(shifted.dtype)
+
+    def native(self, x: Tensor) -> bool:
+        """Whether the training kernels compute this layer for ``x``."""
+        return supports(x) and self.k.dtype == torch.float32 and x.dim() > 1
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.native(x):
+            return self._native_codes(dense(x, self.dim))
+        with torch.no_grad():
+            beta = self._threshold(x)
+            alpha = self._scale(x - beta)
+        return beta, -alpha, alpha
+
+    @torch.no_grad()
+    def _native_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = ops.dab_statistics(x, self.k, self.b, self.a, ops.SCALES[self.act_scale], self.dim)
+        n, ones = x.shape[0], [1] * (x.dim() - 2)
+        per_channel = (n, self.channels, *ones) if self.dim == 1 else (n, *ones, self.channels)
+        beta = statistics[1].view(per_channel).to(x.dtype)
+        if self.act_scale == "per_channel":
+            alpha = statistics[3].view(per_channel).to(x.dtype)
+        else:
+            alpha = statistics[3].flatten()[:n].view(n, 1, *ones).to(x.dtype)
+        return beta, -alpha, alpha
+
+    def stored(self) -> dict[str, Tensor] | None:
+        """k, b and, with one alpha per sample, a."""
+        if self.act_scale == "per_channel":
+            return None
+        found: dict[str, Tensor] = {"k": self.k, "b": self.b}
+        return found if self.act_scale == "none" else {**found, "a": self.a}
+
+    def split(self, x: Tensor, groups: int, owned: bool) -> Split | None:
+        if not self.native(x):
+            return None
+        x = dense(x, self.dim)
+        y, passed, statistics = self._dab(x, groups, owned)
+        source, scale = x.detach(), ops.SCALES[self.act_scale]
+        return Split(y, passed if groups else None, source, lambda: ops.dab_again(source, statistics, scale, self.dim))
+
+    def _dab(self, x: Tensor, groups: int, owned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return autograd.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim, owned)
+
+    def binarize(self, x: Tensor) -> Tensor:
+        if self.native(x):
+            return self._dab(dense(x, self.dim), 0)[0]
+        beta = self._threshold(x)
+        with torch.no_grad():
+            shifted = x - beta
+        alpha = self._scale(shifted)
+        return threshold_sign(x, beta, alpha)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Sets b so that each channel has +1 and -1 on what came in since calibration began, ``x`` included."""
+        moved = x.movedim(self.dim, 0).flatten(1)
+        rest = (self._shaped(self.k, x).float() * self._mean(x)).expand_as(x).movedim(self.dim, 0).flatten(1)
+        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES) * self._thinned
+        values = moved[:, ::step].float() - rest[:, ::step]
+        if self._samples is not None:
+            values = torch.cat([self._samples, values], 1)
+        while values.shape[1] > 2 * _CALIBRATION_SAMPLES:
+            # Later calls are thinned as much, so that each weighs the same.
+            values, self._thinned = values[:, ::2], 2 * self._thinned
+        self._samples = values
+        self.b.copy_(mixing_threshold(values).reshape(self.b.shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act_scale={self.act_scale!r}"

@@ -1,0 +1,190 @@
+"""The torch.library operator: opcheck, torch.compile and torch.export of packed models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bidensify.deploy import operator, pack
+from bidensify.deploy.backends import available_kernels
+from bidensify.deploy.freeze import freeze
+from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import network, relative, settle
+
+KERNELS = available_kernels()
+
+
+@pytest.mark.parametrize("kernel", [KERNELS[0], "reference"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: BiDenseConv2d(16, 24, 3, 2, 1), (2, 16, 9, 8)),
+        (lambda: BiDenseConvTranspose2d(16, 8, 2, 2), (1, 16, 4, 5)),
+        (lambda: BiDenseConv2d(16, 16, 3, padding=1, groups=16), (1, 16, 6, 6)),
+    ],
+)
+def test_opcheck(make: object, shape: tuple[int, ...], kernel: str) -> None:
+    packed = freeze(settle(make()))  # type: ignore[operator]
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    arguments = (x, packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, kernel)
+    torch.library.opcheck(torch.ops.bidensify.packed_conv2d.default, arguments)
+
+
+def test_compile_agrees_with_eager() -> None:
+    packed = pack(network())
+    x = torch.randn(1, 3, 12, 12)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative(compiled(x), packed(x)) < 1e-5
+
+
+def test_export_keeps_the_operator_and_a_dynamic_size() -> None:
+    packed = pack(network())
+    x = torch.randn(2, 3, 16, 12)
+    height, width = torch.export.Dim("height", min=4, max=512), torch.export.Dim("width", min=4, max=512)
+    # The strided layer and the 2x2 upsampling meet again at even sizes only.
+    dynamic = {"input": {2: 2 * height, 3: 2 * width}}
+    exported = torch.export.export(packed, (x,), dynamic_shapes=dynamic)
+    calls = [node for node in exported.graph.nodes if "packed_conv2d" in str(node.target)]
+    assert len(calls) == 2
+    other = torch.randn(2, 3, 24, 20)
+    with torch.no_grad():
+        assert relative(exported.module()(x), packed(x)) < 1e-5
+        assert relative(exported.module()(other), packed(other)) < 1e-5
+
+
+def test_linear_under_compile() -> None:
+    packed = pack(settle(BiDenseLinear(16, 24)))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert relative(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), packed(x)) < 1e-5
+
+
+def test_fake_tensors_have_the_right_shape_and_order() -> None:
+    packed = pack(network())
+    with torch.device("meta"):
+        x = torch.empty(1, 3, 10, 14)
+    y = packed.to("meta")(x)
+    assert isinstance(y, Tensor)
+    assert y.shape == (1, 4, 10, 14)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_changes_nothing_inside_a_layer(kernel: str) -> None:
+    # 9 * 70 products: a sum past 256 is no longer exact in bfloat16.
+    packed = freeze(settle(BiDenseConv2d(70, 24, 3, padding=1)), kernel=kernel)
+    x = torch.randn(1, 70, 6, 7) + 1
+    with torch.no_grad():
+        want = packed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), want)
+
+
+def test_inductor_compiles_a_packed_network() -> None:
+    packed = pack(network())
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        assert relative(torch.compile(packed, fullgraph=True)(x), packed(x)) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["CUDA", "MPS", "XPU"])
+def test_devices_without_kernels_run_the_path_that_is_tested_here(key: str) -> None:
+    name = "bidensify::packed_conv2d"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    # The same function, on tensors of this machine: what a device computes but for its own convolution.
+    for make, shape in (
+        (lambda: BiDenseConv2d(40, 24, 3, 2, 1, groups=2), (2, 40, 9, 8)),
+        (lambda: BiDenseConv2d(33, 33, 5, padding=2, groups=33), (1, 33, 9, 8)),
+        (lambda: BiDenseConvTranspose2d(16, 8, 3, 2, 1, 1), (1, 16, 4, 5)),
+    ):
+        packed = freeze(settle(make()))
+        x = torch.randn(shape)
+        arguments = (packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, "auto")
+        with torch.no_grad():
+            want = packed(x)
+            assert torch.equal(operator.reference_operator(x, *arguments), want)
+        on_meta = (value.to("meta") if isinstance(value, Tensor) else value for value in arguments)
+        y = operator.reference_operator(x.to("meta"), *on_meta)  # type: ignore[arg-type]
+        assert y.shape == want.shape
+        assert y.stride() == want.stride()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu() -> None:
+    packed = pack(network())
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        want = packed(x)
+        assert relative(packed.cuda()(x.cuda()).cpu(), want) < 1e-3
+
+
+NAME = "packed_conv2d"
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_whoever_watches_operators_sees_packed_ones(whole: bool) -> None:
+    packed: nn.Module = pack(network()) if whole else freeze(settle(BiDenseConv2d(3, 16, 3, padding=1)))
+    x = torch.randn(1, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = packed(x)
+        for mode in (_Functions(), _Dispatched()):
+            with mode:
+                assert torch.equal(packed(x), want)
+            assert any(NAME in name for name in mode.seen), type(mode).__name__
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            packed(x)
+        assert any(NAME in event.key for event in profile.key_averages())
+        graph = make_fx(packed)(x).graph
+        assert any(NAME in str(node.target) for node in graph.nodes)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert packed(fake.from_tensor(x)).shape == want.shape
+        assert torch.equal(torch.func.vmap(lambda v: v * 1)(packed(x)), want)
+
+
+@pytest.mark.skipif(KERNELS[0] == "reference", reason="no kernels on this machine")
+def test_where_nobody_watches_the_dispatcher_is_left_out() -> None:
+    layer = settle(BiDenseConv2d(16, 16, 3, padding=1))
+    packed = freeze(layer)
+    x = torch.randn(1, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    arguments = (x, packed.tiles, packed.side)
+    through = torch.ops.bidensify.packed_conv2d(*arguments, packed.spec.to_ints(), None, None, None, "auto")
+    straight = operator.direct(*arguments, packed.spec, "auto")
+    assert straight is not None
+    assert torch.equal(straight, through)
+    assert operator.direct(x, packed.tiles, packed.side, packed.spec, "reference") is None
+    assert operator.direct(x.double(), packed.tiles, packed.side, packed.spec, "auto") is None
+    wanting = x.clone().requires_grad_()
+    assert operator.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is None
+    with torch.no_grad():
+        assert operator.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is not None
