@@ -1,8 +1,10 @@
-"""Binarization methods: one file each, and a registry."""
+"""Binarization methods: one file each, and a registry. A file that is put into this folder is a method."""
 
 from __future__ import annotations
 
-from bidensify.methods import bidense, bnn
+import importlib
+import pkgutil
+
 from bidensify.methods.registry import LayerParts, LayerSpec, Method, available_methods, get_method, register_method
 
 __all__ = [
@@ -10,8 +12,9 @@ __all__ = [
     "LayerSpec",
     "Method",
     "available_methods",
-    "bidense",
-    "bnn",
     "get_method",
     "register_method",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

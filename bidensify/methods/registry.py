@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
+from bidensify._util.names import near
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError
 from bidensify.nn import ActivationBinarizer, WeightBinarizer
@@ -25,6 +26,9 @@ class LayerSpec:
         in_channels, out_channels: C_in, C_out.
         groups: groups of the convolution.
         dim: the channel dimension: 1 for (N, C, H, W), -1 for (..., C).
+        kernel_size, stride, dilation: (height, width) each; (1, 1) of a linear layer.
+        nonnegative: whether the layer's input is never below 0 (it comes from a ReLU that stays).
+        weight: the latent weight to start from, as the layer holds it, detached; None where a plan is made without values.
     """
 
     kind: str
@@ -32,11 +36,26 @@ class LayerSpec:
     out_channels: int
     groups: int = 1
     dim: int = 1
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    nonnegative: bool = False
+    weight: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def transposed(self) -> bool:
         """Whether the weight is (C_in, C_out / groups, kH, kW)."""
         return self.kind == "conv_transpose2d"
+
+    @property
+    def fan_in(self) -> int:
+        """How many weights feed one output channel."""
+        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether a shortcut of the same shape leads around the layer: equal channels, no stride."""
+        return self.in_channels == self.out_channels and self.stride == (1, 1)
 
 
 @dataclass(frozen=True)
@@ -49,24 +68,44 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
+    """A registered method: its parts, and what its authors set up around a layer.
 
     Attributes:
         name: its name in configurations.
         parts: makes a layer's binarizers.
         activation: makes what replaces a ReLU-like activation of (channels, dim), or None to leave it.
-        bypass: whether every layer has a full-precision bypass (and residual adds follow the outer rule).
+        bypass: which layers have a full-precision bypass of their own: "none", "same" (where input and output agree in shape)
+            or "all".
+        norm: "after" (a layer has a BatchNorm behind its convolution: the network's, or a new one) or "none" (a new one is
+            never added).
+        activation_first: the bypass joins behind the activation.
+        residual: what happens to residual adds under this method (as ``BidensifyConfig.residual``); None: as configured.
+        keeps: (spec) -> why the method leaves a layer in full precision, or "".
         citation: the paper.
     """
 
     name: str
     parts: Callable[[LayerSpec, BidensifyConfig], LayerParts]
-    activation: Callable[[int, int], nn.Module] | None
-    bypass: bool
-    citation: str
+    activation: Callable[[int, int], nn.Module] | None = None
+    bypass: str = "none"
+    norm: str = "after"
+    activation_first: bool = False
+    residual: str | None = None
+    keeps: Callable[[LayerSpec], str] | None = None
+    citation: str = ""
+
+    def has_bypass(self, spec: LayerSpec) -> bool:
+        """Whether a layer has a bypass of its own."""
+        return self.bypass == "all" or (self.bypass == "same" and spec.keeps_shape)
 
 
 _METHODS: dict[str, Method] = {}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "bypass": ("none", "same", "all"),
+    "norm": ("after", "none"),
+    "residual": (None, "auto", "keep", "double"),
+    "activation_first": (True, False),
+}
 
 PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
 
@@ -75,35 +114,51 @@ def register_method(
     name: str,
     *,
     activation: Callable[[int, int], nn.Module] | None = None,
-    bypass: bool = False,
+    bypass: str | bool = "none",
+    norm: str = "after",
+    activation_first: bool = False,
+    residual: str | None = None,
+    keeps: Callable[[LayerSpec], str] | None = None,
     citation: str = "",
 ) -> Callable[[PartsFunction], PartsFunction]:
-    """Registers the decorated function as method ``name``.
+    """Registers the decorated function (spec, config) -> ``LayerParts`` as method ``name``; a newer one takes over, and says so.
 
     Args:
-        name: a new name; letters, digits, "-" and "_".
+        name: letters, digits, "-" and "_".
         activation: function of (channels, dim) that makes what replaces a ReLU-like activation beside binary layers.
-        bypass: give every layer a parameter-free full-precision bypass.
+        bypass: "none", "same" or "all"; True is "all". See ``Method``, also for the rest.
+        norm: "after" or "none".
+        activation_first: the bypass joins behind the activation.
+        residual: None, "auto", "keep" or "double".
+        keeps: function of a ``LayerSpec`` that says why a layer stays in full precision, or "".
         citation: the method's paper.
 
     Raises:
-        ConfigError: the name is taken, reserved or not an identifier, or what is given is no function.
+        ConfigError: a name that is reserved or not an identifier, a value that is none of its choices, or what is given is no
+            function.
     """
-
-    taken = ("keep", "binarize")
-    if not isinstance(name, str) or name in taken or not name.replace("-", "_").isidentifier():
+    if not isinstance(name, str) or name in ("keep", "binarize") or not name.replace("-", "_").isidentifier():
         raise ConfigError(f"register_method: {name!r} cannot be a method's name; use letters, digits, '-' and '_'")
-    if activation is not None and not callable(activation):
-        raise ConfigError(
-            f"register_method({name!r}): activation={activation!r} must be a function of (channels, dim), or None"
-        )
+    for what, function in (("activation", activation), ("keeps", keeps)):
+        if function is not None and not callable(function):
+            rule = "(channels, dim)" if what == "activation" else "a LayerSpec"
+            raise ConfigError(f"register_method({name!r}): {what}={function!r} must be a function of {rule}, or None")
+    if isinstance(bypass, bool):
+        bypass = "all" if bypass else "none"
+    given = {"bypass": bypass, "norm": norm, "residual": residual, "activation_first": activation_first}
+    for what, value in given.items():
+        if value not in _CHOICES[what]:
+            choices = ", ".join(repr(choice) for choice in _CHOICES[what])
+            raise ConfigError(f"register_method({name!r}): {what}={value!r} must be one of {choices}")
 
     def register(function: PartsFunction) -> PartsFunction:
         if not callable(function):
             raise ConfigError(f"register_method({name!r}): {function!r} must be a function of (spec, config)")
         if name in _METHODS:
-            raise ConfigError(f"register_method: {name!r} is taken; choose another name")
-        _METHODS[name] = Method(name, _checked(name, function), activation, bypass, citation)
+            warnings.warn(f"the method {name!r} is registered again: the newer one takes over", stacklevel=2)
+        _METHODS[name] = Method(
+            name, _checked(name, function), activation, bypass, norm, activation_first, residual, keeps, citation
+        )
         return function
 
     return register
@@ -134,7 +189,5 @@ def get_method(name: str) -> Method:
         ConfigError: there is none; the message lists near names.
     """
     if name not in _METHODS:
-        close = difflib.get_close_matches(str(name), available_methods(), n=2)
-        hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-        raise ConfigError(f"unknown method {name!r}; registered: {', '.join(available_methods())}.{hint}")
+        raise ConfigError(f"unknown method {name!r}{near(name, available_methods())}")
     return _METHODS[name]

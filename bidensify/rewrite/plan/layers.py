@@ -88,7 +88,7 @@ def _decide(
         way="path",
         method=method,
         act_scale=act_scale,
-        bypass=found.bypass if bypass is None else bypass,
+        bypass=found.bypass != "none" if bypass is None else bypass,
         activation=activation and found.activation is not None,
         eligible=not reason,
     )
