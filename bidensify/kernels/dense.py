@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bidensify.kernels.library import library
+from bidensify.kernels.library import training_library
 from bidensify.kernels.structures import Shape
 
 __all__ = ["Geometry", "available", "dense", "geometry", "instruction_set", "instruction_sets", "supports", "use"]
@@ -19,7 +19,7 @@ VARIABLE = "BIDENSIFY_TRAIN_KERNELS"
 
 def available() -> bool:
     """Whether the kernels are in use. BIDENSIFY_TRAIN_KERNELS=0 in the environment leaves them out."""
-    return os.environ.get(VARIABLE, "1") != "0" and library() is not None
+    return os.environ.get(VARIABLE, "1") != "0" and training_library() is not None
 
 
 def supports(x: Tensor) -> bool:
@@ -36,13 +36,13 @@ def supports(x: Tensor) -> bool:
 
 def instruction_set() -> str:
     """ "avx512", "avx2", "portable", or "none" where there is no library."""
-    found = library()
+    found = training_library()
     return "none" if found is None else str(found.bdt_instruction_set().decode())
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Every instruction set that this processor runs, fastest first."""
-    loaded = library()
+    loaded = training_library()
     if loaded is None:
         return ()
     chosen = instruction_set()
@@ -57,7 +57,7 @@ def use(name: str) -> None:
     Raises:
         ValueError: the library has it not, or this processor does not run it.
     """
-    loaded = library()
+    loaded = training_library()
     if loaded is None or loaded.bdt_use(name.encode()):
         raise ValueError(f"instruction set {name!r} is not among {instruction_sets()}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bidensify.kernels.structures import PackedArguments, PartArguments
 
-__all__ = ["LIBRARY_VARIABLE", "call", "library"]
+__all__ = ["LIBRARY_VARIABLE", "call", "library", "training_library"]
 
 LIBRARY_VARIABLE = "BIDENSIFY_LIBRARY"
 _ABI = 2
@@ -44,6 +44,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@lru_cache(maxsize=1)
+def training_library() -> ctypes.CDLL | None:
+    """The library, where it was built with the kernels of training and of latent evaluation."""
+    found = library()
+    return found if found is not None and hasattr(found, "bdt_instruction_set") else None
+
+
 def _warn(reason: str) -> None:
     warnings.warn(
         f"bidensify runs packed layers on its slow reference path and trains about a third slower: {reason}. To get the "
@@ -72,6 +79,8 @@ def _declare(found: ctypes.CDLL) -> None:
     found.bd_tensor_free.argtypes, found.bd_tensor_free.restype = [_P], None
     found.bd_memory_release.argtypes, found.bd_memory_release.restype = [], None
     found.bd_memory_count.argtypes, found.bd_memory_count.restype = [ctypes.POINTER(_L)] * 2, None
+    if not hasattr(found, "bdt_instruction_set"):
+        return
     found.bdt_instruction_set.restype = ctypes.c_char_p
     found.bdt_moments.argtypes = [_P, _P, _P, _P]
     found.bdt_weight_forward.argtypes = [_L, _L, _I, _P, _I, _P, _P]

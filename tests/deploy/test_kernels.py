@@ -106,7 +106,11 @@ def test_layers_agree_with_the_reference_and_each_other(
         bypass_padding=spec.padding[:2],
         slope=data.draw(flag),
         post=data.draw(flag),
+        offset=data.draw(flag),
+        clamp=data.draw(flag),
+        bypass_last=data.draw(flag),
     )
+    spec = replace(spec, rise=spec.slope and data.draw(flag))
     generator = torch.Generator().manual_seed(seed)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -114,6 +118,9 @@ def test_layers_agree_with_the_reference_and_each_other(
         x = x.contiguous(memory_format=torch.channels_last)
     tiles = tiles_from_bits(bits_from_signs(random_signs(spec.weight_shape, generator)), spec)
     side = torch.randn(spec.side_length, generator=generator) / 2
+    if spec.clamp:
+        start = spec.layout["clamp"][0]
+        side[start : start + 2] = side[start : start + 2].sort().values
     levels = torch.randn((shape[0], 2), generator=generator) if scale == "given" else None
     thresholds = torch.randn(shape[:2], generator=generator) if data.draw(flag) and not spec.mean_threshold else None
     size = spec.output_size(*shape[2:])

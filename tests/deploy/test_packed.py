@@ -409,7 +409,7 @@ def test_weight_reads_as_signs() -> None:
 
 
 def test_without_a_library_one_warning_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for cached in (load_library, backends._choose):
+    for cached in (load_library, loader.training_library, backends._choose):
         cached.cache_clear()
     monkeypatch.setattr(loader, "_find", lambda: None)
     monkeypatch.delenv(loader.LIBRARY_VARIABLE, raising=False)
@@ -431,7 +431,7 @@ def test_without_a_library_one_warning_says_how_to_get_it(monkeypatch: pytest.Mo
         with pytest.warns(RuntimeWarning, match="cannot be loaded"):
             assert load_library() is None
     finally:
-        for cached in (load_library, backends._choose):
+        for cached in (load_library, loader.training_library, backends._choose):
             cached.cache_clear()
 
 

@@ -42,10 +42,12 @@ def random_spec(choose: random.Random) -> PackedSpec:
         extra = tuple(choose.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True))  # type: ignore[assignment]
     alpha = choose.random() < 0.5
     flags = [choose.random() < 0.6 for _ in range(5)]
+    rare = [choose.random() < 0.3 for _ in range(4)]
     return PackedSpec(
         kind, cin, cout, kernel, stride, padding, dilation, groups, extra,
         mean_threshold=flags[0], shift=flags[1], alpha=alpha, levels=not alpha and choose.random() < 0.5,
         bypass=flags[2], bypass_padding=padding[:2], slope=flags[3], post=flags[4],
+        offset=rare[0], rise=rare[1] and flags[3], clamp=rare[2], bypass_last=rare[3],
     )  # fmt: skip
 
 
@@ -71,6 +73,9 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
         dtype = choose.choice([torch.float32, torch.float32, torch.bfloat16])
         x = torch.randn((n, spec.in_channels, height, width), generator=generator).to(dtype)
         side = torch.randn(spec.side_length, generator=generator) / 2
+        if spec.clamp:
+            start = spec.layout["clamp"][0]
+            side[start : start + 2] = torch.tensor([-2.0, 3.0])
         signs = torch.randint(0, 2, spec.weight_shape, generator=generator) * 2.0 - 1
         tiles = tiles_from_bits(bits_from_signs(signs), spec)
         residual = torch.randn((n, spec.out_channels, oh, ow), generator=generator).to(dtype)
@@ -89,8 +94,9 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
         mode, rows, cols = bypass_map(spec, height, width) if spec.bypass else (0, None, None)
         record = struct.pack("<7q", n, height, width, spec.in_channels, oh, ow, spec.out_channels)
         record += struct.pack(
-            "<16i", *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups, spec.kind == "conv_transpose",
+            "<17i", *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups, spec.kind == "conv_transpose",
             spec.depthwise, dtype == torch.bfloat16, mode, *spec.bypass_padding, 0,
+            spec.bypass_last,
         )  # fmt: skip
         nhwc = (0, 2, 3, 1)
         record += _array(x.permute(nhwc)) + _array(None if residual_used is None else residual_used.permute(nhwc))
@@ -98,7 +104,7 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
         for name in ("k", "b", "a", "levels"):
             record += _array(part.get(name))
         record += _array(None)
-        for name in ("scale", "bias", "slope", "post"):
+        for name in ("scale", "bias", "offset", "rise", "slope", "clamp", "post"):
             record += _array(part.get(name))
         record += _array(rows) + _array(cols) + _array(want.permute(nhwc)) + _array(dots.permute(nhwc))
         records.append(record)
