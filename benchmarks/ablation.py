@@ -38,13 +38,11 @@ def stages(both: dict[str, Any], *, one: bool = False, epochs: tuple[int, int] =
 
 TASK_KL = {"task": 1.0, "kl": KL}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("the defaults: rule on, interleaved fusion, per_tensor, pretrained, two stages, task + KL", {}),
+    "default": ("the defaults: rule on, per_tensor, two stages, task + KL", {}),
     "residual keep": ("adds always stay, the last layer drops its bypass", {"binarize": {"residual": "keep"}}),
     "residual off": ("rule off: adds stay and every bypass too", {"binarize": {"residual": "double"}}),
-    "fusion contiguous": ("fusion-down over contiguous groups", {"binarize": {"fusion_grouping": "contiguous"}}),
     "act_scale per_channel": ("one scale per channel (cannot be packed)", {"binarize": {"act_scale": "per_channel"}}),
     "act_scale none": ("no activation scale", {"binarize": {"act_scale": "none"}}),
-    "fresh weights": ("latent weights drawn anew", {"binarize": {"weights": "fresh"}}),
     "one stage": ("weights and activations binarized at once", {"stages": stages(TASK_KL, one=True)}),
     "task only": ("no distillation", {"stages": stages({"task": 1.0})}),
     "KL only": ("no task loss", {"stages": stages({"task": None, "kl": KL})}),

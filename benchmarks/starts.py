@@ -36,7 +36,7 @@ from bidensify._util.files import atomic_write  # noqa: E402
 from bidensify._util.machine import cpu_name  # noqa: E402
 from bidensify.nn import RPReLU, binary_layers  # noqa: E402
 from bidensify.rewrite import Plan  # noqa: E402
-from bidensify.rewrite.plan.schema import LayerPlan  # noqa: E402
+from bidensify.rewrite.plan.entries import LayerPlan  # noqa: E402
 
 RESULTS = HERE / "results" / "starts.json"
 

@@ -18,11 +18,12 @@ CONFIG_VERSION = 1
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none"),
     "residual": ("auto", "keep", "double"),
-    "fusion_grouping": ("interleaved", "contiguous"),
-    "weights": ("pretrained", "fresh"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
 }
+
+# Options of earlier releases, and the one value that is left of each.
+_GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
 _OVERRIDES = ("method", "act_scale", "bypass", "activation")
 
@@ -124,8 +125,6 @@ class BidensifyConfig:
         residual: what happens to residual adds. "auto": removed where the bypasses inside already carry everything the
             shortcut carried, else kept with the last layer's bypass dropped. "keep": always kept, with the last
             layer's bypass dropped. "double": kept with every bypass (for comparison).
-        fusion_grouping: "interleaved" (channel i in group i mod m) or "contiguous" groups in fusion-down.
-        weights: "pretrained" starts latent weights from the network's own, "fresh" draws new ones (for comparison).
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         keep_first: keep the first convolution on the image in full precision.
@@ -142,8 +141,6 @@ class BidensifyConfig:
     rules: tuple[Rule, ...] = ()
     act_scale: str = "per_tensor"
     residual: str = "auto"
-    fusion_grouping: str = "interleaved"
-    weights: str = "pretrained"
     linear: str = "pointwise"
     activation: str = "rprelu"
     keep_first: bool = True
@@ -182,7 +179,7 @@ class BidensifyConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BidensifyConfig:
-        """The reverse of ``to_dict``; missing fields take their defaults.
+        """The reverse of ``to_dict``; missing fields take their defaults, and options that are gone may hold theirs.
 
         Raises:
             ConfigError: an unknown key, or a version that this release does not know.
@@ -196,6 +193,13 @@ class BidensifyConfig:
                 f"BidensifyConfig: version {version!r} is not known to this release (it reads {CONFIG_VERSION}); "
                 "update bidensify"
             )
+        for key, left in _GONE.items():
+            value = fields.pop(key, left)
+            if value != left:
+                raise ConfigError(
+                    f"BidensifyConfig: the option {key!r} is gone, and every rewrite is as with {left!r}; {value!r} was given: "
+                    "leave it out, or use release 0.1"
+                )
         known = tuple(item.name for item in dataclasses.fields(cls))
         for key in fields:
             if key not in known:

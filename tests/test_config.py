@@ -26,6 +26,11 @@ def test_json_round_trip() -> None:
     assert json.loads(config.to_json())["rules"][1]["match"] == "class:Conv2d"
 
 
+def test_stored_options_that_are_gone_may_hold_what_is_left_of_them() -> None:
+    stored = bd.BidensifyConfig(method="bnn").to_dict() | {"fusion_grouping": "interleaved", "weights": "pretrained"}
+    assert bd.BidensifyConfig.from_dict(stored) == bd.BidensifyConfig(method="bnn")
+
+
 def test_configurations_are_values() -> None:
     with pytest.raises(AttributeError):
         bd.BidensifyConfig().method = "bnn"  # type: ignore[misc]
@@ -44,6 +49,11 @@ def test_configurations_are_values() -> None:
         ({"rules": [3]}, "must hold Rule objects, got 3"),
         ({"metod": "bnn"}, "unknown key 'metod'; did you mean 'method'"),
         ({"version": 7}, "version 7 is not known"),
+        (
+            {"weights": "fresh"},
+            "the option 'weights' is gone, and every rewrite is as with 'pretrained'; 'fresh' was given",
+        ),
+        ({"fusion_grouping": "contiguous"}, "'fusion_grouping' is gone"),
         ({"method": None}, "method=None must be a method's name"),
         ({"rules": None}, "rules=None must be a list"),
         ({"rules": bd.Rule("a")}, "must be a list of rules"),

@@ -37,6 +37,7 @@ __all__ = ["NAME", "BidensifyQuantizer", "StoredBidensify"]
 NAME = "bidensify"
 STORED_VERSION = 1
 _STORED = ("plan", "layers", "float_dtype")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class StoredBidensify(QuantizationConfigMixin):  # type: ignore[misc]
@@ -67,7 +68,7 @@ class StoredBidensify(QuantizationConfigMixin):  # type: ignore[misc]
         """From ``config.json``, or from a dictionary with ``BidensifyConfig``'s fields beside "quant_method".
 
         Raises:
-            FormatError: a stored version that this release does not read, or a part that is no object.
+            FormatError: a stored version that this release does not read, or a part of another kind.
             ConfigError: an unknown field of the configuration.
         """
         data = dict(config_dict)
@@ -85,6 +86,11 @@ class StoredBidensify(QuantizationConfigMixin):  # type: ignore[misc]
                     f"config.json: quantization_config's {key!r} is a {type(stored[key]).__name__}, not an object; save "
                     "the model again"
                 )
+        if stored.get("float_dtype") not in (None, *FLOAT_DTYPES):
+            raise FormatError(
+                f"config.json: quantization_config has float_dtype={str(stored['float_dtype'])[:40]!r}, must be one of "
+                f"{', '.join(FLOAT_DTYPES)}; save the model again"
+            )
         fields = data.pop("config", data if "plan" not in stored else stored["plan"].get("config", {}))
         result = cls(BidensifyConfig.from_dict(fields), **stored)
         return (result, kwargs) if return_unused_kwargs else result

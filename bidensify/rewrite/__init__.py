@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bidensify.rewrite.api import bidensify, plan
 from bidensify.rewrite.apply.model import apply_plan
-from bidensify.rewrite.plan.schema import ActivationPlan, BlockPlan, LayerPlan, Plan
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorded import Record
 from bidensify.rewrite.record.recorder import record
 

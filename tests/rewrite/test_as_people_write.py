@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import bidensify as bd
 from bidensify.errors import PlanError
 from bidensify.nn import BinaryLayer, RPReLU, binary_layers
-from bidensify.rewrite.plan.schema import LayerPlan
+from bidensify.rewrite.plan.entries import LayerPlan
 
 X = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(5))
 
@@ -211,7 +211,7 @@ def test_early_return_and_keyword_arguments() -> None:
     assert layers["first.conv"].bypass is (layers["first.conv"].reason.endswith("replaces the residual add"))
     same(student, lambda s, x: s.head(s.b(s.first.conv(s.stem(x)))))
     # What was not recorded is refused where the code was changed, and runs where it was not.
-    with pytest.raises(ValueError, match=r"options\['skip'\] was given as a bool, but the rewrite is of .*=False"):
+    with pytest.raises(ValueError, match=r"options\['skip'\] was given as True, but the rewrite is of .*=False"):
         student.first(torch.randn(1, 8, 4, 4), skip=True)
     assert student.second(torch.ones(1, 8, 4, 4), skip=False).shape == (1, 8, 4, 4)
 

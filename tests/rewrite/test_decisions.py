@@ -13,7 +13,7 @@ from zoo.signal import joined_signals
 import bidensify as bd
 from bidensify.nn import RPReLU
 from bidensify.rewrite import Plan, apply_plan
-from bidensify.rewrite.plan.schema import LayerPlan
+from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.record.recorder import record
 
 X = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(5))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import bidensify as bd
-from bidensify.errors import PlanError
 from bidensify.nn import BinaryLayer
 
 
@@ -221,20 +220,6 @@ def test_compile_and_export(kind: str) -> None:
     expected = student(x)
     assert torch.allclose(torch.compile(student, fullgraph=True, backend="eager")(x), expected, atol=1e-5)
     assert torch.allclose(torch.export.export(student, (x,)).module()(x), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["StdConv2d", "weight_norm"])
-def test_fresh_weights(kind: str) -> None:
-    model, made = network(kind)
-    student = bd.bidensify(model, bd.BidensifyConfig(weights="fresh"))
-    pretrained = bd.bidensify(model)
-    assert not torch.allclose(made(student[2]), made(pretrained[2]), atol=1e-3)
-
-
-def test_fresh_weights_need_somewhere_to_go() -> None:
-    for kind in ("own parametrization", "old weight_norm"):
-        with pytest.raises(PlanError, match=r"2: .*weights='(pretrained|fresh)'"):
-            bd.bidensify(network(kind)[0], bd.BidensifyConfig(weights="fresh"))
 
 
 def test_weights_can_be_left_float_for_a_stage() -> None:

@@ -157,10 +157,10 @@ def test_json_round_trip_and_same_twice() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "version 99"),
-        ({"layers": [{"path": "x"}]}, "not whole"),
-        ({"layers": [{"pth": "x"}]}, "unknown keys pth"),
-        ({"blocks": [{}]}, "not whole"),
+        ({"version": 99}, "version '99'"),
+        ({"layers": [{"path": "x"}]}, r"not whole: layers\[0\].kind is missing"),
+        ({"pth": "x"}, "unknown key pth"),
+        ({"blocks": [{}]}, r"not whole: blocks\[0\].path is missing"),
     ],
 )
 def test_a_damaged_plan_is_refused(change: dict[str, object], message: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from bidensify._util.listeners import announce
 from bidensify._util.seeding import seeded
@@ -17,10 +16,14 @@ from bidensify.errors import PlanError
 from bidensify.methods import LayerSpec, get_method
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, RPReLU, make_binary
 from bidensify.nn.used_weight import used_weight
+from bidensify.rewrite.apply.fit import activation_of, check_fit
 from bidensify.rewrite.apply.norms import centre, new_norm, taken_norm
-from bidensify.rewrite.blocks.edit import apply_edits
+from bidensify.rewrite.blocks.edit import EditedBlock, edited
 from bidensify.rewrite.blocks.generated import become, without_hooks
-from bidensify.rewrite.plan.schema import ActivationPlan, LayerPlan, Plan
+from bidensify.rewrite.blocks.signature import fit
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.kinds import fused_activation
+from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.untouched import forget_unreal
 
 __all__ = ["StateDictAdapter", "apply_plan"]
@@ -53,83 +56,30 @@ class StateDictAdapter:
                 state_dict.setdefault(prefix + key, own[key])
 
 
-def _require(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> nn.Module:
-    if path not in modules:
-        raise PlanError(
-            f"the plan of {plan.model_class} names {path!r}, which this network does not have; it is of another model: "
-            "plan again"
-        )
-    return modules[path]
-
-
-def _check_layer(layer: LayerPlan, module: nn.Module) -> None:
-    if isinstance(module, BinaryLayer):
-        raise PlanError(f"{layer.path}: is binary already; rewrite the full-precision network")
-    if isinstance(module, nn.Linear):
-        facts: tuple[Any, ...] = ("linear", module.in_features, module.out_features, (1,))
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        kind = ("conv_transpose" if transposed else "conv") + f"{len(module.kernel_size)}d"
-        facts = (kind, module.in_channels, module.out_channels, tuple(module.kernel_size))
-    else:
-        facts = (type(module).__name__,)
-    wanted = (layer.kind, layer.in_channels, layer.out_channels, tuple(layer.kernel_size))
-    if facts != wanted:
-        raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {facts}; it is of another model")
-
-
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
 
 
-def _start_weight(layer: LayerPlan, module: nn.Module, config: BidensifyConfig) -> Tensor:
-    """The float weight that the layer convolves with now; drawn anew first where the configuration says so."""
+def _start_weight(layer: LayerPlan, module: nn.Module) -> Tensor:
+    """The float weight that the layer convolves with now."""
     parameter = module._parameters.get("weight")
-    if parameter is None and not layer.makes_weight:
-        raise PlanError(
-            f"{layer.path}: its weight is not a plain parameter, but was one in the model that the plan is of: plan again"
-        )
-    if config.weights == "fresh":
-        start = torch.empty_like(used_weight(module) if parameter is None else parameter)
-        nn.init.kaiming_uniform_(start, a=5**0.5)
-        if parameter is not None:
-            parameter.copy_(start)
-        elif parametrize.is_parametrized(module, "weight"):
-            _assign(layer, module, start)
-        else:
-            raise PlanError(
-                f"{layer.path}: a hook makes its weight, so that weights='fresh' cannot draw it; use "
-                "torch.nn.utils.parametrizations instead of the old torch.nn.utils hooks, or weights='pretrained'"
-            )
-    if layer.makes_weight:
+    if layer.makes_weight or parameter is None:
         return used_weight(module)
-    assert parameter is not None
     return parameter
-
-
-def _assign(layer: LayerPlan, module: nn.Module, weight: Tensor) -> None:
-    try:
-        module.weight = weight
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise PlanError(
-            f"{layer.path}: its parametrization takes no new weight ({error}), which weights='fresh' asks for; use "
-            "weights='pretrained', or keep the layer by a rule"
-        ) from error
 
 
 def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Module], config: BidensifyConfig) -> None:
     module = modules[layer.path]
     method = get_method(layer.method)
     dim = -1 if layer.kind == "linear" else 1
-    latent = _start_weight(layer, module, config)
+    latent = _start_weight(layer, module)
     spec = LayerSpec(layer.kind, layer.in_channels, layer.out_channels, layer.groups, dim)
     parts = method.parts(spec, dataclasses.replace(config, act_scale=layer.act_scale))
     norm: nn.Module = taken_norm(modules[layer.norm]) if layer.norm is not None else new_norm(layer, module, latent)
     if layer.layer_scale is not None:
         holder, name = _owner(model, layer.layer_scale)
-        gamma = holder._parameters[name]
-        assert gamma is not None
+        gamma = cast(Tensor, holder._parameters[name])
         with torch.no_grad():
             for parameter in (norm.weight, norm.bias):
                 parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
@@ -165,25 +115,31 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
 
 
 def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> None:
+    def make(channels: int) -> nn.Module:
+        made: nn.Module = activation_of(item.method, item.path)(channels, item.dim)
+        return made.to(device=like.device, dtype=like.dtype)
+
     if item.action == "replace":
-        make = get_method(item.method).activation
-        if make is None:
-            raise PlanError(f"{item.path}: method {item.method!r} has no activation; plan again")
-        become(module, make(item.channels, item.dim).to(device=like.device, dtype=like.dtype))
+        become(module, make(item.channels))
     elif item.action == "by_width":
-        make = get_method(item.method).activation
-        if make is None:
-            raise PlanError(f"{item.path}: method {item.method!r} has no activation; plan again")
-        activations = {width: make(width, item.dim).to(device=like.device, dtype=like.dtype) for width in item.widths}
+        activations = {width: make(width) for width in item.widths}
         become(module, ByWidth(without_hooks(module), activations, item.dim).train(module.training))
     elif item.action == "absorbed":
         become(module, nn.Identity())
-    elif item.action == "norm":
-        inner = module.act
-        assert isinstance(inner, nn.Module)
-        become(module, nn.Sequential(inner))
     else:
-        raise PlanError(f"{item.path}: unknown action {item.action!r} in the plan")
+        become(module, nn.Sequential(fused_activation(module)))  # type: ignore[arg-type]
+
+
+def _edited(block: BlockPlan, module: nn.Module, like: Tensor) -> EditedBlock:
+    children: dict[str, nn.Module] = {}
+    # In the edits' order, which a JSON file keeps: an optimizer's state goes by the order of the parameters.
+    for name in (edit.module for edit in block.edits if edit.action == "module"):
+        if name not in block.modules or name in children:
+            raise PlanError(f"{block.path}: the plan's new activation {name!r} is not described once; plan again")
+        new = block.modules[name]
+        child: nn.Module = activation_of(new.method, block.path)(new.channels, new.dim)
+        children[name] = child.to(device=like.device, dtype=like.dtype).train(module.training)
+    return edited(module, block.path, fit(module, block.varying, block.constants), block.edits, children)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -199,36 +155,17 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: the plan is of another model; the message names the first path that does not fit. The model is
             unchanged then.
+        ConfigError: a method that is not registered.
     """
+    check_fit(model, plan)
     modules = dict(model.named_modules())
-    for layer in plan.layers:
-        if layer.kind != "function":
-            module = _require(modules, layer.path, plan)
-            if layer.action == "binary":
-                _check_layer(layer, module)
-                if layer.norm is not None:
-                    _require(modules, layer.norm, plan)
-    for item in plan.activations:
-        _require(modules, item.path, plan)
     before = set(model.state_dict())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     with seeded(0), torch.no_grad():
-        for block in plan.blocks:
-            module = _require(modules, block.path, plan)
-            children = {}
-            # In the edits' order, which a JSON file keeps: an optimizer's state goes by the order of the parameters.
-            for name in (edit.module for edit in block.edits if edit.action == "module"):
-                channels, dim, method = block.modules[name]
-                make = get_method(method).activation
-                entry = isinstance(module, nn.Sequential) and name in module._modules
-                if make is None or (hasattr(module, name) and not entry):
-                    raise PlanError(f"{block.path}: cannot add an activation named {name!r}; plan again")
-                child = make(channels, dim).to(device=reference.device, dtype=reference.dtype)
-                children[name] = child.train(module.training)
-            apply_edits(module, block.path, block.varying, dict(block.constants), block.edits, children)
-        for layer in plan.layers:
-            if layer.action == "binary":
-                _exchange(model, layer, modules, plan.config)
+        for block in [_edited(block, modules[block.path], reference) for block in plan.blocks]:
+            block.install()
+        for layer in plan.binary:
+            _exchange(model, layer, modules, plan.config)
         for item in plan.activations:
             _apply_activation(item, modules[item.path], reference)
     if plan.blocks:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bidensify.nn.modes import evaluation_flags
-from bidensify.rewrite.blocks.arguments import NotTraceable, bind, values_of
+from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
 from bidensify.rewrite.blocks.generated import unimportable
+from bidensify.rewrite.blocks.signature import bind
 from bidensify.rewrite.blocks.trace import trace_once
 from bidensify.rewrite.record.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.record.untouched import same_random_state, untouched
@@ -44,12 +45,11 @@ _SAME = {
 
 @dataclass
 class Traced:
-    """A block's proven trace: its graph, the node of each recorded event, arguments that vary and that are fixed."""
+    """A block's proven trace: its graph, the node of each recorded event, its arguments."""
 
     graph: fx.Graph
     events: list[fx.Node | None]
-    varying: list[str]
-    constants: dict[str, Any]
+    arguments: Arguments
 
 
 def _same_name(name: str) -> str:
@@ -143,7 +143,7 @@ def _values(call: Call, block: nn.Module) -> tuple[tuple[Any, ...], dict[str, An
 
 
 def _replay(
-    block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str], varying: list[str]
+    block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str], arguments: Arguments
 ) -> list[fx.Node | None]:
     signature = inspect.signature(type(block).forward)
 
@@ -151,7 +151,7 @@ def _replay(
         # In-place code may write into its arguments, so each run gets its own.
         args, kwargs = _values(call, block)
         bound = signature.bind(block, *args, **kwargs).arguments
-        return function(*values_of(varying, bound))
+        return function(*arguments.values(bound))
 
     replay = _Replay(fx.GraphModule(block, graph), names)
     with torch.no_grad(), untouched(block), evaluation_flags(block), same_random_state(block):
@@ -208,9 +208,9 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
     try:
-        varying, constants = bind(block, calls)
-        graph = trace_once(block, False, varying, constants)
-        if str(graph) != str(trace_once(block, True, varying, constants)):
+        arguments = bind(block, calls)
+        graph = trace_once(block, False, arguments)
+        if str(graph) != str(trace_once(block, True, arguments)):
             return "its code differs between training and evaluation"
         nameless = unimportable(graph)
         if nameless is not None:
@@ -223,7 +223,7 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
             if key in done:
                 continue
             done.append(key)
-            found = _align(block, graph, call, names) if on_meta else _replay(block, graph, call, names, varying)
+            found = _align(block, graph, call, names) if on_meta else _replay(block, graph, call, names, arguments)
             if events and found != events:
                 return "its calls take different steps"
             events = found
@@ -232,7 +232,7 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
     except Exception as error:  # a trace can fail in any way that the block's code can
         text = str(error).strip().splitlines()
         return f"its code cannot be traced ({type(error).__name__}: {text[0][:120] if text else ''})"
-    return Traced(graph, events, varying, constants)
+    return Traced(graph, events, arguments)
 
 
 def operation_of(node: fx.Node) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from bidensify.rewrite.blocks.arguments import NotTraceable, call_expression, placeholder
+from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
 from bidensify.rewrite.record.untouched import untouched
 
 __all__ = ["trace_once"]
@@ -23,9 +22,16 @@ def _modes() -> tuple[Any, ...]:
 class _BlockTracer(fx.Tracer):
     """Children are leaves. Code under another gradient or autocast mode is refused: a graph does not hold the mode."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(autowrap_functions=())
+        self.arguments = arguments
         self.modes = _modes()
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], *unused: Any) -> tuple[Callable[[], Any], list[Any]]:
+        """The block's forward with a proxy for each argument that varies, and the others as they were recorded."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments.placeholders()]
+        args, kwargs = self.arguments.call(root_fn, proxies)
+        return lambda: root_fn(self.root, *args, **kwargs), []
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -46,23 +52,7 @@ class _BlockTracer(fx.Tracer):
         return True
 
 
-@contextlib.contextmanager
-def _narrow_forward(block: nn.Module, varying: list[str], constants: dict[str, Any]) -> Iterator[None]:
-    """For the time of a trace the block's forward takes the varying arguments alone."""
-    cls = type(block)
-    names = [placeholder(expression) for expression in varying]
-    passed = call_expression(block, varying, constants)
-    namespace: dict[str, Any] = {"_forward": cls.forward, "_constants": constants}
-    # The names come from the live signature, so they are identifiers.
-    exec(f"def forward(self, {', '.join(names)}):\n    return _forward(self, {passed})\n", namespace)
-    block.__class__ = type(cls.__name__, (cls,), {"forward": namespace["forward"], "__module__": cls.__module__})
-    try:
-        yield
-    finally:
-        block.__class__ = cls
-
-
-def trace_once(block: nn.Module, training: bool, varying: list[str], constants: dict[str, Any]) -> fx.Graph:
+def trace_once(block: nn.Module, training: bool, arguments: Arguments) -> fx.Graph:
     """The graph of the block's code in the given mode; the block is left as it was.
 
     Raises:
@@ -72,8 +62,8 @@ def trace_once(block: nn.Module, training: bool, varying: list[str], constants: 
     # Before the snapshot, so that the mode does not count as a change of the block's own.
     block.training = training
     try:
-        with untouched(block) as changed, _narrow_forward(block, varying, constants):
-            graph = _BlockTracer(autowrap_functions=()).trace(block)
+        with untouched(block) as changed:
+            graph = _BlockTracer(arguments).trace(block)
             names = changed()
     finally:
         block.training = flag

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from bidensify.methods import get_method
+from bidensify.rewrite.plan.entries import ActivationPlan, NewActivation
 from bidensify.rewrite.plan.kinds import fused_activation, is_relu_like
-from bidensify.rewrite.plan.schema import ActivationPlan
 from bidensify.rewrite.record.recorded import scope_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _plan_site(planner: Planner, node: fx.Node, layer_path: str | None, made: tu
         planner.layers[layer_path] = replace(planner.layers[layer_path], way="block")
         return True
     name = _new_name(planner, path, event)
-    planner.modules[path][name] = (channels, dim, method)
+    planner.modules[path][name] = NewActivation(channels, dim, method)
     planner.edit(path, event, "module", module=name)
     planner.edit_notes[path].append(f"the activation at step {event} becomes {name}")
     return True

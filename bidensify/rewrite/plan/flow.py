@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import fx, nn
 
-from bidensify.rewrite.plan.kinds import drops, is_gate, is_norm_module, is_relu_like
+from bidensify.rewrite.plan.kinds import drops, is_gate, is_layer_scale_module, is_norm_module, is_relu_like
 from bidensify.rewrite.record.recorded import Record, Scope, TensorSpec, plain_name, scope_of
 
 __all__ = ["Flow"]
@@ -134,7 +134,7 @@ class Flow:
         """The path of the per-channel parameter that a node multiplies by (LayerScale), or None."""
         module = self.module(node)
         if module is not None:
-            if not type(module).__name__.endswith("LayerScale") and "LayerScale" not in type(module).__name__:
+            if not is_layer_scale_module(module):
                 return None
             names = [name for name, value in module._parameters.items() if value is not None]
             return f"{node.target}.{names[0]}" if len(names) == 1 else None

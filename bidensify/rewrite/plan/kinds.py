@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["drops", "fused_activation", "is_frozen_norm", "is_gate", "is_norm_module", "is_relu_like", "macs_of"]
+__all__ = [
+    "drops",
+    "fused_activation",
+    "is_absorbable_norm",
+    "is_activation_module",
+    "is_frozen_norm",
+    "is_gate",
+    "is_layer_scale_module",
+    "is_norm_module",
+    "is_relu_like",
+    "macs_of",
+]
 
 _RELU_LIKE = {
     "relu", "relu6", "leakyrelu", "leaky_relu", "prelu", "rrelu", "silu", "swish", "gelu", "hardswish", "hard_swish",
@@ -47,6 +58,23 @@ def is_frozen_norm(module: nn.Module) -> bool:
 def is_norm_module(module: nn.Module) -> bool:
     """Whether a module normalises."""
     return isinstance(module, _NORMS) or "FrozenBatchNorm" in type(module).__name__
+
+
+def is_absorbable_norm(norm: nn.Module, channels: int) -> bool:
+    """Whether a module is a BatchNorm with statistics over ``channels`` channels, trained or frozen."""
+    if is_frozen_norm(norm):
+        return len(norm._buffers["weight"]) == channels  # type: ignore[arg-type]
+    return isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels and norm.running_mean is not None
+
+
+def is_activation_module(module: nn.Module) -> bool:
+    """Whether a module is an activation of the ReLU family, or of a subclass of one."""
+    return any(is_relu_like(cls.__name__) for cls in type(module).__mro__)
+
+
+def is_layer_scale_module(module: nn.Module) -> bool:
+    """Whether a module is a LayerScale: it multiplies by a parameter per channel."""
+    return "LayerScale" in type(module).__name__
 
 
 def fused_activation(norm: nn.Module | None) -> nn.Module | None:

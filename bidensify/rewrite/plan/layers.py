@@ -12,11 +12,11 @@ from torch import fx, nn
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
+from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.kinds import macs_of
 from bidensify.rewrite.plan.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.plan.rules import matches_layer, rule_labels, without_match
-from bidensify.rewrite.plan.schema import LayerPlan
 from bidensify.rewrite.record.recorded import scope_of
 
 __all__ = ["plan_layers"]

@@ -16,11 +16,12 @@ from bidensify.errors import PlanError
 from bidensify.rewrite.blocks.edit import BlockEdit
 from bidensify.rewrite.blocks.proof import Traced, editable_event, operation_of, trace_block
 from bidensify.rewrite.plan.activations import plan_activations
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan, NewActivation
 from bidensify.rewrite.plan.flow import Flow
-from bidensify.rewrite.plan.kinds import fused_activation, is_frozen_norm, is_relu_like
+from bidensify.rewrite.plan.kinds import fused_activation, is_absorbable_norm, is_frozen_norm, is_relu_like
 from bidensify.rewrite.plan.layers import plan_layers
 from bidensify.rewrite.plan.residual import Residual, find_residuals
-from bidensify.rewrite.plan.schema import ActivationPlan, BlockPlan, LayerPlan, Plan
+from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.plan.streams import drop_doubled
 from bidensify.rewrite.record.recorded import Record, scope_of
 from bidensify.rewrite.record.untouched import forget_unreal
@@ -43,7 +44,7 @@ class Planner:
         self.layers = {layer.path: layer for layer in layers if layer.kind != "function"}
         self.activations: dict[str, ActivationPlan] = {}
         self.edits: dict[str, dict[int, BlockEdit]] = defaultdict(dict)
-        self.modules: dict[str, dict[str, tuple[int, int, str]]] = defaultdict(dict)
+        self.modules: dict[str, dict[str, NewActivation]] = defaultdict(dict)
         self.edit_notes: dict[str, list[str]] = defaultdict(list)
         self.notes: list[str] = []
         self.traced: dict[str, Traced | str] = {}
@@ -154,7 +155,11 @@ class Planner:
                 continue
             target = targets.pop()
             norm = self.record.modules.get(target) if target else None
-            if norm is None or len(self.nodes[target]) != len(users) or not _absorbable(norm, layer.out_channels):
+            if (
+                norm is None
+                or len(self.nodes[target]) != len(users)
+                or not is_absorbable_norm(norm, layer.out_channels)
+            ):
                 continue
             reason = layer.reason
             if is_frozen_norm(norm):
@@ -249,8 +254,8 @@ class Planner:
                 BlockPlan(
                     path,
                     tuple(edits[event] for event in sorted(edits)),
-                    tuple(traced.varying),
-                    dict(traced.constants),
+                    traced.arguments.varying,
+                    traced.arguments.fixed,
                     dict(self.modules.get(path, {})),
                     tuple(self.edit_notes[path]),
                 )
@@ -270,13 +275,6 @@ class Planner:
     def _fused(self, norm: str) -> bool:
         inner = fused_activation(self.record.modules[norm])
         return inner is not None and is_relu_like(type(inner).__name__)
-
-
-def _absorbable(norm: nn.Module, channels: int) -> bool:
-    """Whether a module is a BatchNorm with statistics over ``channels`` channels, trained or frozen."""
-    if is_frozen_norm(norm):
-        return len(norm._buffers["weight"]) == channels  # type: ignore[arg-type]
-    return isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels and norm.running_mean is not None
 
 
 def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan:

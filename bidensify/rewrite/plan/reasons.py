@@ -6,8 +6,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from bidensify.config import BidensifyConfig
+from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
-from bidensify.rewrite.plan.schema import LayerPlan
 from bidensify.rewrite.record.recorded import scope_of
 
 __all__ = ["KINDS", "default_reason", "unusual_layer", "weight_maker"]

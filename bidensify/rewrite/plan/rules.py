@@ -12,7 +12,7 @@ from torch import nn
 
 from bidensify.config import Rule
 from bidensify.errors import PlanError
-from bidensify.rewrite.plan.schema import LayerPlan
+from bidensify.rewrite.plan.entries import LayerPlan
 
 __all__ = ["matches_layer", "rule_labels", "without_match"]
 

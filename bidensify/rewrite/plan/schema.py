@@ -1,130 +1,29 @@
-"""The plan: what a rewrite does to each layer, activation and block, as data with a JSON round trip."""
+"""The plan: everything that a rewrite does, as data with a JSON round trip."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from bidensify._util.tables import as_text
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
-from bidensify.rewrite.blocks.edit import BlockEdit
+from bidensify.rewrite.fields import MANY, STRICT, Count, Text
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.version_1 import from_version_1
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "Plan"]
+__all__ = ["Plan"]
 
-PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One convolution or linear layer.
-
-    Attributes:
-        path: module path.
-        kind: "conv2d", "conv_transpose2d", "linear" or "function".
-        in_channels, out_channels: C_in, C_out.
-        kernel_size, stride: (height, width) each.
-        groups: of the convolution.
-        output: (H, W) of the recorded output, or its token shape.
-        macs: multiply-accumulates per sample over all calls of the record.
-        calls: how often the record called it.
-        action: "binary" or "keep".
-        reason: why.
-        way: "path" (exchanged where it stands) or "block" (its block's code changes too); empty if kept.
-        method: the method's name; empty if kept.
-        act_scale: granularity of the activation scale.
-        bypass: whether the layer has its own full-precision bypass.
-        norm: path of the BatchNorm that it absorbs, or None (it then gets one of its own).
-        activation: whether the activation behind it becomes its own.
-        layer_scale: path of the parameter (LayerScale's gamma) that its BatchNorm absorbs, or None.
-        makes_weight: whether the layer's own code makes the weight that it convolves with (weight standardisation, a
-            parametrization, a hook); what it makes is binarized.
-        eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
-    """
-
-    path: str
-    kind: str
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    groups: int
-    output: tuple[int, ...]
-    macs: int
-    calls: int
-    action: str
-    reason: str
-    way: str = ""
-    method: str = ""
-    act_scale: str = "per_tensor"
-    bypass: bool = False
-    norm: str | None = None
-    activation: bool = False
-    layer_scale: str | None = None
-    makes_weight: bool = False
-    eligible: bool = True
-
-    @property
-    def shape(self) -> str:
-        """The layer's geometry as short text: "3×3 64→128 /2"."""
-        text = "×".join(str(k) for k in self.kernel_size) + f" {self.in_channels}→{self.out_channels}"
-        if max(self.stride, default=1) > 1:
-            text += f" /{max(self.stride)}"
-        if self.groups > 1:
-            text += f" g{self.groups}"
-        return text
-
-
-@dataclass(frozen=True)
-class ActivationPlan:
-    """One module whose role changes at its own path.
-
-    Attributes:
-        path: module path.
-        action: "replace" (the method's activation of ``channels``), "absorbed" (its work moved into a binary layer: it
-            hands its input through), "by_width" (called on several widths: the method's activation for each of ``widths``,
-            the network's own for any other) or "norm" (a fused norm+act whose norm was absorbed: its activation alone stays).
-        channels: C.
-        dim: the channel dimension, 1 or -1.
-        method: whose activation.
-        widths: of "by_width".
-    """
-
-    path: str
-    action: str
-    channels: int = 0
-    dim: int = 1
-    method: str = ""
-    widths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One block whose code changes.
-
-    Attributes:
-        path: module path of the block ("" is the network itself).
-        edits: what changes, by step of its trace.
-        varying: names of the arguments that the generated code takes.
-        constants: arguments that it was specialised to.
-        modules: new children by name: (channels, dim, method) of an activation each.
-        notes: what the edits do, in words.
-    """
-
-    path: str
-    edits: tuple[BlockEdit, ...]
-    varying: tuple[str, ...] = ()
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    modules: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-_T = TypeVar("_T")
+PLAN_VERSION = 2
 
 
 def _differing(item: Any) -> dict[str, Any]:
@@ -133,18 +32,8 @@ def _differing(item: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(item).items() if value != defaults[name]}
 
 
-def _load(cls: type[_T], data: Mapping[str, Any]) -> _T:
-    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise PlanError(
-            f"the plan's {cls.__name__} has unknown keys {', '.join(unknown)}; it may be of a newer release"
-        )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise PlanError(f"the plan's {cls.__name__} is not whole: {error}") from error
+def _config(data: Any) -> BidensifyConfig:
+    return data if isinstance(data, BidensifyConfig) else BidensifyConfig.from_dict(data)
 
 
 @dataclass
@@ -162,15 +51,17 @@ class Plan:
         fingerprint: of the full-precision network (names and shapes of its state_dict).
     """
 
-    model_class: str
-    config: BidensifyConfig
-    layers: list[LayerPlan]
-    activations: list[ActivationPlan] = field(default_factory=list)
-    blocks: list[BlockPlan] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rule_matches: dict[str, int] = field(default_factory=dict)
-    inputs: str = ""
-    fingerprint: str = ""
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_class: Text
+    config: Annotated[BidensifyConfig, PlainValidator(_config)]
+    layers: Annotated[list[LayerPlan], MANY]
+    activations: Annotated[list[ActivationPlan], MANY] = field(default_factory=list)
+    blocks: Annotated[list[BlockPlan], MANY] = field(default_factory=list)
+    notes: Annotated[list[Text], MANY] = field(default_factory=list)
+    rule_matches: dict[Text, Count] = field(default_factory=dict)
+    inputs: Text = ""
+    fingerprint: Text = ""
 
     @property
     def binary(self) -> list[LayerPlan]:
@@ -203,60 +94,39 @@ class Plan:
             "config": self.config.to_dict(),
             "layers": [data(layer) for layer in self.layers],
             "activations": [data(item) for item in self.activations],
-            "blocks": [
-                {
-                    "path": block.path,
-                    "edits": [data(edit) for edit in block.edits],
-                    "varying": list(block.varying),
-                    "constants": dict(block.constants),
-                    "modules": {name: list(value) for name, value in block.modules.items()},
-                    "notes": list(block.notes),
-                }
-                for block in self.blocks
-            ],
+            "blocks": [data(block) | {"edits": [data(edit) for edit in block.edits]} for block in self.blocks],
             "notes": list(self.notes),
             "rule_matches": dict(self.rule_matches),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The reverse of ``to_dict``.
+        """The reverse of ``to_dict``; plans of version 1 are read too.
 
         Raises:
-            PlanError: an unknown version or key, or a part missing.
+            PlanError: an unknown version, or a field that is missing, unknown or of another kind; the message names it.
         """
-        if data.get("version") != PLAN_VERSION:
+        if not isinstance(data, Mapping):
+            raise PlanError(f"the plan is a {type(data).__name__}, not an object; plan again")
+        fields = dict(data)
+        version = fields.pop("version", None)
+        if version not in (1, PLAN_VERSION) or isinstance(version, bool):
             raise PlanError(
-                f"the plan has version {data.get('version')!r}; this release reads {PLAN_VERSION}: update bidensify"
+                f"the plan has version {str(version)[:40]!r}; this release reads 1 and {PLAN_VERSION}: update bidensify"
             )
         try:
-            blocks = [
-                BlockPlan(
-                    path=block["path"],
-                    edits=tuple(_load(BlockEdit, edit) for edit in block["edits"]),
-                    varying=tuple(str(name) for name in block["varying"]),
-                    constants=dict(block["constants"]),
-                    modules={name: (int(v[0]), int(v[1]), str(v[2])) for name, v in block["modules"].items()},
-                    notes=tuple(block.get("notes", ())),
-                )
-                for block in data["blocks"]
-            ]
-            return cls(
-                model_class=data["model_class"],
-                config=BidensifyConfig.from_dict(data["config"]),
-                layers=[_load(LayerPlan, layer) for layer in data["layers"]],
-                activations=[_load(ActivationPlan, item) for item in data["activations"]],
-                blocks=blocks,
-                notes=list(data.get("notes", ())),
-                rule_matches=dict(data.get("rule_matches", {})),
-                inputs=str(data.get("inputs", "")),
-                fingerprint=str(data.get("fingerprint", "")),
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise PlanError(f"the plan is not whole ({type(error).__name__}: {error}); plan again") from error
+            # As JSON text: a file's lists become tuples there, and nothing but plain values comes through.
+            text = json.dumps(from_version_1(fields) if version == 1 else fields, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is no plain data ({str(error)[:120]}); plan again") from error
+        try:
+            return _reader().validate_json(text)
+        except ValidationError as error:
+            raise PlanError(_complaint(error)) from error
 
     def table(self) -> Table:
         """A rich table: layer, kind (where there are several), shape, millions of MACs per sample, action, reason, way."""
+        from rich.markup import escape
         from rich.table import Table
 
         share = 100 * self.binary_mac_share()
@@ -264,8 +134,10 @@ class Plan:
             f"\nrule {match!r} matches {count} layer{'s' * (count != 1)}" for match, count in self.rule_matches.items()
         )
         table = Table(
-            title=f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs",
-            caption=f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes),
+            title=escape(
+                f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs"
+            ),
+            caption=escape(f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes)),
         )
         kinds = len({layer.kind for layer in self.layers}) > 1
         for column in ("layer", "kind", "shape") if kinds else ("layer", "shape"):
@@ -277,8 +149,27 @@ class Plan:
             style = None if layer.action == "binary" else "yellow"
             what = (layer.kind, layer.shape) if kinds else (layer.shape,)
             action = layer.method or "keep"
-            table.add_row(layer.path, *what, f"{layer.macs / 1e6:.1f}", action, layer.reason, layer.way, style=style)
+            cells = (layer.path, *what, f"{layer.macs / 1e6:.1f}", action, layer.reason, layer.way)
+            table.add_row(*map(escape, cells), style=style)
         return table
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+
+@functools.cache
+def _reader() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
+
+
+def _complaint(error: ValidationError) -> str:
+    """The first fault: which field, what it held, which rule it broke."""
+    first = error.errors(include_url=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{str(part)[:80]}" for part in first["loc"])
+    if first["type"] == "missing":
+        return f"the plan is not whole: {where[1:]} is missing; plan again"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"the plan has the unknown key {where[1:]}; it may be of a newer release: update bidensify"
+    return (
+        f"the plan's {where[1:]}={str(first['input'])[:80]!r}: {first['msg'].removeprefix('Value error, ')}; plan again"
+    )

@@ -1,0 +1,146 @@
+"""The entries of a plan: what a rewrite does to one layer, one activation, one block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from bidensify.rewrite.blocks.arguments import ArgumentPath, Fixed
+from bidensify.rewrite.blocks.edit import BlockEdit
+from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Text, one_of
+
+__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation"]
+
+_KINDS = ("linear", "function", "scripted", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+# (height, width), or fewer or more dimensions.
+Sizes = Annotated[tuple[Size, ...], Field(max_length=8)]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One convolution or linear layer.
+
+    Attributes:
+        path: module path.
+        kind: "conv2d", "conv_transpose2d", "linear" or "function".
+        in_channels, out_channels: C_in, C_out.
+        kernel_size, stride: (height, width) each.
+        groups: of the convolution.
+        output: (H, W) of the recorded output, or its token shape.
+        macs: multiply-accumulates per sample over all calls of the record.
+        calls: how often the record called it.
+        action: "binary" or "keep".
+        reason: why.
+        way: "path" (exchanged where it stands) or "block" (its block's code changes too); empty if kept.
+        method: the method's name; empty if kept.
+        act_scale: granularity of the activation scale.
+        bypass: whether the layer has its own full-precision bypass.
+        norm: path of the BatchNorm that it absorbs, or None (it then gets one of its own).
+        activation: whether the activation behind it becomes its own.
+        layer_scale: path of the parameter (LayerScale's gamma) that its BatchNorm absorbs, or None.
+        makes_weight: whether the layer's own code makes the weight that it convolves with (weight standardisation, a
+            parametrization, a hook); what it makes is binarized.
+        eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: Text
+    kind: Annotated[str, one_of(*_KINDS)]
+    in_channels: Size
+    out_channels: Size
+    kernel_size: Sizes
+    stride: Sizes
+    groups: Size
+    output: Sizes
+    macs: Count
+    calls: Count
+    action: Annotated[str, one_of("binary", "keep")]
+    reason: Text
+    way: Annotated[str, one_of("", "path", "block")] = ""
+    method: MethodName = ""
+    act_scale: Annotated[str, one_of("per_tensor", "per_channel", "none")] = "per_tensor"
+    bypass: bool = False
+    norm: ModulePath | None = None
+    activation: bool = False
+    layer_scale: ModulePath | None = None
+    makes_weight: bool = False
+    eligible: bool = True
+
+    @property
+    def shape(self) -> str:
+        """The layer's geometry as short text: "3×3 64→128 /2"."""
+        text = "×".join(str(k) for k in self.kernel_size) + f" {self.in_channels}→{self.out_channels}"
+        if max(self.stride, default=1) > 1:
+            text += f" /{max(self.stride)}"
+        if self.groups > 1:
+            text += f" g{self.groups}"
+        return text
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """One module whose role changes at its own path.
+
+    Attributes:
+        path: module path.
+        action: "replace" (the method's activation of ``channels``), "absorbed" (its work moved into a binary layer: it
+            hands its input through), "by_width" (called on several widths: the method's activation for each of ``widths``,
+            the network's own for any other) or "norm" (a fused norm+act whose norm was absorbed: its activation alone stays).
+        channels: C.
+        dim: the channel dimension, 1 or -1.
+        method: whose activation.
+        widths: of "by_width".
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: ModulePath
+    action: Annotated[str, one_of("replace", "absorbed", "by_width", "norm")]
+    channels: Channels = 0
+    dim: Annotated[int, one_of(1, -1)] = 1
+    method: MethodName = ""
+    widths: Annotated[tuple[Channels, ...], Field(max_length=64)] = ()
+
+
+@dataclass(frozen=True)
+class NewActivation:
+    """An activation that a block gets as a new child.
+
+    Attributes:
+        channels: C.
+        dim: the channel dimension, 1 or -1.
+        method: whose activation.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    channels: Channels
+    dim: Annotated[int, one_of(1, -1)]
+    method: MethodName
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block whose code changes.
+
+    Attributes:
+        path: module path of the block ("" is the network itself).
+        edits: what changes, by step of its trace.
+        varying: paths of the arguments that the block's new code takes.
+        constants: arguments, and items of them, that it was specialised to.
+        modules: new children by name.
+        notes: what the edits do, in words.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    path: ModulePath
+    edits: Annotated[tuple[BlockEdit, ...], MANY]
+    varying: Annotated[tuple[ArgumentPath, ...], MANY] = ()
+    constants: Annotated[tuple[Fixed, ...], MANY] = ()
+    modules: Mapping[Text, NewActivation] = field(default_factory=dict)
+    notes: Annotated[tuple[Text, ...], MANY] = ()
