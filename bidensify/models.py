@@ -5,7 +5,6 @@ Optional libraries are imported only when a name asks for them.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from bidensify._util.names import near
 from bidensify.errors import BidensifyError, ConfigError, MissingExtraError
 
 __all__ = ["build_model", "load_weights", "model_sources"]
@@ -30,13 +30,6 @@ def _library(name: str, extra: str) -> Any:
         ) from error
 
 
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
-    if close:
-        return f" Near names: {', '.join(close)}."
-    return f" It has {len(known)} others, {', '.join(known[:3])} among them."
-
-
 def _smp(name: str, options: dict[str, Any]) -> nn.Module:
     library = _library("segmentation_models_pytorch", "smp")
     architecture, _, encoder = name.partition("/")
@@ -45,8 +38,8 @@ def _smp(name: str, options: dict[str, Any]) -> nn.Module:
     }
     if architecture not in known:
         raise ConfigError(
-            f"model 'smp:{name}': segmentation_models_pytorch has no architecture {architecture!r}."
-            f"{_hint(architecture, sorted(known))} Write smp:ARCHITECTURE/ENCODER, as smp:Unet/resnet34"
+            f"model 'smp:{name}': segmentation_models_pytorch has no architecture {architecture!r}"
+            f"{near(architecture, sorted(known))} Write smp:ARCHITECTURE/ENCODER, as smp:Unet/resnet34"
         )
     # Its own default downloads ImageNet weights; a network by name starts from nothing unless asked.
     options.setdefault("encoder_weights", None)
@@ -55,8 +48,8 @@ def _smp(name: str, options: dict[str, Any]) -> nn.Module:
         encoders = library.encoders.get_encoder_names()
         if encoder not in encoders and not encoder.startswith("tu-"):
             raise ConfigError(
-                f"model 'smp:{name}': segmentation_models_pytorch has no encoder {encoder!r}."
-                f"{_hint(encoder, encoders)} Any encoder of timm goes as tu-NAME"
+                f"model 'smp:{name}': segmentation_models_pytorch has no encoder {encoder!r}"
+                f"{near(encoder, encoders)} Any encoder of timm goes as tu-NAME"
             )
     model: nn.Module = known[architecture](**options)
     return model
@@ -65,7 +58,7 @@ def _smp(name: str, options: dict[str, Any]) -> nn.Module:
 def _timm(name: str, options: dict[str, Any]) -> nn.Module:
     library = _library("timm", "timm")
     if name.split(".")[0] not in library.list_models():
-        raise ConfigError(f"model 'timm:{name}': timm has no such model.{_hint(name, library.list_models())}")
+        raise ConfigError(f"model 'timm:{name}': timm has no such model{near(name, library.list_models())}")
     options.setdefault("features_only", True)
     options.setdefault("pretrained", False)
     model: nn.Module = library.create_model(name, **options)
@@ -76,7 +69,7 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     library = _library("torchvision", "all")
     known = library.models.list_models()
     if name not in known:
-        raise ConfigError(f"model 'torchvision:{name}': torchvision has no such model.{_hint(name, known)}")
+        raise ConfigError(f"model 'torchvision:{name}': torchvision has no such model{near(name, known)}")
     options.setdefault("weights", None)
     if name in library.models.list_models(module=library.models.segmentation):
         options.setdefault("weights_backbone", None)

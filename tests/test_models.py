@@ -45,7 +45,7 @@ def test_every_source_builds(spec: str, library: str, options: dict[str, object]
     [
         ("resnet50", "must be SOURCE:NAME"),
         ("demo:vnet", "one network, demo:unet"),
-        ("smp:UNet/resnet18", "no architecture 'UNet'.*Near names: Unet"),
+        ("smp:UNet/resnet18", "no architecture 'UNet'.*did you mean 'Unet'"),
         ("timm:resnet5", "no such model.*resnet50"),
         ("torchvision:fcn_resnet5", "no such model.*fcn_resnet50"),
         ("transformers:segfromer", "neither a folder .* a model type nor a model class"),
@@ -53,8 +53,8 @@ def test_every_source_builds(spec: str, library: str, options: dict[str, object]
         ("torch.nn:Conv9d", "no callable 'Conv9d'"),
         ("os:getcwd", "the factory gave a str, not an nn.Module"),
         ("torch.nn:Conv2d", "does not take the options {}: missing a required argument: 'in_channels'"),
-        ("smp:Unet/resnet5", "no encoder 'resnet5'.*Near names: resnet50.*tu-NAME"),
-        ("timm:####", r"no such model\. It has \d+ others"),
+        ("smp:Unet/resnet5", "no encoder 'resnet5'.*did you mean 'resnet50'.*tu-NAME"),
+        ("timm:####", r"no such model; known: .* \(\d+ in all\)"),
         ("nofile.py:build", "no file 'nofile.py'"),
     ],
 )

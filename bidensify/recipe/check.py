@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bidensify._util.names import near
 from bidensify.errors import BidensifyError
 from bidensify.recipe.schema import Recipe
-from bidensify.recipe.suggest import suggest
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -17,7 +17,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
-    return f"{path}.{name}: unknown key; {suggest(name, known)}"
+    return f"{path}.{name}: unknown key{near(name, known)}"
 
 
 def _data(recipe: Recipe) -> list[str]:
@@ -29,7 +29,7 @@ def _data(recipe: Recipe) -> list[str]:
             continue
         if section.name not in available_datasets():
             names = available_datasets()
-            mistakes.append(f"{path}.name: there is no data set {section.name!r}; {suggest(section.name, names)}")
+            mistakes.append(f"{path}.name: there is no data set {section.name!r}{near(section.name, names)}")
             continue
         options = dataset_options(section.name)
         known = ["name", "split", *options]
@@ -42,7 +42,7 @@ def _task(recipe: Recipe) -> list[str]:
 
     task = recipe.task
     if task.name not in available_tasks():
-        return [f"task.name: there is no task {task.name!r}; {suggest(task.name, available_tasks())}"]
+        return [f"task.name: there is no task {task.name!r}{near(task.name, available_tasks())}"]
     options = task_options(task.name)
     return [_unknown("task", name, ["name", *options]) for name in task.options if name not in options]
 
@@ -55,7 +55,7 @@ def _binarize(section: Mapping[str, Any]) -> list[str]:
     mistakes = [_unknown("binarize", name, known) for name in section if name not in known]
     method = section.get("method", "bidense")
     if method not in available_methods():
-        mistakes.append(f"binarize.method: there is no method {method!r}; {suggest(str(method), available_methods())}")
+        mistakes.append(f"binarize.method: there is no method {method!r}{near(method, available_methods())}")
     if not mistakes:
         try:
             BidensifyConfig.from_dict(section)

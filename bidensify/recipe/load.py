@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import typing
@@ -13,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bidensify._util.names import near
 from bidensify.errors import ConfigError
 from bidensify.recipe.check import check_recipe
 from bidensify.recipe.schema import Recipe
-from bidensify.recipe.suggest import suggest
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,8 +84,7 @@ def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3, cutoff=0.5)
-        hint = f"; in that folder: {', '.join(near)}" if near else ""
+        hint = near(path.name, sorted(p.name for p in path.parent.glob("*.y*ml")))
         raise ConfigError(f"recipe {str(path)!r} does not exist; give the path of a YAML file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read as text: {error}") from error
@@ -156,7 +154,7 @@ def _describe(error: dict[str, Any]) -> str:
     loc = tuple(error["loc"])
     path = format_path(loc)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key; {suggest(str(loc[-1]), _keys(loc[:-1]))}"
+        return f"{path}: unknown key{near(loc[-1], _keys(loc[:-1]))}"
     if error["type"] == "missing":
         return f"{path}: missing; this key is required"
     message = str(error["msg"]).removeprefix("Value error, ")
