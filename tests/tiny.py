@@ -108,7 +108,7 @@ def student_run(
     run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, depth: int = 2, **data: Any
 ) -> Any:
     """Trains a binary network under an (untrained) teacher with :data:`STUDENT`."""
-    from bidensify.recipe import finetune
+    from bidensify.train import finetune
 
     return finetune(
         network(binary=True, dropout=0.1 if os.environ.get("TINY_DROPOUT") else 0.0, depth=depth),

@@ -13,7 +13,7 @@ from bidensify.recipe.schema import Recipe
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Returns the mistakes of a recipe whose sections are each well-formed, each with its path."""
-    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize), *_losses(recipe)]
+    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize)]
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
@@ -61,17 +61,4 @@ def _binarize(section: Mapping[str, Any]) -> list[str]:
             BidensifyConfig.from_dict(section)
         except (BidensifyError, TypeError) as error:
             mistakes.append(f"binarize: {error}")
-    return mistakes
-
-
-def _losses(recipe: Recipe) -> list[str]:
-    mistakes = []
-    for index, stage in enumerate(recipe.stages):
-        path = f"stages[{index}].losses"
-        if stage.losses.kl is not None and recipe.task.name == "depth":
-            mistakes.append(f"{path}.kl: depth has no class distribution to distil; use kd_l1")
-        if stage.losses.kd_l1 is not None and recipe.task.name != "depth":
-            mistakes.append(f"{path}.kd_l1: is for the task 'depth', the recipe's is {recipe.task.name!r}; use kl")
-        if stage.losses.cwd is not None and not stage.losses.cwd.layers and recipe.task.name == "depth":
-            mistakes.append(f"{path}.cwd: a depth map is no score per class; name the layers to compare (cwd.layers)")
     return mistakes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bidensify.errors import ConfigError, DataError
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 from bidensify.train.distributed import GlobalBatches
 
 Sample = dict[str, Tensor]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bidensify._util.files import atomic_write
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 
 _PACKAGES = ("bidensify", "torch", "torchvision", "torchmetrics", "accelerate", "numpy", "safetensors", "pydantic")
 _MODELS = ("segmentation_models_pytorch", "timm", "transformers")

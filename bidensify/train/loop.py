@@ -18,13 +18,10 @@ from torch.utils.data import Dataset
 
 from bidensify.data import Seeded
 from bidensify.errors import TrainingError
-from bidensify.recipe.folder import RunFolder, RunResult, RunState
-from bidensify.recipe.load import load_recipe
-from bidensify.recipe.schema import Recipe
+from bidensify.models.weights import check_state, load_weights
+from bidensify.recipe import Recipe, load_recipe
 from bidensify.tasks import Task
 from bidensify.train.checkpoint import (
-    check_state,
-    load_weights,
     rng_state,
     save_weights,
     set_rng_state,
@@ -32,6 +29,7 @@ from bidensify.train.checkpoint import (
 )
 from bidensify.train.distributed import gather_objects, make_accelerator
 from bidensify.train.evaluation import eval_mode, evaluate
+from bidensify.train.folder import RunFolder, RunResult, RunState
 from bidensify.train.loaders import batches_per_epoch, check_samples, placed, training_loader
 from bidensify.train.logs import RunLog, versions
 from bidensify.train.optim import Ema, lr_factor, set_lr

@@ -13,12 +13,11 @@ from torch import nn
 
 from bidensify._util.seeding import seeded
 from bidensify.errors import ConfigError, FormatError
+from bidensify.models import load_weights
 from bidensify.nn.used_weight import copy_model
-from bidensify.recipe.folder import RunResult
-from bidensify.recipe.load import load_recipe
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe, load_recipe
 from bidensify.recipe.sections import ModelSection
-from bidensify.train.checkpoint import load_weights
+from bidensify.train.folder import RunResult
 from bidensify.train.loop import finetune
 
 

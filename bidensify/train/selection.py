@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidensify.nn import calibrate
-from bidensify.recipe.folder import RunFolder, RunState
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 from bidensify.tasks import Task
 from bidensify.train.checkpoint import save_weights
+from bidensify.train.folder import RunFolder, RunState
 from bidensify.train.stages import Epoch
 
 

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from bidensify.recipe import finetune, load_recipe
-from bidensify.train import logs
+from bidensify.recipe import load_recipe
+from bidensify.train import finetune, logs
 
 
 def run(tiny: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:

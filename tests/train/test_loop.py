@@ -15,7 +15,7 @@ from torch import nn
 
 from bidensify.deploy import pack
 from bidensify.errors import ConfigError, DataError, FormatError, TrainingError
-from bidensify.recipe import evaluate, finetune
+from bidensify.train import evaluate, finetune
 from bidensify.train.loaders import training_loader
 
 

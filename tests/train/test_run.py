@@ -12,7 +12,8 @@ import torch
 import bidensify as bd
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import binary_layers
-from bidensify.recipe import build_student, build_teacher, evaluate, finetune, load_recipe, load_run, run_recipe
+from bidensify.recipe import load_recipe
+from bidensify.train import build_student, build_teacher, evaluate, finetune, load_run, run_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = [Path(os.environ["BIDENSIFY_DATA"])] if "BIDENSIFY_DATA" in os.environ else []
@@ -77,7 +78,7 @@ def test_the_recipe_may_name_the_teacher(tmp_path: Path) -> None:
     latent = dict(student.named_parameters())
     kept = [key for key, value in teacher.named_parameters() if key in latent and torch.equal(latent[key], value)]
     assert "encoder.1.0.conv2.weight" in kept  # the student starts from the teacher's weights
-    with pytest.raises(FormatError, match=r"do not exist; give a \.safetensors file"):
+    with pytest.raises(FormatError, match=r"do not exist; give a \.safetensors, \.pth or \.ckpt file"):
         build_teacher(named, tmp_path / "nothing")
 
 

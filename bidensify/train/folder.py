@@ -12,8 +12,7 @@ from torch import nn
 
 from bidensify._util.files import atomic_write
 from bidensify.errors import ConfigError, FormatError
-from bidensify.recipe.load import load_recipe
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe, load_recipe
 from bidensify.train.checkpoint import read_checkpoint
 from bidensify.train.logs import versions, write_json
 
