@@ -88,7 +88,7 @@ def train(
 ) -> RunResult:
     """Trains one network of a recipe, and before a student its teacher if there is none; see ``finetune``."""
     from bidensify.train import run_recipe
-    from bidensify.train.folder import RunFolder
+    from bidensify.train.rundir.folder import RunFolder
 
     # A folder that cannot be the student's is told before the teacher is trained.
     RunFolder(run_dir).inspect(loaded if role == "student" else loaded.for_teacher(), resume)

@@ -177,25 +177,29 @@ def build_model(spec: str, **options: Any) -> nn.Module:
     return _named(model, spec, options)
 
 
-def rebuild_model(spec: str, options: Mapping[str, Any], where: str) -> nn.Module:
+def rebuild_model(spec: str, options: Mapping[str, Any], where: str, *, trust: bool = False) -> nn.Module:
     """Builds the network that a file from elsewhere names, with fresh weights: no code that only the file names.
 
     Args:
         spec: as for :func:`build_model`, from a registered source.
         options: of the source; what fetches weights is left out, at any depth.
         where: what errors call the file.
+        trust: run the code that the file names all the same.
 
     Raises:
-        ConfigError: the network is somebody's own code, or what :func:`build_model` raises.
+        ConfigError: the network is somebody's own code and not trusted, or what :func:`build_model` raises.
     """
     source, name = _split(spec)
+    settings = {key: value for key, value in options.items() if key not in _LOADING}
+    if trust and source not in _SOURCES:
+        return _named(_from_code(str(spec), source, name, settings), spec, options)
     if source not in _SOURCES or ":" in name:
         raise ConfigError(
             f"{where} names the network {spec!r}, which is somebody's own code, and a file must not run that. Build the "
             "network yourself and give it; or, if you know where the file is from, allow it: trust=True in Python, "
             "--trust on the command line"
         )
-    settings = _without(options, _FETCHING[source] | set(_LOADING))
+    settings = _without(settings, _FETCHING[source])
     if "architecture_only" in _SOURCES.options(source):
         settings["architecture_only"] = True
     return _named(_from_source(str(spec), source, name, settings), spec, options)

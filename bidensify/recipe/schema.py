@@ -133,19 +133,22 @@ class Recipe(Section):
         """
         return self.needed(self.data.size, "data.size")
 
-    def build_model(self) -> torch.nn.Module:
+    def build_model(self, *, weights: bool = True) -> torch.nn.Module:
         """Builds the full-precision network; its fresh weights depend on ``seed`` alone.
 
         The network of a recipe that came with a run's folder is built without code that only that recipe names; see
         :func:`bidensify.models.rebuild_model`.
+
+        Args:
+            weights: without, pretrained weights that the options name are left out.
         """
         from bidensify.models import build_model, rebuild_model
 
         section = self.needed(self.model, "model.source")
         with seeded(self.seed):
-            if self._trusted:
+            if self._trusted and weights:
                 return build_model(section.source, **section.options)
-            return rebuild_model(section.source, section.options, f"recipe {self.name!r} of the run's folder")
+            return rebuild_model(section.source, section.options, f"recipe {self.name!r}", trust=self._trusted)
 
     def build_datasets(self) -> tuple[DenseDataset, DenseDataset]:
         """Builds (training, validation) data sets with their transforms."""

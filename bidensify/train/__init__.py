@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from bidensify.train.check import RunCheck
 from bidensify.train.evaluation import evaluate
-from bidensify.train.folder import RunResult
-from bidensify.train.loop import finetune
-from bidensify.train.run import build_student, build_teacher, load_run, run_recipe
+from bidensify.train.run import build_student, build_teacher, check_run, load_run, run_recipe
+from bidensify.train.rundir.folder import RunResult
+from bidensify.train.start import finetune
 
-__all__ = ["RunResult", "build_student", "build_teacher", "evaluate", "finetune", "load_run", "run_recipe"]
+__all__ = [
+    "RunCheck",
+    "RunResult",
+    "build_student",
+    "build_teacher",
+    "check_run",
+    "evaluate",
+    "finetune",
+    "load_run",
+    "run_recipe",
+]

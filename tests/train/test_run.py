@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import bidensify as bd
 from bidensify.errors import ConfigError, FormatError
@@ -100,7 +101,7 @@ def test_weights_of_another_model_or_truncated(tmp_path: Path) -> None:
 def test_load_run_of_what_is_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a run folder: it has no recipe\.yaml"):
         load_run(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(RECIPES / "scenes_segmentation.yaml").to_dict()))
     with pytest.raises(ConfigError, match="is not finished"):
         load_run(tmp_path)
 

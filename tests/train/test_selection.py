@@ -12,7 +12,7 @@ from torch import nn
 
 from bidensify.recipe import load_recipe
 from bidensify.tasks import DepthTask, Task
-from bidensify.train.folder import RunFolder, RunState
+from bidensify.train.rundir.folder import RunFolder, RunState
 from bidensify.train.selection import Selection
 from bidensify.train.stages import epochs
 

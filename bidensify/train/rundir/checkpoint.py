@@ -88,4 +88,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise FormatError(f"checkpoint {str(path)!r} has format {found!r}, this version reads {FORMAT}")
+    missing = [key for key in ("student", "optimizer", "ema", "rng", "state") if key not in state]
+    if missing:
+        raise FormatError(f"checkpoint {str(path)!r} has no {', '.join(missing)}; remove it to start the run anew")
     return state
