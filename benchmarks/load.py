@@ -30,8 +30,8 @@ ROUNDS = 5
 def measure(source: str) -> dict[str, Any]:
     """Saves and loads one network in this process."""
     import bidensify as bd
-    from bidensify.demo.network import unet
     from bidensify.models import build_model
+    from bidensify.models.unet import unet
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

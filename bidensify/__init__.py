@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from bidensify.costs.summary import summary
     from bidensify.deploy.pack import pack
     from bidensify.deploy.pretrained import from_pretrained, save_pretrained
+    from bidensify.losses import register_loss
     from bidensify.methods import available_methods, register_method
+    from bidensify.models import register_source
     from bidensify.nn import calibrate
-    from bidensify.recipe import finetune
     from bidensify.rewrite.api import bidensify, plan
+    from bidensify.train import finetune
 
 # Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
 _PUBLIC = {
@@ -26,11 +28,13 @@ _PUBLIC = {
     "available_methods": "bidensify.methods",
     "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
-    "finetune": "bidensify.recipe",
+    "finetune": "bidensify.train",
     "from_pretrained": "bidensify.deploy.pretrained",
     "pack": "bidensify.deploy.pack",
     "plan": "bidensify.rewrite.api",
+    "register_loss": "bidensify.losses",
     "register_method": "bidensify.methods",
+    "register_source": "bidensify.models",
     "save_pretrained": "bidensify.deploy.pretrained",
     "summary": "bidensify.costs.summary",
 }
@@ -45,7 +49,9 @@ __all__ = [
     "from_pretrained",
     "pack",
     "plan",
+    "register_loss",
     "register_method",
+    "register_source",
     "save_pretrained",
     "summary",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from bidensify._util.names import near
 from bidensify.errors import ConfigError
 
 __all__ = ["BidensifyConfig", "Rule"]
@@ -26,11 +26,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
 _OVERRIDES = ("method", "act_scale", "bypass", "activation")
-
-
-def _near(name: str, known: tuple[str, ...] | list[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=3)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def _range(bounds: Any, what: str) -> tuple[int | None, int | None]:
@@ -74,10 +69,7 @@ class Rule:
         if isinstance(self.action, Mapping):
             for key in self.action:
                 if key not in _OVERRIDES:
-                    raise ConfigError(
-                        f"Rule({self.match!r}): unknown override {key!r}{_near(key, _OVERRIDES)} "
-                        f"Known: {', '.join(_OVERRIDES)}"
-                    )
+                    raise ConfigError(f"Rule({self.match!r}): unknown override {key!r}{near(key, _OVERRIDES)}")
             for key in ("act_scale", "activation"):
                 if key in self.action and self.action[key] not in _CHOICES[key]:
                     raise ConfigError(
@@ -101,7 +93,7 @@ class Rule:
         ranges: dict[str, tuple[int | None, int | None]] = {}
         for key, bounds in self.where.items():
             if key not in known:
-                raise ConfigError(f"Rule({self.match!r}): unknown predicate {key!r}{_near(key, known)}")
+                raise ConfigError(f"Rule({self.match!r}): unknown predicate {key!r}{near(key, known)}")
             ranges[key] = _range(bounds, f"Rule({self.match!r}): where[{key!r}]")
         object.__setattr__(self, "where", ranges)
 
@@ -162,9 +154,7 @@ class BidensifyConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(
-                    f"BidensifyConfig: {name}={value!r} must be one of {', '.join(choices)}{_near(value, choices)}"
-                )
+                raise ConfigError(f"BidensifyConfig: {name}={value!r} is none of its values{near(value, choices)}")
         for name in ("keep_first", "keep_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"BidensifyConfig: {name}={getattr(self, name)!r} must be true or false")
@@ -203,7 +193,7 @@ class BidensifyConfig:
         known = tuple(item.name for item in dataclasses.fields(cls))
         for key in fields:
             if key not in known:
-                raise ConfigError(f"BidensifyConfig: unknown key {key!r}{_near(key, known)}")
+                raise ConfigError(f"BidensifyConfig: unknown key {key!r}{near(key, known)}")
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -230,7 +220,7 @@ def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
     known = ("match", "action", "where")
     for key in data:
         if key not in known:
-            raise ConfigError(f"Rule: unknown key {key!r}{_near(key, known)}")
+            raise ConfigError(f"Rule: unknown key {key!r}{near(key, known)}")
     if "match" not in data:
         raise ConfigError(f"Rule: {dict(data)!r} has no 'match'; say which layers it is for")
     return Rule(**data)

@@ -15,7 +15,8 @@ import bidensify as bd
 from bidensify.compare import comparison, read_run, write_report
 from bidensify.methods import LayerParts, LayerSpec
 from bidensify.nn import SignBinarizer, WeightBinarizer
-from bidensify.recipe import load_recipe, run_recipe
+from bidensify.recipe import load_recipe
+from bidensify.train import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "scenes_segmentation.yaml"
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import bidensify as bd
-from bidensify.recipe import evaluate, load_recipe
+from bidensify.recipe import load_recipe
 from bidensify.tasks import SegmentationTask
+from bidensify.train import evaluate
 
 RECIPE = {
     "name": "blobs",

@@ -20,19 +20,31 @@ TASK = SegmentationTask(3)
 
 
 class Colours(DenseDataset):
-    """16 x 16 noise whose classes are the strongest channel; the transform adds noise; some pixels are ignored."""
+    """16 x 16 noise whose classes are the strongest channel; the transform adds noise; some pixels are ignored.
+
+    ``fail_at`` stops at that read, counted from when the file ``after`` is there (the log of a run that has begun).
+    """
 
     info = DataInfo(3, ("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 
-    def __init__(self, length: int = 40, seed: int = 0, delay: float = 0.0, fail_at: int | None = None) -> None:
+    def __init__(
+        self, length: int = 40, seed: int = 0, delay: float = 0.0, fail_at: int | None = None, after: Path | None = None
+    ) -> None:
         super().__init__(_noise if seed == 0 else None)
-        self.length, self.seed, self.delay, self.fail_at, self.reads = length, seed, delay, fail_at, 0
+        self.length, self.seed, self.delay, self.fail_at, self.after, self.reads = (
+            length,
+            seed,
+            delay,
+            fail_at,
+            after,
+            1,
+        )
 
     def __len__(self) -> int:
         return self.length
 
     def load(self, index: int) -> Sample:
-        self.reads += 1
+        self.reads += self.after is None or self.after.exists()
         if self.reads == self.fail_at:
             raise KeyboardInterrupt
         time.sleep(self.delay)
@@ -108,13 +120,13 @@ def student_run(
     run_dir: str | Path, *, resume: bool = False, changes: dict[str, Any] | None = None, depth: int = 2, **data: Any
 ) -> Any:
     """Trains a binary network under an (untrained) teacher with :data:`STUDENT`."""
-    from bidensify.recipe import finetune
+    from bidensify.train import finetune
 
     return finetune(
         network(binary=True, dropout=0.1 if os.environ.get("TINY_DROPOUT") else 0.0, depth=depth),
         teacher=network(depth=depth),
         recipe=recipe(**{**STUDENT, **(changes or {})}),
-        train=Colours(**data),
+        train=Colours(**data, after=Path(run_dir) / "log.jsonl"),
         val=Colours(16, seed=1),
         run_dir=run_dir,
         resume=resume,

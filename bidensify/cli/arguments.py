@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bidensify.errors import ConfigError, FormatError
+from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from bidensify.config import BidensifyConfig
 
@@ -103,48 +104,15 @@ def parse_device(text: str) -> torch.device:
 
 
 def make_model(spec: str, options: Sequence[str], weights: Path | None) -> nn.Module:
-    """Builds ``spec`` and loads full-precision ``weights`` (a safetensors file) into it, if given."""
-    from bidensify.models import build_model
+    """Builds ``spec`` and loads full-precision ``weights`` into it, if given."""
+    from bidensify.models import build_model, load_weights
 
     model = build_model(spec, **parse_assignments(options, "--option"))
     if weights is not None:
-        load_weights(model, read_weights(weights), str(weights))
+        note = load_weights(model, weights)
+        if note:
+            print(f"{weights}: {note}", file=sys.stderr)
     return model
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        FormatError: the file is no safetensors file, or is cut short.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{str(path)!r} is not a whole safetensors file ({error}); bidensify reads weights from safetensors only: "
-            f"write yours with safetensors.torch.save_file(model.state_dict(), path)"
-        ) from None
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads ``state`` into ``model``, every key or none.
-
-    Raises:
-        FormatError: keys or shapes differ; the message lists the first few of each kind.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        shown = "\n".join(line.strip()[:300] for line in lines[1:5])
-        raise FormatError(
-            f"{source!r} does not fit {type(model).__name__}:\n{shown}\n"
-            f"give the model spec and options that the weights were trained with"
-        ) from None
 
 
 def to_json(value: Any) -> str:

@@ -34,7 +34,9 @@ Config = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", "-w", exists=True, dir_okay=False, help="Full-precision weights, a safetensors file."),
+    typer.Option(
+        "--weights", "-w", exists=True, dir_okay=False, help="Full-precision weights: .safetensors, .pth, .ckpt."
+    ),
 ]
 Input = Annotated[
     str | None,

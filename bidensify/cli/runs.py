@@ -13,7 +13,8 @@ from bidensify.cli.app import AsJson, Debug, command, output
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bidensify.recipe import Recipe, RunResult
+    from bidensify.recipe import Recipe
+    from bidensify.train import RunResult
 
 Set = Annotated[
     list[str] | None,
@@ -86,8 +87,8 @@ def train(
     loaded: Recipe, run_dir: Path, role: Literal["student", "teacher"], teacher: Path | None, resume: bool, quiet: bool
 ) -> RunResult:
     """Trains one network of a recipe, and before a student its teacher if there is none; see ``finetune``."""
-    from bidensify.recipe import run_recipe
-    from bidensify.recipe.folder import RunFolder
+    from bidensify.train import run_recipe
+    from bidensify.train.rundir.folder import RunFolder
 
     # A folder that cannot be the student's is told before the teacher is trained.
     RunFolder(run_dir).inspect(loaded if role == "student" else loaded.for_teacher(), resume)
@@ -134,7 +135,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a student, a teacher or a packed model on its recipe's validation data."""
-    from bidensify.recipe import evaluate as measure
+    from bidensify.train import evaluate as measure
 
     place = arguments.parse_device(device)
     loaded = sources.load_source(source, recipe, settings or [])

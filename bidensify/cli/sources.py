@@ -44,7 +44,8 @@ def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[st
     Raises:
         ConfigError: an override is of the network itself, the folder is neither, or a saved directory's base model is not known.
     """
-    from bidensify.recipe import load_recipe, load_run
+    from bidensify.recipe import load_recipe
+    from bidensify.train import load_run
 
     chosen = None if recipe is None else load_recipe(recipe, overrides)
     if is_run(folder):

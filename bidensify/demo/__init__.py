@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from bidensify.demo.network import UNet, unet
+from bidensify.models.unet import UNet, unet
 
 __all__ = ["UNet", "unet"]

@@ -68,7 +68,7 @@ def demo_recipe(seed: int, quick: bool, method: str) -> Recipe:
 
 
 def _train(recipe: Recipe, folder: Path, role: Any, teacher: Path | None, console: Console) -> None:
-    from bidensify.recipe import run_recipe
+    from bidensify.train import run_recipe
 
     if (folder / "result.json").is_file() and (folder / "model.safetensors").is_file():
         console.print(f"{folder.name}: already trained", highlight=False)
@@ -86,7 +86,7 @@ def _pack(method: str, run: Path, out: Path, images: Tensor) -> Student:
     import bidensify
     from bidensify.deploy.format import TENSORS
     from bidensify.nn import binary_layers
-    from bidensify.recipe import load_run
+    from bidensify.train import load_run
 
     latent, _ = load_run(run)
     packed = bidensify.pack(latent)
@@ -123,7 +123,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
         ConfigError: ``out`` holds a demo of another seed or size.
     """
     from bidensify.compare import read_run
-    from bidensify.recipe import load_run
+    from bidensify.train import load_run
 
     started = time.perf_counter()
     settings = {"seed": seed, "quick": quick}

@@ -104,7 +104,7 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
     extra = header.get("extra")
     extra = extra if isinstance(extra, dict) else {}
     if model is None:
-        from bidensify.models import build_model, model_sources
+        from bidensify.models import model_sources, rebuild_model
 
         source = extra.get("source")
         if not isinstance(source, dict) or not isinstance(source.get("spec"), str):
@@ -118,7 +118,7 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
                 "it yourself: from_pretrained(directory, model)"
             )
         options = source.get("options")
-        model = build_model(source["spec"], **(options if isinstance(options, dict) else {}))
+        model = rebuild_model(source["spec"], options if isinstance(options, dict) else {}, str(where))
     else:
         if not isinstance(model, nn.Module):
             raise FormatError(

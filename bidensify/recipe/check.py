@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bidensify._util.names import near
 from bidensify.errors import BidensifyError
 from bidensify.recipe.schema import Recipe
-from bidensify.recipe.suggest import suggest
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Returns the mistakes of a recipe whose sections are each well-formed, each with its path."""
-    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize), *_losses(recipe)]
+    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize)]
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
-    return f"{path}.{name}: unknown key; {suggest(name, known)}"
+    return f"{path}.{name}: unknown key{near(name, known)}"
 
 
 def _data(recipe: Recipe) -> list[str]:
@@ -29,7 +29,7 @@ def _data(recipe: Recipe) -> list[str]:
             continue
         if section.name not in available_datasets():
             names = available_datasets()
-            mistakes.append(f"{path}.name: there is no data set {section.name!r}; {suggest(section.name, names)}")
+            mistakes.append(f"{path}.name: there is no data set {section.name!r}{near(section.name, names)}")
             continue
         options = dataset_options(section.name)
         known = ["name", "split", *options]
@@ -42,7 +42,7 @@ def _task(recipe: Recipe) -> list[str]:
 
     task = recipe.task
     if task.name not in available_tasks():
-        return [f"task.name: there is no task {task.name!r}; {suggest(task.name, available_tasks())}"]
+        return [f"task.name: there is no task {task.name!r}{near(task.name, available_tasks())}"]
     options = task_options(task.name)
     return [_unknown("task", name, ["name", *options]) for name in task.options if name not in options]
 
@@ -55,23 +55,10 @@ def _binarize(section: Mapping[str, Any]) -> list[str]:
     mistakes = [_unknown("binarize", name, known) for name in section if name not in known]
     method = section.get("method", "bidense")
     if method not in available_methods():
-        mistakes.append(f"binarize.method: there is no method {method!r}; {suggest(str(method), available_methods())}")
+        mistakes.append(f"binarize.method: there is no method {method!r}{near(method, available_methods())}")
     if not mistakes:
         try:
             BidensifyConfig.from_dict(section)
         except (BidensifyError, TypeError) as error:
             mistakes.append(f"binarize: {error}")
-    return mistakes
-
-
-def _losses(recipe: Recipe) -> list[str]:
-    mistakes = []
-    for index, stage in enumerate(recipe.stages):
-        path = f"stages[{index}].losses"
-        if stage.losses.kl is not None and recipe.task.name == "depth":
-            mistakes.append(f"{path}.kl: depth has no class distribution to distil; use kd_l1")
-        if stage.losses.kd_l1 is not None and recipe.task.name != "depth":
-            mistakes.append(f"{path}.kd_l1: is for the task 'depth', the recipe's is {recipe.task.name!r}; use kl")
-        if stage.losses.cwd is not None and not stage.losses.cwd.layers and recipe.task.name == "depth":
-            mistakes.append(f"{path}.cwd: a depth map is no score per class; name the layers to compare (cwd.layers)")
     return mistakes

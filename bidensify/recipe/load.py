@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import typing
@@ -10,64 +9,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from bidensify._util.modules import import_own, is_imported
+from bidensify._util.names import near
+from bidensify._util.yamltext import LONGEST, parse_yaml
 from bidensify.errors import ConfigError
+from bidensify.losses import LOSSES
 from bidensify.recipe.check import check_recipe
 from bidensify.recipe.schema import Recipe
-from bidensify.recipe.suggest import suggest
 
 
-class _Loader(yaml.SafeLoader):
-    """A safe loader that also notes keys that appear twice (YAML forbids them, PyYAML lets the last one win)."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.duplicates: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            # Only scalars can be equal keys here, and a merge key (<<) is no key of the mapping.
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                self.duplicates.append(f"line {line}: the key {key!r} was given in line {seen[key]} already; keep one")
-            seen[key] = line
-        return super().construct_mapping(node, deep=deep)
-
-
-# Numbers such as 1e-3 are floats, as in YAML 1.2 and JSON; PyYAML's rule asks for a dot.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
-    """Loads a recipe from a YAML file or a mapping.
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    trust: bool = True,
+) -> Recipe:
+    """Loads a recipe from a YAML file or a mapping, and imports the modules that it names in ``imports``.
 
     Args:
         source: path of a YAML file, a mapping of the same structure, or a recipe (to apply overrides to it).
         overrides: strings ``"path=value"``, for example ``"data.batch_size=4"`` or ``"stages[1].lr=1e-3"``; the value
             is read as YAML.
+        trust: whether the recipe is yours, or one that you have read. Without, no code that only the recipe names is run:
+            its ``imports`` must have been imported before, and its network must be of a registered source.
 
     Raises:
-        ConfigError: the file cannot be read, or the recipe has mistakes; the message lists all, each with its path.
+        ConfigError: the file cannot be read, names code and is not trusted, or the recipe has mistakes; the message lists
+            all of them, each with its path.
     """
     mistakes: list[str] = []
     if isinstance(source, Recipe):
         data, title = source.to_dict(), f"recipe {source.name!r}"
+        trust = trust and source._trusted
     elif isinstance(source, Mapping):
         data, title = _copy(source), "recipe"
     else:
         data, title = _read(Path(source), mistakes), f"recipe {os.fspath(source)!r}"
     for override in overrides:
         _override(data, override, mistakes)
+    _import(data.get("imports"), title, trust)
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(data)
@@ -78,26 +60,38 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, ove
     if mistakes or recipe is None:
         count = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
         raise ConfigError(f"{title} has {count}:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+    recipe._trusted = trust
     return recipe
+
+
+def _import(names: Any, title: str, trust: bool) -> None:
+    """Imports a user's own modules before the names that they register are looked up."""
+    for name in names if isinstance(names, list) else ():
+        if not isinstance(name, str):
+            continue  # the schema says what is wrong with it
+        if not trust and not is_imported(name):
+            raise ConfigError(
+                f"{title} imports {name!r}, which only this file names, and a file must not run code. If you know where it is "
+                f"from, allow it: trust=True in Python, --trust on the command line; or import {name!r} yourself first"
+            )
+        if trust:
+            import_own(name)
 
 
 def _read(path: Path, mistakes: list[str]) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3, cutoff=0.5)
-        hint = f"; in that folder: {', '.join(near)}" if near else ""
+        hint = near(path.name, sorted(p.name for p in path.parent.glob("*.y*ml")))
         raise ConfigError(f"recipe {str(path)!r} does not exist; give the path of a YAML file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read as text: {error}") from error
-    loader = _Loader(text)
     try:
-        data = loader.get_single_data()
-    except yaml.YAMLError as error:
+        data, duplicates = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
-    mistakes += loader.duplicates
+    mistakes += duplicates
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {str(path)!r} must hold a mapping of sections, got {type(data).__name__}")
     return data
@@ -118,13 +112,12 @@ def _override(data: dict[str, Any], override: str, mistakes: list[str]) -> None:
     if not equals or not all(part != "" for part in parts):
         mistakes.append(f"override {override!r}: write path=value, for example data.batch_size=4 or stages[1].lr=1e-3")
         return
-    loader = _Loader(text)
     try:
-        value = loader.get_single_data()
-    except yaml.YAMLError as error:
+        value, duplicates = parse_yaml(text)
+    except ValueError as error:
         mistakes.append(f"override {override!r}: the value is not valid YAML: {error}")
         return
-    mistakes += [f"override {override!r}: {duplicate}" for duplicate in loader.duplicates]
+    mistakes += [f"override {override!r}: {duplicate}" for duplicate in duplicates]
     target: Any = data
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         if isinstance(target, list):
@@ -156,7 +149,7 @@ def _describe(error: dict[str, Any]) -> str:
     loc = tuple(error["loc"])
     path = format_path(loc)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key; {suggest(str(loc[-1]), _keys(loc[:-1]))}"
+        return f"{path}: unknown key{near(loc[-1], _keys(loc[:-1]))}"
     if error["type"] == "missing":
         return f"{path}: missing; this key is required"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -167,6 +160,9 @@ def _describe(error: dict[str, Any]) -> str:
 
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """Returns the keys of the section at ``loc``."""
+    if "losses" in loc:
+        below = loc[loc.index("losses") + 1 :]
+        return list(LOSSES[str(below[0])].model_fields) if below else LOSSES.names()
     kind: Any = Recipe
     for part in loc:
         kind = _section(kind.model_fields[part].annotation if isinstance(part, str) and _is_model(kind) else kind)

@@ -7,10 +7,13 @@ that of the second.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from bidensify._util.seeding import seeded
+from bidensify.config import BidensifyConfig
+from bidensify.errors import ConfigError
 from bidensify.recipe.sections import (
     CalibrateSection,
     CheckpointSection,
@@ -29,9 +32,10 @@ from bidensify.recipe.sections import (
 if TYPE_CHECKING:
     import torch
 
-    from bidensify.config import BidensifyConfig
     from bidensify.data import DataInfo, DenseDataset
     from bidensify.tasks import Task
+
+Value = TypeVar("Value")
 
 
 class Recipe(Section):
@@ -39,10 +43,14 @@ class Recipe(Section):
 
     ``model`` and the data sets in ``data`` may be left out where :func:`bidensify.finetune` is given a network and data
     sets of your own; what builds them from the recipe then raises a ConfigError.
+
+    ``imports`` are modules of your own ("my_package.my_module", "file.py") that register methods, losses, tasks, data sets
+    or model sources; the working directory is on the path, as with ``python -m``.
     """
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**31)
+    imports: list[str] = Field(default_factory=list)
     model: ModelSection | None = None
     data: DataSection = DataSection()
     task: TaskSection
@@ -59,6 +67,9 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
+    # Whether somebody who runs it wrote it, or gave it; a recipe in a run's folder may be from anywhere.
+    _trusted: bool = PrivateAttr(default=True)
+
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages]
@@ -67,10 +78,27 @@ class Recipe(Section):
         return self
 
     def for_teacher(self) -> Recipe:
-        """Returns the recipe of the teacher's run: the teacher's stages on the full-precision model."""
-        from bidensify.recipe.build import teacher_recipe
+        """Returns the recipe of the teacher's run: the teacher's stages on the full-precision model.
 
-        return teacher_recipe(self)
+        Raises:
+            ConfigError: the recipe does not say how to train its teacher.
+        """
+        teacher = self.teacher
+        if teacher is None or not teacher.stages:
+            raise ConfigError(f"recipe {self.name!r} has no teacher.stages; add them to train its teacher")
+        changes: dict[str, Any] = {
+            "stages": teacher.stages,
+            "teacher": None,
+            "name": f"{self.name}_teacher",
+            "binarize": {},
+        }
+        for key in ("optimizer", "ema", "evaluate"):
+            if key in teacher.model_fields_set:
+                value = getattr(teacher, key)
+                changes[key] = Recipe.model_fields[key].get_default() if value is None else value
+        if teacher.augment is not None:
+            changes["data"] = self.data.model_copy(update={"augment": teacher.augment})
+        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the recipe, defaults filled in, as JSON-able data that :func:`load_recipe` takes."""
@@ -79,6 +107,23 @@ class Recipe(Section):
             data["binarize"] = self.config().to_dict()
         return data
 
+    def config(self) -> BidensifyConfig:
+        """Returns the configuration of the rewrite (section ``binarize``)."""
+        return BidensifyConfig.from_dict(dict(self.binarize))
+
+    def needed(self, value: Value | None, key: str) -> Value:
+        """Returns ``value``, the recipe's ``key``.
+
+        Raises:
+            ConfigError: it is None: the recipe is for a network and data sets of the caller's own.
+        """
+        if value is None:
+            raise ConfigError(
+                f"recipe {self.name!r} has no {key}, so it cannot be built from the recipe alone; add {key}, or give your "
+                "own network and data sets to bidensify.finetune"
+            )
+        return value
+
     @property
     def image_size(self) -> tuple[int, int]:
         """``data.size``, (height, width) in pixels.
@@ -86,36 +131,71 @@ class Recipe(Section):
         Raises:
             ConfigError: the recipe does not say.
         """
-        from bidensify.recipe.build import needed
+        return self.needed(self.data.size, "data.size")
 
-        return needed(self, self.data.size, "data.size")
+    def build_model(self, *, weights: bool = True) -> torch.nn.Module:
+        """Builds the full-precision network; its fresh weights depend on ``seed`` alone.
 
-    def build_model(self) -> torch.nn.Module:
-        """Builds the full-precision network; its fresh weights depend on ``seed`` alone."""
-        from bidensify.recipe.build import build_model
+        The network of a recipe that came with a run's folder is built without code that only that recipe names; see
+        :func:`bidensify.models.rebuild_model`.
 
-        return build_model(self)
+        Args:
+            weights: without, pretrained weights that the options name are left out.
+        """
+        from bidensify.models import build_model, rebuild_model
+
+        section = self.needed(self.model, "model.source")
+        with seeded(self.seed):
+            if self._trusted and weights:
+                return build_model(section.source, **section.options)
+            return rebuild_model(section.source, section.options, f"recipe {self.name!r}", trust=self._trusted)
 
     def build_datasets(self) -> tuple[DenseDataset, DenseDataset]:
         """Builds (training, validation) data sets with their transforms."""
-        from bidensify.recipe.build import build_datasets
-
-        return build_datasets(self)
+        return self.build_dataset("train"), self.build_dataset("val")
 
     def build_dataset(self, which: Literal["train", "val"]) -> DenseDataset:
-        """Builds one of the two data sets with its transforms."""
-        from bidensify.recipe.build import build_dataset
+        """Builds one of the two data sets with its transforms; normalisation is the recipe's, else the data set's own."""
+        from bidensify.data import build_transforms
 
-        return build_dataset(self, which)
+        data = self.data
+        # The transforms need what the data set says about itself, so they come second.
+        dataset = self._dataset(which)
+        info = dataset.info
+        options: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
+        if which == "train":
+            options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter")}
+        else:
+            options["keep_target_size"] = data.keep_target_size
+        size = data.train_size if which == "train" and data.train_size is not None else self.image_size
+        dataset.transforms = build_transforms(which == "train", size, ignore_index=info.ignore_index, **options)
+        return dataset
+
+    def _dataset(self, which: Literal["train", "val"]) -> DenseDataset:
+        from bidensify.data import build_dataset, dataset_options
+
+        section = self.needed(getattr(self.data, which), f"data.{which}")
+        options, known = section.options, dataset_options(section.name)
+        shared: dict[str, Any] = {"root": self.data.root, "channels": self.data.in_channels}
+        if section.name == "scenes":
+            shared["size"] = self.image_size
+        options = {**{key: value for key, value in shared.items() if value is not None and key in known}, **options}
+        if section.name == "image_mask_folder" and "root" not in options:
+            raise ConfigError(
+                f"recipe {self.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER"
+            )
+        return build_dataset(section.name, section.split, **options)
 
     def build_task(self, info: DataInfo | None = None) -> Task:
         """Builds the task; classes, names and palette come from ``info`` (or from the validation data) unless given."""
-        from bidensify.recipe.build import build_task
+        from bidensify.tasks import build_task
 
-        return build_task(self, info)
-
-    def config(self) -> BidensifyConfig:
-        """Returns the configuration of the rewrite (section ``binarize``)."""
-        from bidensify.config import BidensifyConfig
-
-        return BidensifyConfig.from_dict(dict(self.binarize))
+        options = self.task.options
+        if self.task.name == "segmentation":
+            if info is None and "num_classes" not in options:
+                self.needed(self.data.val, "task.num_classes")
+                info = self._dataset("val").info
+            if info is not None:
+                for key in ("num_classes", "ignore_index", "class_names", "palette"):
+                    options.setdefault(key, getattr(info, key))
+        return build_task(self.task.name, **options)

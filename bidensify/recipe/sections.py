@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
+from typing_extensions import TypedDict
+
+from bidensify.losses import LOSSES, Loss
 
 
 def _number_is_weight(value: Any) -> Any:
@@ -60,7 +64,8 @@ class DataSection(Section):
     of images at the scale of ``size`` make cheaper steps. ``augment.scale`` is relative to the image.
 
     ``keep_target_size`` measures validation images at the size of their own masks or depth maps instead of ``size``.
-    ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's.
+    ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's. ``in_channels`` is the number of
+    channels of an image where it is not 3; it is given to data sets that have such an option.
 
     ``train``, ``val`` and ``size`` are for data that the recipe builds; ``finetune`` takes data sets of your own.
     """
@@ -70,6 +75,7 @@ class DataSection(Section):
     root: str | None = None
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     train_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    in_channels: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     eval_batch_size: int | None = Field(default=None, ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -92,67 +98,25 @@ class TaskSection(Options):
     name: str
 
 
-class Weighted(Section):
-    """A loss term with a weight."""
-
-    weight: float = Field(default=1.0, gt=0)
-
-
-class KlLoss(Weighted):
-    """KL(teacher || student) of the class distributions per pixel, times temperature squared."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    ignore: bool = False
-
-
-class CwdLoss(Weighted):
-    """Channel-wise distillation (arXiv 2011.13256) of the logits, or of the named ``layers``."""
-
-    temperature: float = Field(default=4.0, gt=0)
-    layers: list[str] = []
-
-
-class FeatureLoss(Weighted):
-    """Feature matching between layers of the same names in student and teacher."""
-
-    layers: list[str] = Field(min_length=1)
-    kind: Literal["mse", "attention"] = "mse"
-
-
-class KdL1Loss(Weighted):
-    """L1 between the student's and the teacher's depth, by default between their logarithms."""
-
-    log: bool = True
-
-
-class LossesSection(Section):
-    """The loss terms of a stage, each with its weight; a term that is absent is not computed."""
-
-    task: Annotated[Weighted | None, BeforeValidator(_number_is_weight)] = Weighted()
-    kl: Annotated[KlLoss | None, BeforeValidator(_number_is_weight)] = None
-    cwd: Annotated[CwdLoss | None, BeforeValidator(_number_is_weight)] = None
-    features: FeatureLoss | None = None
-    kd_l1: Annotated[KdL1Loss | None, BeforeValidator(_number_is_weight)] = None
-
-    @property
-    def distils(self) -> bool:
-        """Whether a teacher is needed."""
-        return any(term is not None for term in (self.kl, self.cwd, self.features, self.kd_l1))
-
-    @property
-    def layers(self) -> list[str]:
-        """Patterns of the layers whose outputs are compared."""
-        return [*(self.cwd.layers if self.cwd else ()), *(self.features.layers if self.features else ())]
-
-    @model_validator(mode="after")
-    def _something(self) -> LossesSection:
-        if self.task is None and not self.distils:
-            raise ValueError("no loss is left; give at least one of task, kl, cwd, features, kd_l1")
-        return self
+def _terms(value: Any) -> Any:
+    """Reads ``losses`` with the registered terms; the task's own loss is there unless ``task: null`` leaves it out."""
+    if not isinstance(value, Mapping):
+        return value
+    known = {name: Annotated[LOSSES[name] | None, BeforeValidator(_number_is_weight)] for name in LOSSES.names()}
+    make: Any = TypedDict  # the names are known at run time alone
+    kind = make("Losses", known, total=False)
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")
+    read: dict[str, Any] = TypeAdapter(kind).validate_python({"task": {}, **value})
+    if not any(read.values()):
+        raise ValueError(f"no loss is left; give at least one of {', '.join(known)}")
+    return read
 
 
 class StageSection(Section):
-    """One stage of a run: what is binarized, for how long, at which learning rate, with which losses."""
+    """One stage of a run: what is binarized, for how long, at which learning rate, with which losses.
+
+    ``losses`` maps the names of registered terms to a weight, or to ``weight`` and the term's own options.
+    """
 
     name: str
     binarize: Literal["none", "activations", "all"]
@@ -160,9 +124,24 @@ class StageSection(Section):
     lr: float = Field(gt=0)
     schedule: Literal["onecycle", "cosine", "linear", "constant"] = "onecycle"
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    losses: LossesSection = LossesSection()
+    losses: Annotated[dict[str, SerializeAsAny[Loss] | None], BeforeValidator(_terms)] = {}
     weight_decay: float | None = Field(default=None, ge=0)
     latent_weight_decay: float | None = Field(default=None, ge=0)
+
+    @property
+    def terms(self) -> dict[str, Loss]:
+        """The loss terms by name."""
+        return {name: term for name, term in self.losses.items() if term is not None}
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is needed."""
+        return any(term.distils for term in self.terms.values())
+
+    @property
+    def layers(self) -> list[str]:
+        """Patterns of the layers whose outputs the terms compare."""
+        return [pattern for term in self.terms.values() for pattern in getattr(term, "layers", ())]
 
 
 class OptimizerSection(Section):
@@ -222,7 +201,7 @@ class LogSection(Section):
 
 
 class TeacherSection(Section):
-    """The full-precision teacher: where its weights are (a .safetensors file or a run folder), and how it is trained.
+    """The full-precision teacher: where its weights are (see ``bidensify.models.load_weights``), and how it is trained.
 
     ``optimizer``, ``ema``, ``evaluate`` and ``augment`` default to those of the recipe.
     """
@@ -239,6 +218,6 @@ class TeacherSection(Section):
         for index, stage in enumerate(self.stages):
             if stage.binarize != "none":
                 raise ValueError(f"stages[{index}].binarize is {stage.binarize!r}; a teacher's stages have 'none'")
-            if stage.losses.distils:
+            if stage.distils:
                 raise ValueError(f"stages[{index}].losses distil; a teacher has no teacher of its own")
         return self

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Sampler
 
 from bidensify.errors import ConfigError
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bidensify.tasks import Task
-from bidensify.train.loaders import collate, to_device
+from bidensify.train.loaders import collate_alike, to_device
 
 
 @contextmanager
@@ -46,8 +46,8 @@ def evaluate(
     Args:
         model: latent, packed or full-precision; its train/eval flags are left as they were found.
         task: reads the outputs and gives the metrics.
-        dataset: samples with transforms applied.
-        batch_size: samples per forward pass of a process.
+        dataset: samples with transforms applied; they may be of several sizes.
+        batch_size: samples per forward pass of a process, where they are of one size.
         workers: data-loading processes.
         device: where the images go; by default where the model's first parameter or buffer is.
         precision: "bf16" runs the model under autocast; else the model's own type is what counts.
@@ -71,19 +71,20 @@ def evaluate(
         torch.utils.data.Subset(dataset, own),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_alike,
         pin_memory=place.type == "cuda",
         generator=torch.Generator(),
     )
     metrics = task.metrics().to(place)
     done = 0
     with eval_mode(model):
-        for batch in loader:
-            batch = to_device(batch, place, channels_last, model)
-            with torch.autocast(place.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
-                output = model(batch["image"])
-            metrics.update(output, batch)
-            done += len(batch["image"])
-            if on_batch is not None:
-                on_batch(done, len(own))
+        for batches in loader:
+            for batch in batches:
+                batch = to_device(batch, place, channels_last, model)
+                with torch.autocast(place.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+                    output = model(batch["image"])
+                metrics.update(output, batch)
+                done += len(batch["image"])
+                if on_batch is not None:
+                    on_batch(done, len(own))
         return {name: float(value) for name, value in metrics.compute().items()}

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bidensify.errors import ConfigError, DataError
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 from bidensify.train.distributed import GlobalBatches
 
 Sample = dict[str, Tensor]
+
+
+def _plain(sample: Mapping[str, Any]) -> Sample:
+    return {key: value.as_subclass(Tensor) for key, value in sample.items() if isinstance(value, Tensor)}
+
+
+def _shapes(sample: Sample) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in sample.items()}
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Sample:
@@ -24,26 +32,31 @@ def collate(samples: Sequence[dict[str, Any]]) -> Sample:
     Raises:
         DataError: the samples differ in their keys or shapes.
     """
-    plain = [{k: v.as_subclass(Tensor) for k, v in s.items() if isinstance(v, Tensor)} for s in samples]
-    first = {key: value.shape for key, value in plain[0].items()}
+    plain = [_plain(sample) for sample in samples]
     for sample in plain:
-        found = {key: value.shape for key, value in sample.items()}
-        if found != first:
-            a, b = ({key: tuple(shape) for key, shape in shapes.items()} for shapes in (first, found))
+        if _shapes(sample) != _shapes(plain[0]):
             raise DataError(
-                f"samples of one batch differ: {a} and {b}; bring them to one size in the data set, or measure with "
-                "data.eval_batch_size: 1"
+                f"samples of one training batch differ: {_shapes(plain[0])} and {_shapes(sample)}; crop or resize them to one "
+                "size in the data set, or use data.batch_size: 1"
             )
     batch: Sample = default_collate(plain)
     return batch
+
+
+def collate_alike(samples: Sequence[dict[str, Any]]) -> list[Sample]:
+    """Stacks samples into as many batches as they have shapes: images may be of several sizes where none is cropped."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in map(_plain, samples):
+        groups.setdefault(repr(_shapes(sample)), []).append(sample)
+    return [default_collate(group) for group in groups.values()]
 
 
 def check_samples(dataset: Dataset[Sample], name: str) -> None:
     """Looks at the first sample of a data set.
 
     Raises:
-        DataError: it is no data set with a length, it is empty, or its sample is no dict with a float "image" of
-            (C, H, W).
+        DataError: it is no data set with a length, it is empty, its first sample cannot be read, or is no dict with a
+            float "image" of (C, H, W).
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
@@ -53,7 +66,7 @@ def check_samples(dataset: Dataset[Sample], name: str) -> None:
     if len(dataset) == 0:
         raise DataError(f"{name} is empty; give a data set with samples")
     how = (
-        'a sample is a dict with "image" (float32, (C, H, W), normalized) and what the task needs: "mask" (int64, '
+        'a sample is a dict with "image" (floating point, (C, H, W), normalized) and what the task needs: "mask" (int64, '
         '(H, W)) or "depth" (float32, (H, W) in metres)'
     )
     with torch.random.fork_rng(devices=[]):
@@ -66,13 +79,19 @@ def check_samples(dataset: Dataset[Sample], name: str) -> None:
     image = sample["image"]
     if not image.is_floating_point() or image.dim() != 3:
         raise DataError(f'{name}[0]["image"] is {image.dtype} of shape {tuple(image.shape)}; {how}')
+    if image.shape[-1] <= 4 < image.shape[0]:
+        raise DataError(
+            f'{name}[0]["image"] has the shape {tuple(image.shape)}, which looks like (H, W, C); {how}. Turn it with '
+            "image.permute(2, 0, 1)"
+        )
 
 
 def to_device(batch: Sample, device: torch.device, channels_last: bool, model: nn.Module) -> Sample:
-    """Moves a batch; images take the memory format, and double precision where ``model`` has it."""
+    """Moves a batch; images take the memory format, and single or double precision as ``model`` has it."""
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    if any(p.dtype == torch.float64 for p in model.parameters()):
-        moved["image"] = moved["image"].double()
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    if moved["image"].dtype in (torch.float32, torch.float64):
+        moved["image"] = moved["image"].to(torch.float64 if wide else torch.float32)
     if channels_last and moved["image"].ndim == 4:
         moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
     return moved
@@ -125,12 +144,13 @@ def training_loader(
         processes=accelerator.num_processes if accelerator is not None else 1,
         parts=recipe.data.accumulate if accelerator is not None else 1,
     )
-    # Its own generator: making an iterator must not draw from the run's, which a resumed run restores.
+    # Its own generator: making an iterator must not draw from the run's, which a resumed run restores. It is what workers
+    # seed their generators from, and those of an augmentation that keeps one for itself, so no epoch repeats another.
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=recipe.data.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available() and recipe.device != "cpu",
-        generator=torch.Generator(),
+        generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch),
     )

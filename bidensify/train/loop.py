@@ -2,155 +2,76 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
-import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bidensify.data import Seeded
+import bidensify.nn
 from bidensify.errors import TrainingError
-from bidensify.recipe.folder import RunFolder, RunResult, RunState
-from bidensify.recipe.load import load_recipe
-from bidensify.recipe.schema import Recipe
+from bidensify.models.weights import load_weights
+from bidensify.recipe import Recipe
 from bidensify.tasks import Task
-from bidensify.train.checkpoint import (
-    check_state,
-    load_weights,
-    rng_state,
-    save_weights,
-    set_rng_state,
-    write_checkpoint,
-)
-from bidensify.train.distributed import gather_objects, make_accelerator
-from bidensify.train.evaluation import eval_mode, evaluate
-from bidensify.train.loaders import batches_per_epoch, check_samples, placed, training_loader
-from bidensify.train.logs import RunLog, versions
+from bidensify.train.distributed import gather_objects
+from bidensify.train.evaluation import evaluate
+from bidensify.train.loaders import batches_per_epoch, training_loader
 from bidensify.train.optim import Ema, lr_factor, set_lr
+from bidensify.train.rundir.checkpoint import rng_state, save_weights, write_checkpoint
+from bidensify.train.rundir.folder import RunFolder, RunResult, RunState
+from bidensify.train.rundir.logs import RunLog
 from bidensify.train.selection import Selection
-from bidensify.train.stages import Epoch, calibrate_start, calibration_batches, check_stages, epochs, set_mode
+from bidensify.train.stages import Epoch, calibrate_start, calibration_batches, epochs, set_mode
 from bidensify.train.step import NotFiniteError, Step, stage_step
 
 Sample = dict[str, Tensor]
-__all__ = ["RunResult", "finetune"]
+__all__ = ["Loop"]
 
 
-def finetune(
-    student: nn.Module,
-    *,
-    teacher: nn.Module | None = None,
-    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
-    train: Dataset[Sample],
-    val: Dataset[Sample],
-    run_dir: str | os.PathLike[str],
-    resume: bool = False,
-    task: Task | None = None,
-    quiet: bool = False,
-) -> RunResult:
-    """Runs the recipe's stages on ``student``; on a full-precision model, ``recipe.for_teacher()`` trains a teacher.
-
-    The student is changed in place and ends with the result's weights, in eval mode, on the device that it came from.
+class Loop:
+    """A run's stages and epochs, from where its state says to its result.
 
     Args:
-        student: the network to train.
-        teacher: the full-precision network to distil from; not changed.
-        recipe: a recipe, its file, or its mapping.
-        train, val: data sets of dicts, bidensify's with their transforms or your own: "image" (float32, (C, H, W),
-            normalized) with "mask" (int64, (H, W)) or "depth" (float32, (H, W), metres). ``train`` is wrapped in
-            :class:`bidensify.data.Seeded` unless it is one, so that samples depend on (seed, epoch, index) alone.
-        run_dir: the run's folder; must not exist, or be empty, unless ``resume``.
-        resume: go on from the folder's last checkpoint, to the same result as an unbroken run; a finished run is read.
-        task: by default what the recipe builds.
-        quiet: print nothing.
-
-    Raises:
-        ConfigError: recipe, models and data do not fit one another, or the run folder exists.
-        DataError: the data sets' samples have another form.
-        FormatError: the checkpoint is of another model or unreadable.
-        TrainingError: the loss is not finite; the last good checkpoint is kept.
+        student, teacher: the networks, on the run's device; the teacher in eval mode.
+        recipe, task, train, val: what :func:`bidensify.finetune` was given.
+        accelerator: the run's.
+        folder, log: where it writes.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    run = _Run(student, teacher, loaded, train, val, RunFolder(Path(run_dir)), task, quiet)
-    return run.go(resume)
-
-
-class _Run:
-    """A run's models, data and state; ``go`` is its life."""
 
     optimizer: torch.optim.Optimizer
-    log: RunLog
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | None,
         recipe: Recipe,
+        task: Task,
         train: Dataset[Sample],
         val: Dataset[Sample],
+        *,
+        accelerator: Accelerator,
         folder: RunFolder,
-        task: Task | None,
-        quiet: bool,
+        log: RunLog,
     ) -> None:
-        for name, dataset in (("train", train), ("val", val)):
-            check_samples(dataset, name)
-        check_stages(student, recipe, teacher)
-        self.student, self.teacher, self.recipe = student, teacher, recipe
-        self.folder, self.val, self.quiet = folder, val, quiet
-        self.train = train if isinstance(train, Seeded) else Seeded(train, recipe.seed)
-        self.task = task if task is not None else recipe.build_task(getattr(train, "info", None))
-        self.accelerator = make_accelerator(recipe)
-        self.main = self.accelerator.is_main_process
-        self.device = self.accelerator.device
-        self.selection = Selection(recipe, self.task, folder, self.main)
-        self.state = RunState()
+        self.student, self.teacher, self.recipe, self.task = student, teacher, recipe, task
+        self.train, self.val, self.folder, self.log = train, val, folder, log
+        self.accelerator, self.main, self.device = accelerator, accelerator.is_main_process, accelerator.device
+        self.selection = Selection(recipe, task, folder, self.main)
         self.plan = epochs(recipe.stages)
-        self.batches = batches_per_epoch(self.train, recipe)
+        self.batches = batches_per_epoch(train, recipe)
+        self.state = RunState()
         self.ema: Ema | None = None
 
-    def go(self, resume: bool) -> RunResult:
-        checkpoint = self.folder.inspect(self.recipe, resume)
+    def run(self, state: RunState, checkpoint: dict[str, Any] | None) -> RunResult:
+        """Trains from ``state`` on, with the optimizer and average of ``checkpoint`` where there is one."""
+        self.state = state
         if checkpoint is not None:
-            check_state(self.student, checkpoint["student"], f"the weights in {str(self.folder.last)!r}")
-        finished = self.folder.read_result() if resume else None
-        self.accelerator.wait_for_everyone()
-        if finished is not None:
-            load_weights(self.student, self.folder.weights)
-            set_mode(self.student, self.recipe.stages[-1])
-            self.student.eval()
-            return finished
-        if self.main:
-            machine = {"device": str(self.device), "processes": self.accelerator.num_processes}
-            self.folder.begin(self.recipe, self.student, checkpoint is None, machine)
-        with ExitStack() as stack:
-            stack.enter_context(placed(self.student, self.device, self.recipe))
-            if self.teacher is not None:
-                stack.enter_context(placed(self.teacher, self.device, self.recipe))
-                stack.enter_context(eval_mode(self.teacher))
-            set_seed(self.recipe.seed, device_specific=True)
-            if checkpoint is not None:
-                self.state = RunState(**checkpoint["state"])
-                self.student.load_state_dict(checkpoint["student"])
-            step = self.state.step
-            self.log = RunLog(self.folder.path, self.recipe, self.main, self.state.log_position, step, self.quiet)
-            stack.enter_context(self.log)
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".*find_unused_parameters=True.*")
-            if checkpoint is not None:
-                rngs = checkpoint["rng"]  # one per process of the run that wrote it, which may have had fewer
-                set_rng_state(rngs[self.accelerator.process_index % len(rngs)], self.device)
-                self.log.write("resumed", {"step": step, "versions": versions()})
-            return self._train(checkpoint)
-
-    def _train(self, checkpoint: dict[str, Any] | None) -> RunResult:
-        state = self.state
+            self._tell_longer()
         if self.teacher is not None and self.recipe.evaluate.teacher and state.teacher_metrics is None:
             state.teacher_metrics = self._measure(self.teacher)
             value = state.teacher_metrics[self.task.primary]
@@ -164,6 +85,26 @@ class _Run:
             self._stage(epoch.stage, None if fresh else checkpoint)
             checkpoint = None
         return self._finish()
+
+    def _tell_longer(self) -> None:
+        """Says what the learning rate does where the run goes on for more epochs than it was meant to have."""
+        state = self.state
+        if state.epoch >= len(self.plan) or not state.history:
+            return
+        epoch = self.plan[state.epoch]
+        before, stage = state.history[-1], self.recipe.stages[epoch.stage]
+        now = self._lr(epoch, state.batch)
+        if state.batch == 0 and before["stage"] == stage.name and not math.isclose(before["lr"], now, rel_tol=0.5):
+            self.log.say(
+                f"stage {stage.name!r} goes on as one of {stage.epochs} epochs: its learning rate, {before['lr']:.3g} at the end "
+                f"of epoch {epoch.within}, is {now:.3g} from here, where the longer schedule has it"
+            )
+
+    def _lr(self, epoch: Epoch, batch: int) -> float:
+        """The learning rate of a step, by its place in its stage."""
+        stage = self.recipe.stages[epoch.stage]
+        total = stage.epochs * self.batches
+        return stage.lr * lr_factor(stage.schedule, epoch.within * self.batches + batch, total, stage.warmup)
 
     def _stage(self, number: int, checkpoint: dict[str, Any] | None) -> None:
         stage, state, recipe = self.recipe.stages[number], self.state, self.recipe
@@ -182,12 +123,13 @@ class _Run:
         loader = training_loader(self.train, recipe, epoch.index, self.accelerator, skip=state.batch)
         names = ["loss", *step.losses.names]
         state.sums = state.sums or [0.0] * len(names)
-        title, total = f"{stage.name} {epoch.within + 1}/{stage.epochs}", stage.epochs * self.batches
+        title = f"{stage.name} {epoch.within + 1}/{stage.epochs}"
         self.student.train()
-        started, done, lr = time.perf_counter(), 0, 0.0
+        started, done = time.perf_counter(), 0
         for batch in loader:
-            lr = stage.lr * lr_factor(stage.schedule, epoch.within * self.batches + state.batch, total, stage.warmup)
+            lr = self._lr(epoch, state.batch)
             set_lr(self.optimizer, lr)
+            self._progress()
             try:
                 values = step(batch)
             except NotFiniteError as error:
@@ -207,9 +149,16 @@ class _Run:
         means = dict(zip(names, [value / max(state.batch, 1) for value in state.sums], strict=True))
         place = {"epoch": epoch.index, "stage": stage.name, "step": state.step, "loss": means.pop("loss")}
         rate = done * recipe.data.batch_size / max(seconds, 1e-9)
+        lr = self._lr(epoch, self.batches - 1)
         self._end_epoch(
             epoch, title, {**place, "losses": means, "lr": lr, "images_per_second": rate, "seconds": seconds}
         )
+
+    def _progress(self) -> None:
+        """Tells parts that change as training goes on how far it has come."""
+        tell = getattr(bidensify.nn, "set_progress", None)
+        if tell is not None:
+            tell(self.student, self.state.step / (len(self.plan) * self.batches))
 
     def _stop(self, what: str, step: int) -> TrainingError:
         last = self.folder.last
@@ -224,6 +173,9 @@ class _Run:
         final = epoch.index == len(self.plan) - 1
         text, metrics = f"{title}  loss {record['loss']:.4f}", None
         if (epoch.index + 1) % recipe.evaluate.every == 0 or final:
+            # Evaluation may fail for reasons of its own; the epoch's training is not lost with it.
+            self._checkpoint()
+            self._progress()
             with self.ema.swapped() if self.ema is not None else nullcontext():
                 metrics = self._measure(self.student)
             shown = f"{self.task.primary} {metrics[self.task.primary]:.4f}"

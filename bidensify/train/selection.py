@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from bidensify.nn import calibrate
-from bidensify.recipe.folder import RunFolder, RunState
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 from bidensify.tasks import Task
-from bidensify.train.checkpoint import save_weights
+from bidensify.train.rundir.checkpoint import save_weights
+from bidensify.train.rundir.folder import RunFolder, RunState
 from bidensify.train.stages import Epoch
 
 
@@ -28,8 +29,10 @@ class Selection:
         self.recipe, self.task, self.folder, self.main = recipe, task, folder, main
 
     def better(self, value: float, than: float | None) -> bool:
-        """Whether one value of the primary metric is better than another (or there is no other)."""
-        return than is None or (value > than if self.task.higher_is_better else value < than)
+        """Whether one value of the primary metric is better than another (or there is no other, or it is NaN)."""
+        if than is None or math.isnan(than):
+            return True
+        return value > than if self.task.higher_is_better else value < than
 
     def offer(
         self,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bidensify.errors import ConfigError
+from bidensify.losses import Features
 from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
-from bidensify.train.features import Features
 from bidensify.train.loaders import to_device, training_loader
 from bidensify.train.optim import parameter_groups
 
@@ -73,13 +73,13 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
                 f"stage {stage.name!r} binarizes {stage.binarize}, but the model has no binary layers; rewrite it with "
                 "bidensify.bidensify(model, recipe.config()), or train the teacher with recipe.for_teacher()"
             )
-        if stage.losses.distils and teacher is None:
+        if stage.distils and teacher is None:
             raise ConfigError(
                 f"stage {stage.name!r} distils, but no teacher was given; pass teacher=, or drop those losses"
             )
-        Features(student, stage.losses.layers, "student")
+        Features(student, stage.layers, "student")
         if teacher is not None:
-            Features(teacher, stage.losses.layers, "teacher")
+            Features(teacher, stage.layers, "teacher")
         parameter_groups(student, recipe.optimizer, stage)
     last = recipe.stages[-1]
     if binary and last.binarize != "all":

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bidensify.errors import TrainingError
-from bidensify.recipe.schema import Recipe
+from bidensify.losses import Features, Losses
+from bidensify.losses.terms import widen
+from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.tasks import Task
 from bidensify.train.distributed import forward_context, sum_over_processes
-from bidensify.train.features import Features
 from bidensify.train.loaders import to_device
-from bidensify.train.losses import Losses, widen
 from bidensify.train.optim import Ema, build_optimizer
 
 Sample = dict[str, Tensor]
@@ -55,7 +55,7 @@ class Step:
         accelerator: Accelerator,
     ) -> None:
         self.student, self.model, self.losses, self.ema = student, model, losses, ema
-        self.teacher = teacher if losses.section.distils else None
+        self.teacher = teacher if losses.distils else None
         self.optimizer, self.recipe, self.accelerator = optimizer, recipe, accelerator
 
     def __call__(self, batch: Sample) -> list[float]:
@@ -151,16 +151,16 @@ def stage_step(
     student.train()
     try:
         with ExitStack() as stack:
-            own = stack.enter_context(Features(student, stage.losses.layers, "student"))
+            own = stack.enter_context(Features(student, stage.layers, "student"))
             theirs = None
             if teacher is not None:
-                theirs = stack.enter_context(Features(teacher, stage.losses.layers, "teacher"))
+                theirs = stack.enter_context(Features(teacher, stage.layers, "teacher"))
             yield Step(
                 student=student,
                 model=model,
                 teacher=teacher,
                 optimizer=optimizer,
-                losses=Losses(stage.losses, task, own, theirs),
+                losses=Losses(stage.terms, task, own, theirs),
                 ema=ema,
                 recipe=recipe,
                 accelerator=accelerator,

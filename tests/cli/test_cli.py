@@ -210,7 +210,7 @@ def test_ctrl_c_says_how_to_go_on(cli: CliRunner, tmp_path: Path, monkeypatch: p
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bidensify.recipe.run_recipe", stop, raising=False)
+    monkeypatch.setattr("bidensify.train.run_recipe", stop, raising=False)
     result = cli.invoke(app, ["finetune", str(recipe), "--run-dir", str(tmp_path / "run")])
     assert result.exit_code == 130
     assert text_of(result).count("Stopped") == 1

@@ -47,7 +47,7 @@ def counted(model: nn.Module, size: tuple[int, int, int]) -> int:
 
 
 def networks() -> list[tuple[str, nn.Module]]:
-    from bidensify.demo.network import unet
+    from bidensify.models.unet import unet
 
     found: list[tuple[str, nn.Module]] = [("unet", unet(width=8)), ("attention", Attention())]
     try:
@@ -72,7 +72,7 @@ def test_float_macs_are_those_of_torchs_counter(name: str, model: nn.Module) -> 
 
 @pytest.mark.parametrize("method", ["bidense", "bnn"])
 def test_latent_and_packed_networks_do_the_work_of_the_original(method: str) -> None:
-    from bidensify.demo.network import unet
+    from bidensify.models.unet import unet
 
     model = unet(width=8)
     total = counted(model, (3, 64, 64))

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bidensify as bd
-from bidensify.demo.network import unet
 from bidensify.deploy import PackedConv2d, PackedLayer, PackedLinear, PackedSpec, pack, packed_layers
 from bidensify.deploy.bits import bits_from_signs
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError
+from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear, BinaryLayer
 
 sys.path.insert(0, str(Path(__file__).parent))

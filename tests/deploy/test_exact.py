@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bidensify as bd
-from bidensify.demo.network import unet
 from bidensify.deploy import pack
 from bidensify.deploy.backends import available_kernels
 from bidensify.deploy.freeze import freeze
@@ -21,6 +20,7 @@ from bidensify.errors import ConfigError
 from bidensify.exact import latent, own_codes
 from bidensify.kernels import dense as training
 from bidensify.kernels import evaluation_ops
+from bidensify.models.unet import unet
 from bidensify.nn import (
     ActivationBinarizer,
     BiDenseConv2d,

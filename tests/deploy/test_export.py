@@ -10,11 +10,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify.demo.network import unet
 from bidensify.deploy import export as module
 from bidensify.deploy import packed_layers
 from bidensify.deploy.export import export
 from bidensify.errors import CheckError, ConfigError, PlanError
+from bidensify.models.unet import unet
 
 
 @pytest.fixture(scope="module")

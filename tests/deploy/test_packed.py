@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bidensify as bd
-from bidensify.demo.network import unet
 from bidensify.deploy import (
     PackedConv2d,
     PackedConvTranspose2d,
@@ -33,6 +32,7 @@ from bidensify.deploy.freeze import empty_from_meta, freeze
 from bidensify.errors import ConfigError, FormatError, PackError
 from bidensify.kernels import library as loader
 from bidensify.kernels.library import library as load_library
+from bidensify.models.unet import unet
 from bidensify.nn import (
     ActivationBinarizer,
     BiDenseConv2d,

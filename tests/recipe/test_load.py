@@ -21,10 +21,11 @@ def test_defaults_and_shorthand(tiny: ModuleType) -> None:
     recipe = load_recipe(tiny.recipe(stages=[stage]))
     assert isinstance(recipe, Recipe)
     assert recipe.stages[0].lr == 1e-3
-    assert recipe.stages[0].losses.kl is not None
-    assert recipe.stages[0].losses.kl.weight == 2
-    assert recipe.stages[0].losses.task is not None
-    assert recipe.stages[0].losses.distils
+    assert {name: term.weight for name, term in recipe.stages[0].terms.items()} == {"task": 1, "kl": 2}
+    assert recipe.stages[0].distils
+    without = load_recipe(tiny.recipe(stages=[{**stage, "losses": {"task": None, "kl": 2}}]))
+    assert list(without.stages[0].terms) == ["kl"]
+    assert load_recipe(without.to_dict()).stages == without.stages
     assert recipe.config().method == "bidense"
 
 
@@ -60,7 +61,9 @@ def test_every_mistake_is_reported_with_its_path(tiny: ModuleType) -> None:
         ("binarize.metod=bnn", "binarize.metod: unknown key; did you mean 'method'?"),
         ("binarize.method=bidens", "binarize.method: there is no method 'bidens'; did you mean 'bidense'?"),
         ("binarize.act_scale=tensor", "binarize: "),
-        ("stages[0].losses.kd_l1=1", "stages[0].losses.kd_l1: is for the task 'depth'"),
+        ("stages[0].losses.kll=1", "stages[0].losses.kll: unknown key; did you mean 'kl'?"),
+        ("stages[0].losses.kl.temperature=0", "stages[0].losses.kl.temperature: input should be greater than 0, got 0"),
+        ("stages[0].losses.features=1", "stages[0].losses.features.layers: missing"),
         ("stages[0].losses={task: null}", "stages[0].losses: no loss is left"),
         ("data.accumulate=3", "data: batch_size 8 is not a multiple of accumulate 3"),
         ("stages=[]", "stages: list should have at least 1 item"),
@@ -74,12 +77,6 @@ def test_every_mistake_is_reported_with_its_path(tiny: ModuleType) -> None:
 )
 def test_mistakes(tiny: ModuleType, override: str, expected: str) -> None:
     assert expected in mistakes(tiny, override)
-
-
-def test_depth_has_no_kl(tiny: ModuleType) -> None:
-    text = mistakes(tiny, "stages[0].losses={kl: 1, cwd: 1}", task={"name": "depth"})
-    assert "stages[0].losses.kl: depth has no class distribution" in text
-    assert "stages[0].losses.cwd: " in text
 
 
 def test_file_with_duplicate_keys_and_another_mistake(tiny: ModuleType, tmp_path: Path) -> None:

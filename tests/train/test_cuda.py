@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from bidensify.cli import deploy, runs  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 from bidensify.errors import ConfigError
-from bidensify.recipe import finetune, load_recipe, load_run, run_recipe
+from bidensify.recipe import load_recipe
+from bidensify.train import finetune, load_run, run_recipe
 from bidensify.train.evaluation import evaluate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -93,7 +93,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     program = [
-        str(Path(__file__).with_name("tiny.py")),
+        str(Path(__file__).resolve().parents[1] / "tiny.py"),
         str(tmp_path / "two"),
         json.dumps({"changes": changes, "depth": depth}),
     ]

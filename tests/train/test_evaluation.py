@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from bidensify.recipe import evaluate
+from bidensify.train import evaluate
 
 
 def test_metrics_are_those_of_all_samples_whatever_the_batches(tiny: ModuleType) -> None:

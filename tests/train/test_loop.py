@@ -13,9 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from bidensify.data import Seeded
 from bidensify.deploy import pack
 from bidensify.errors import ConfigError, DataError, FormatError, TrainingError
-from bidensify.recipe import evaluate, finetune
+from bidensify.train import evaluate, finetune
+from bidensify.train.distributed import GlobalBatches
 from bidensify.train.loaders import training_loader
 
 
@@ -76,7 +78,8 @@ def test_a_student_learns_in_stages_and_the_teacher_is_left_alone(tiny: ModuleTy
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert teacher.training
     training = [mode[1:] for mode in modes if mode[0]]
-    assert training == [(True, False)] * 10 + [(True, True)] * 10
+    # The look before the start, once per stage, then five steps an epoch.
+    assert training == [(True, False), (True, True)] + [(True, False)] * 10 + [(True, True)] * 10
     assert [record["stage"] for record in result.history] == ["activations"] * 2 + ["all"] * 2
     assert result.best_epoch >= 2
     assert set(result.history[3]["losses"]) == {"task", "kl", "features"}
@@ -91,8 +94,8 @@ def test_a_student_learns_in_stages_and_the_teacher_is_left_alone(tiny: ModuleTy
 def test_calibration_comes_first(tiny: ModuleType, tmp_path: Path) -> None:
     thresholds = []
 
-    def look(module: nn.Module, *_: Any) -> None:
-        if module.training and not thresholds:
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if module.training and len(args[0]) == 8 and not thresholds:  # a whole batch, not the look before the start
             thresholds.append(module.binarizer.b.detach().clone())
 
     student = tiny.network(binary=True)
@@ -146,12 +149,14 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny: Module
     class Poisoned(tiny.Colours):  # type: ignore[name-defined]
         def load(self, index: int) -> Any:
             sample = super().load(index)
-            if self.reads > 1 + 40 + 16:  # the third batch of the second epoch, after one look at the form
+            if train_set.epoch == 1 and index in third:
                 sample["image"][0, 0, 0] = float("nan")
             return sample
 
+    third = list(GlobalBatches(40, 8, seed=0, epoch=1))[2]
+    train_set = Seeded(Poisoned(), 0)
     with pytest.raises(TrainingError, match=r"stopped at step 8: the loss is nan \(task nan\).*last\.pt"):
-        train(tiny, tmp_path / "run", train=Poisoned(), changes={"checkpoint": {"steps": 6}})
+        train(tiny, tmp_path / "run", train=train_set, changes={"checkpoint": {"steps": 6}})
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
     assert state["state"]["step"] == 6
     assert all(torch.isfinite(value).all() for value in state["student"].values())
@@ -307,7 +312,7 @@ class NoLength(torch.utils.data.IterableDataset[Any]):
         (None, "train is a NoneType; give a data set with a length"),
         (NoLength(), "train is a NoLength; give a data set with a length"),
         ([], "train is empty"),
-        (Unequal(), r"samples of one batch differ: .* data.eval_batch_size: 1"),
+        (Unequal(), r"samples of one training batch differ: .*\(3, 16, 16\).*\(3, 17, 16\).* data.batch_size: 1"),
     ],
 )
 def test_what_is_no_data_set(tiny: ModuleType, tmp_path: Path, data: Any, message: str) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import bidensify as bd
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import binary_layers
-from bidensify.recipe import build_student, build_teacher, evaluate, finetune, load_recipe, load_run, run_recipe
+from bidensify.recipe import load_recipe
+from bidensify.train import build_student, build_teacher, evaluate, finetune, load_run, run_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = [Path(os.environ["BIDENSIFY_DATA"])] if "BIDENSIFY_DATA" in os.environ else []
@@ -77,7 +79,7 @@ def test_the_recipe_may_name_the_teacher(tmp_path: Path) -> None:
     latent = dict(student.named_parameters())
     kept = [key for key, value in teacher.named_parameters() if key in latent and torch.equal(latent[key], value)]
     assert "encoder.1.0.conv2.weight" in kept  # the student starts from the teacher's weights
-    with pytest.raises(FormatError, match=r"do not exist; give a \.safetensors file"):
+    with pytest.raises(FormatError, match=r"do not exist; give a \.safetensors, \.pth or \.ckpt file"):
         build_teacher(named, tmp_path / "nothing")
 
 
@@ -99,7 +101,7 @@ def test_weights_of_another_model_or_truncated(tmp_path: Path) -> None:
 def test_load_run_of_what_is_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a run folder: it has no recipe\.yaml"):
         load_run(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(load_recipe(RECIPES / "scenes_segmentation.yaml").to_dict()))
     with pytest.raises(ConfigError, match="is not finished"):
         load_run(tmp_path)
 

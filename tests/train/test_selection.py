@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bidensify.recipe import load_recipe
-from bidensify.recipe.folder import RunFolder, RunState
 from bidensify.tasks import DepthTask, Task
+from bidensify.train.rundir.folder import RunFolder, RunState
 from bidensify.train.selection import Selection
 from bidensify.train.stages import epochs
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bidensify._util.files import atomic_write
-from bidensify.recipe.schema import Recipe
+from bidensify.recipe import Recipe
 
 _PACKAGES = ("bidensify", "torch", "torchvision", "torchmetrics", "accelerate", "numpy", "safetensors", "pydantic")
 _MODELS = ("segmentation_models_pytorch", "timm", "transformers")
@@ -52,7 +52,7 @@ def git_revision() -> dict[str, Any]:
     A package that is installed below some other repository (a virtual environment in a project) has no revision.
     """
     top = _git("rev-parse", "--show-toplevel")
-    if top is None or Path(top) / "bidensify" != Path(__file__).resolve().parents[1]:
+    if top is None or Path(top) / "bidensify" != Path(__file__).resolve().parents[2]:
         return {"revision": None, "modified": None}
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {"revision": _git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}

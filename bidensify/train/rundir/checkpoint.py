@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bidensify._util.files import atomic_write
@@ -35,49 +34,6 @@ def save_weights(weights: Mapping[str, Tensor] | nn.Module, path: str | os.PathL
         plain = {key: value.float() if value.dtype == torch.float64 else value for key, value in plain.items()}
     with atomic_write(path) as temporary:
         save_file(plain, temporary, metadata={"format": "pt"})
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads a safetensors file, or the ``model.safetensors`` of a run folder, into ``model``.
-
-    Raises:
-        FormatError: the file is absent, truncated, or of another model.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise FormatError(f"weights {str(file)!r} do not exist; give a .safetensors file or a finished run's folder")
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"weights {str(file)!r} cannot be read ({error}); the file is truncated or not safetensors"
-        ) from error
-    check_state(model, state, f"weights {str(file)!r}")
-    model.load_state_dict(state)
-
-
-def check_state(model: nn.Module, state: Mapping[str, Tensor], title: str) -> None:
-    """Compares keys and shapes.
-
-    Raises:
-        FormatError: ``state`` is not of this model; the message names the first differences.
-    """
-    own = model.state_dict()
-    differences = [f"{key!r} is missing" for key in own if key not in state]
-    differences += [f"{key!r} is not in the model" for key in state if key not in own]
-    differences += [
-        f"{key!r} is {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise FormatError(
-            f"{title} are of another model: {'; '.join(differences[:3])}{more}; "
-            "use the model, rewrite and recipe that they were made with"
-        )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -132,4 +88,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise FormatError(f"checkpoint {str(path)!r} has format {found!r}, this version reads {FORMAT}")
+    missing = [key for key in ("student", "optimizer", "ema", "rng", "state") if key not in state]
+    if missing:
+        raise FormatError(f"checkpoint {str(path)!r} has no {', '.join(missing)}; remove it to start the run anew")
     return state

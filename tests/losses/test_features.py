@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bidensify.errors import ConfigError
-from bidensify.train.features import Features
+from bidensify.losses.features import Features
 
 
 def hooks(model: nn.Module) -> int:

@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from bidensify.recipe import finetune, load_recipe
-from bidensify.train import logs
+from bidensify.recipe import load_recipe
+from bidensify.train import finetune
+from bidensify.train.rundir import logs
 
 
 def run(tiny: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
@@ -66,7 +67,7 @@ def test_log_is_cut_to_the_checkpoint_and_appended(tiny: ModuleType, tmp_path: P
 
 
 def test_revision_is_that_of_the_own_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "env" / "bidensify" / "recipe"
+    package = tmp_path / "env" / "bidensify" / "train" / "rundir"
     package.mkdir(parents=True)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(logs, "__file__", str(package / "logs.py"))

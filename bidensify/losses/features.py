@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bidensify._util.names import near
 from bidensify.errors import ConfigError
-from bidensify.recipe.suggest import suggest
 
 
 class Features:
@@ -41,8 +41,7 @@ class Features:
             hits = [path for path in self._modules if path == pattern or fnmatch.fnmatchcase(path, pattern)]
             if not hits:
                 raise ConfigError(
-                    f"the layer {pattern!r} matches nothing in the {self._role}; "
-                    f"{suggest(pattern, list(self._modules))}"
+                    f"the layer {pattern!r} matches nothing in the {self._role}{near(pattern, self._modules)}"
                 )
             chosen.update(hits)
         return [path for path in self._modules if path in chosen]

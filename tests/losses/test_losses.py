@@ -9,9 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidensify.errors import ConfigError
-from bidensify.recipe.sections import LossesSection
+from bidensify.losses import Losses
+from bidensify.losses.terms import (
+    CwdLoss,
+    KdL1Loss,
+    KlLoss,
+    TaskLoss,
+    cwd_loss,
+    depth_l1,
+    feature_loss,
+    kl_loss,
+    loss_weight,
+)
 from bidensify.tasks import DepthTask, SegmentationTask
-from bidensify.train.losses import Losses, cwd_loss, depth_l1, feature_loss, kl_loss, loss_weight
 
 
 def softmax(x: np.ndarray, axis: int) -> np.ndarray:
@@ -97,8 +107,7 @@ def test_gradients_reach_the_student_alone() -> None:
 def test_parts_add_up_to_the_whole(weights: tuple[float, ...] | None, cut: int) -> None:
     """Means over parts, weighted, are the mean over the batch: what several processes and accumulation rely on."""
     task = SegmentationTask(3, class_weights=weights)
-    section = LossesSection.model_validate({"task": 1, "kl": {"ignore": True, "temperature": 2}, "cwd": 1})
-    losses = Losses(section, task)
+    losses = Losses({"task": TaskLoss(), "kl": KlLoss(ignore=True, temperature=2), "cwd": CwdLoss()}, task)
     s, t = pair((4, 3, 6, 6))
     mask = torch.randint(0, 3, (4, 6, 6))
     mask[0] = 255
@@ -115,7 +124,7 @@ def test_parts_add_up_to_the_whole(weights: tuple[float, ...] | None, cut: int) 
 
 def test_depth_parts_add_up_to_the_whole() -> None:
     task = DepthTask(min_depth=0.1, max_depth=10)
-    losses = Losses(LossesSection.model_validate({"task": 1, "kd_l1": 1}), task)
+    losses = Losses({"task": TaskLoss(), "kd_l1": KdL1Loss()}, task)
     s, t = pair((3, 1, 4, 4))
     depth = torch.rand(3, 4, 4) + 0.5
     depth[0] = 0
@@ -143,7 +152,7 @@ def test_other_tasks_are_means_over_images() -> None:
 
 
 def test_shapes_that_differ_are_an_error() -> None:
-    losses = Losses(LossesSection.model_validate({"kl": 1}), SegmentationTask(3))
+    losses = Losses({"kl": KlLoss()}, SegmentationTask(3))
     target = {"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 4, 4, dtype=torch.long)}
     with pytest.raises(ConfigError, match=r"losses\.kl: student gives \(1, 3, 4, 4\), teacher \(1, 3, 2, 2\)"):
         losses.values(torch.zeros(1, 3, 4, 4), target, torch.zeros(1, 3, 2, 2))

@@ -49,7 +49,7 @@ def unbroken(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_sigkill_in_mid_epoch_then_resume_ends_with_the_same_bits(unbroken: Any, tmp_path: Path) -> None:
-    run_dir, program = tmp_path / "run", str(Path(__file__).resolve().parents[1] / "tiny.py")
+    run_dir, program = tmp_path / "run", str(Path(__file__).resolve().parents[2] / "tiny.py")
     process = subprocess.Popen([sys.executable, program, str(run_dir), json.dumps({"delay": 0.02})])
     log = run_dir / "log.jsonl"
     deadline = time.monotonic() + 120

@@ -1,0 +1,11 @@
+"""Networks by name ("smp:Unet/resnet34", "package.module:factory"), and their weights from files."""
+
+from __future__ import annotations
+
+from bidensify.models import libraries as _libraries
+from bidensify.models.build import build_model, model_sources, rebuild_model, register_source
+from bidensify.models.weights import load_weights
+
+__all__ = ["build_model", "load_weights", "model_sources", "rebuild_model", "register_source"]
+
+del _libraries  # it is imported for what it registers
