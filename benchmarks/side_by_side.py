@@ -33,9 +33,10 @@ for case in cases:
     latent = case.build()[1]
     x = case.input()
     calls["layer " + case.name] = (bd.pack(latent), x)
-for name, spec, size in (("U-Net ResNet-34", "smp:Unet/resnet34", 256), ("UPerNet ConvNeXt-T", "smp:UPerNet/tu-convnext_tiny", 256)):
+NETWORKS = {"U-Net ResNet-34": "smp:Unet/resnet34", "UPerNet ConvNeXt-T": "smp:UPerNet/tu-convnext_tiny"}
+for name, spec in NETWORKS.items():
     student = bd.bidensify(build_model(spec, classes=11).eval())
-    x = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
     calls["packed " + name] = (bd.pack(student), x)
     calls["latent " + name] = (student, x)
 net = bd.bidensify(build_model("demo:unet", num_classes=8, width=16)).to(memory_format=torch.channels_last).train()

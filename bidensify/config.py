@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
+    "frame": ("own", "bidense"),
 }
 
 # Options of earlier releases, and the one value that is left of each.
@@ -119,6 +120,8 @@ class BidensifyConfig:
             layer's bypass dropped. "double": kept with every bypass (for comparison).
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
+        frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
+            binarizers into BiDense's layer, to tell the binarizer from the frame.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
 
@@ -135,6 +138,7 @@ class BidensifyConfig:
     residual: str = "auto"
     linear: str = "pointwise"
     activation: str = "rprelu"
+    frame: str = "own"
     keep_first: bool = True
     keep_last: bool = True
 

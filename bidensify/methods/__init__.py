@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from bidensify.methods.registry import LayerParts, LayerSpec, Method, available_methods, get_method, register_method
+from bidensify.methods.registry import (
+    LayerParts,
+    LayerSpec,
+    Method,
+    available_methods,
+    get_method,
+    in_frame,
+    register_method,
+)
 
 __all__ = [
     "LayerParts",
@@ -13,6 +21,7 @@ __all__ = [
     "Method",
     "available_methods",
     "get_method",
+    "in_frame",
     "register_method",
 ]
 

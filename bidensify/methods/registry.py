@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from bidensify._util.names import near
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError
-from bidensify.nn import ActivationBinarizer, WeightBinarizer
+from bidensify.nn import ActivationBinarizer, RPReLU, WeightBinarizer
 
-__all__ = ["LayerParts", "LayerSpec", "Method", "available_methods", "get_method", "register_method"]
+__all__ = ["LayerParts", "LayerSpec", "Method", "available_methods", "get_method", "in_frame", "register_method"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,9 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+# Behind a method's name: its binarizers in BiDense's layer (BatchNorm, bypasses, RPReLU), so that a comparison can tell the
+# binarizer from the frame.
+_IN_BIDENSE = "-in-bidense"
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bypass": ("none", "same", "all"),
     "norm": ("after", "none"),
@@ -183,11 +186,29 @@ def available_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method registered as ``name``.
+    """The method registered as ``name``; with "-in-bidense" behind it, its parts in BiDense's layer.
 
     Raises:
         ConfigError: there is none; the message lists near names.
     """
-    if name not in _METHODS:
-        raise ConfigError(f"unknown method {name!r}{near(name, available_methods())}")
-    return _METHODS[name]
+    base = name.removesuffix(_IN_BIDENSE) if isinstance(name, str) else name
+    if base not in _METHODS:
+        raise ConfigError(f"unknown method {name!r}{near(base, available_methods())}")
+    found = _METHODS[base]
+    if base == name:
+        return found
+    return replace(
+        found,
+        name=name,
+        activation=RPReLU,
+        bypass="all",
+        norm="after",
+        activation_first=False,
+        residual=None,
+        keeps=None,
+    )
+
+
+def in_frame(name: str, config: BidensifyConfig) -> str:
+    """The name of a method under ``config.frame``."""
+    return name if config.frame == "own" or name.endswith(_IN_BIDENSE) else name + _IN_BIDENSE

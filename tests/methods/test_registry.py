@@ -129,3 +129,79 @@ def test_names_that_cannot_be(name: str) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ConfigError, match="unknown method 'bidence'; did you mean 'bidense'"):
         get_method("bidence")
+
+
+def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+    return LayerParts(SignBinarizer(spec.in_channels, spec.dim), WeightBinarizer(transposed=spec.transposed))
+
+
+def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses() -> None:
+    own = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn"))
+    framed = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
+    for (path, ours), (_, theirs) in zip(binary_layers(own), binary_layers(framed)):
+        assert type(ours.binarizer) is type(theirs.binarizer) is SignBinarizer, path
+        assert ours.bypass is None
+        assert theirs.bypass is not None
+        assert theirs.method == "bnn-in-bidense"
+    assert {type(layer.activation).__name__ for _, layer in binary_layers(framed)} <= {"RPReLU", "Identity"}
+    again = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
+    assert again.bidensify_plan == framed.bidensify_plan
+    with pytest.raises(ConfigError, match="frame='theirs' must be one of own, bidense"):
+        bd.BidensifyConfig(frame="theirs")
+
+
+def test_what_a_method_says_of_its_layers_is_done() -> None:
+    try:
+        bd.register_method(
+            "around", bypass="same", norm="none", activation_first=True, residual="keep",
+            activation=lambda channels, dim: nn.Hardtanh(),
+            keeps=lambda spec: "too wide" if spec.kind == "conv_transpose2d" else "",
+        )(plain)  # fmt: skip
+        student = bd.bidensify(Small(), method="around")
+        layers = dict(binary_layers(student))
+        assert list(layers) == ["body.0"]
+        assert layers["body.0"].bypass is not None
+        assert layers["body.0"].activation_first
+        kept = {layer.path: layer.reason for layer in student.bidensify_plan.kept}
+        assert kept["up"] == "around keeps it: too wide"
+        bare = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 2, 1)
+        )
+        found = dict(binary_layers(bd.bidensify(bare, method="around")))
+        assert {path: (layer.norm is None, layer.bypass is None) for path, layer in found.items()} == {
+            "1": (True, True), "2": (True, False),
+        }  # fmt: skip
+    finally:
+        _METHODS.pop("around", None)
+
+
+def test_a_method_is_told_of_the_layer() -> None:
+    told: dict[tuple[int, int], LayerSpec] = {}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.a = nn.Conv2d(8, 10, (3, 1), stride=(2, 1), dilation=(1, 2))
+            self.b = nn.Conv2d(10, 12, 1)
+            self.head = nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.b(self.a(self.stem(x).relu())))
+
+    def noting(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+        told[spec.in_channels, spec.out_channels] = spec
+        return plain(spec, config)
+
+    try:
+        bd.register_method("noting")(noting)
+        net = Net()
+        bd.bidensify(net, method="noting")
+        first, second = told[8, 10], told[10, 12]
+        assert (first.kernel_size, first.stride, first.dilation) == ((3, 1), (2, 1), (1, 2))
+        assert first.fan_in == 24
+        assert first.nonnegative
+        assert not second.nonnegative
+        assert torch.equal(first.weight, net.a.weight)
+    finally:
+        _METHODS.pop("noting", None)

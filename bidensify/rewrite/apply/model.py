@@ -13,7 +13,7 @@ from bidensify._util.listeners import announce
 from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
-from bidensify.methods import LayerSpec, get_method
+from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, RPReLU, make_binary
 from bidensify.nn.used_weight import used_weight
 from bidensify.rewrite.apply.fit import activation_of, check_fit
@@ -74,10 +74,13 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     method = get_method(layer.method)
     dim = -1 if layer.kind == "linear" else 1
     latent = _start_weight(layer, module)
-    spec = LayerSpec(layer.kind, layer.in_channels, layer.out_channels, layer.groups, dim)
-    parts = method.parts(spec, dataclasses.replace(config, act_scale=layer.act_scale))
-    norm: nn.Module = taken_norm(modules[layer.norm]) if layer.norm is not None else new_norm(layer, module, latent)
-    if layer.layer_scale is not None:
+    parts = method.parts(layer.spec(module, latent), dataclasses.replace(config, act_scale=layer.act_scale))
+    norm: nn.Module | None = None
+    if layer.norm is not None:
+        norm = taken_norm(modules[layer.norm])
+    elif method.norm == "after" or layer.layer_scale is not None:
+        norm = new_norm(layer, module, latent)
+    if norm is not None and layer.layer_scale is not None:
         holder, name = _owner(model, layer.layer_scale)
         gamma = cast(Tensor, holder._parameters[name])
         with torch.no_grad():
@@ -96,7 +99,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     activation = None
     if layer.activation and method.activation is not None:
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
-        if isinstance(activation, RPReLU):
+        if isinstance(activation, RPReLU) and norm is not None:
             centre(activation, norm, bypass=layer.bypass)
     module.__class__ = make_binary(type(module))
     assert isinstance(module, BinaryLayer)
@@ -108,6 +111,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
         activation=activation,
         method=layer.method,
         makes_weight=layer.makes_weight,
+        activation_first=method.activation_first,
     )
     for part in (module.binarizer, module.weight_binarizer, module.bypass, module.activation):
         if part is not None:

@@ -59,6 +59,32 @@ def plan_activations(planner: Planner) -> None:
             _plan_left(planner, key, left)
 
 
+def note_nonnegative(planner: Planner) -> None:
+    """Marks the binary layers whose every input comes from a ReLU that stays as it is, at most pooled or moved on the way."""
+    for path, layer in planner.layers.items():
+        if layer.action == "binary" and planner.nodes[path]:
+            behind = [_stays_nonnegative(planner, node) for node in planner.nodes[path]]
+            planner.layers[path] = replace(layer, nonnegative=all(behind))
+
+
+def _stays_nonnegative(planner: Planner, node: fx.Node) -> bool:
+    current = planner.flow.data_input(node)
+    while current is not None:
+        if planner.flow.is_activation(current):
+            place = _place(current)
+            edited = isinstance(place, tuple) and place[1] in planner.edits.get(place[0], {})
+            replaced = str(current.target) in planner.activations or edited
+            return planner.flow.name(current).lower() in ("relu", "relu6") and not replaced
+        if not (
+            planner.flow.is_pass(current)
+            or planner.flow.is_reorder(current)
+            or planner.flow.name(current) == "MaxPool2d"
+        ):
+            return False
+        current = planner.flow.data_input(current)
+    return False
+
+
 def _place(node: fx.Node) -> tuple[str, int] | int:
     """Where in the code a call stands: a block that runs twice calls its activation from one place."""
     scope = scope_of(node)
@@ -200,7 +226,7 @@ def _activation_of(planner: Planner, node: fx.Node, layer_path: str | None) -> t
     """(channels, dim, method) of what replaces an activation; channels 0: it is beside no binary layer."""
     if planner.config.activation == "keep":
         return 0, 1, ""
-    method = planner.config.method
+    method = planner.method
     if layer_path is not None:
         if not planner.layers[layer_path].activation:
             return 0, 1, ""

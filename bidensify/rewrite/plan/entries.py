@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
+from torch import Tensor, nn
 
+from bidensify.methods import LayerSpec
 from bidensify.rewrite.blocks.arguments import ArgumentPath, Fixed
 from bidensify.rewrite.blocks.edit import BlockEdit
 from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Text, one_of
@@ -17,6 +19,10 @@ __all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation"]
 _KINDS = ("linear", "function", "scripted", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
 # (height, width), or fewer or more dimensions.
 Sizes = Annotated[tuple[Size, ...], Field(max_length=8)]
+
+
+def _two(sizes: Sequence[int]) -> tuple[int, int]:
+    return int(sizes[0]), int(sizes[-1])
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class LayerPlan:
         makes_weight: whether the layer's own code makes the weight that it convolves with (weight standardisation, a
             parametrization, a hook); what it makes is binarized.
         eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
+        nonnegative: whether its input is never below 0: it comes from a ReLU that stays.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -69,6 +76,27 @@ class LayerPlan:
     layer_scale: ModulePath | None = None
     makes_weight: bool = False
     eligible: bool = True
+    nonnegative: bool = False
+
+    def spec(self, module: nn.Module | None = None, weight: Tensor | None = None) -> LayerSpec:
+        """What the layer's method is told of it.
+
+        Args:
+            module: the layer itself, of which the dilation is read.
+            weight: the latent weight to start from, where there are values.
+        """
+        linear = self.kind == "linear"
+        dilation = getattr(module, "dilation", (1, 1))
+        return LayerSpec(
+            self.kind,
+            self.in_channels,
+            self.out_channels,
+            self.groups,
+            -1 if linear else 1,
+            *(((1, 1),) * 3 if linear else (_two(self.kernel_size), _two(self.stride), _two(dilation))),
+            nonnegative=self.nonnegative,
+            weight=None if weight is None or weight.is_meta else weight.detach(),
+        )
 
     @property
     def shape(self) -> str:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
-from bidensify.methods import get_method
+from bidensify.methods import get_method, in_frame
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.kinds import macs_of
@@ -80,7 +80,11 @@ def _decide(
     impossible = unusual or layer.calls == 0 or layer.kind not in KINDS
     if (reason and not forced) or impossible:
         return replace(layer, action="keep", reason=unusual or reason, eligible=False)
-    found = get_method(method)
+    found = get_method(method := in_frame(method, config))
+    spec = layer.spec(module)
+    kept = found.keeps(spec) if found.keeps is not None else ""
+    if kept and not forced:
+        return replace(layer, action="keep", reason=f"{method} keeps it: {kept}", eligible=False)
     maker = f"; binarizes the weight that {weight_maker(module)} makes" if layer.makes_weight else ""
     return replace(
         layer,
@@ -88,7 +92,7 @@ def _decide(
         way="path",
         method=method,
         act_scale=act_scale,
-        bypass=found.bypass != "none" if bypass is None else bypass,
+        bypass=found.has_bypass(spec) if bypass is None else bypass,
         activation=activation and found.activation is not None,
         eligible=not reason,
     )

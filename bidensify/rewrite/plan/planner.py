@@ -13,9 +13,10 @@ from torch import fx, nn
 from bidensify._util.fingerprint import fingerprint
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
+from bidensify.methods import get_method, in_frame
 from bidensify.rewrite.blocks.edit import BlockEdit
 from bidensify.rewrite.blocks.proof import Traced, editable_event, operation_of, trace_block
-from bidensify.rewrite.plan.activations import plan_activations
+from bidensify.rewrite.plan.activations import note_nonnegative, plan_activations
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan, NewActivation
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.kinds import fused_activation, is_absorbable_norm, is_frozen_norm, is_relu_like
@@ -36,6 +37,10 @@ class Planner:
         self.record = record
         self.model = model
         self.config = config
+        self.method = in_frame(config.method, config)
+        # What a method's authors do with residual adds holds where the user says nothing of them.
+        usual = get_method(self.method).residual
+        self.residual = usual if usual is not None and config.residual == "auto" else config.residual
         self.flow = Flow(record)
         self.nodes = record.module_nodes()
         layers, self.rule_matches = plan_layers(self.flow, config)
@@ -176,13 +181,13 @@ class Planner:
 
     def plan_residuals(self) -> None:
         """Each residual add is removed, or stays and the last layer of its chain drops its bypass."""
-        if self.config.residual == "double":
+        if self.residual == "double":
             return
         for found in find_residuals(self):
             layer = self.layers[found.last]
             if not layer.bypass:
                 continue
-            if self.config.residual == "auto" and found.removable and self._remove(found):
+            if self.residual == "auto" and found.removable and self._remove(found):
                 continue
             self.layers[found.last] = replace(
                 layer, bypass=False, reason=f"{layer.reason}; the residual add carries the full-precision signal"
@@ -235,6 +240,7 @@ class Planner:
         drop_doubled(self)
         fused = {path for path, layer in self.layers.items() if layer.norm and self._fused(layer.norm)}
         plan_activations(self)
+        note_nonnegative(self)
         for path, layer in self.layers.items():
             owns = layer.activation and (path in self.absorbed_activations or path in fused)
             self.layers[path] = replace(layer, activation=owns)

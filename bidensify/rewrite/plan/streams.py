@@ -32,7 +32,7 @@ _HANDS_ON = re.compile(
 
 def drop_doubled(planner: Planner) -> None:
     """Takes the bypass from layers whose sum carries their full-precision stream already, in the order of the run."""
-    if planner.config.residual == "double":
+    if planner.residual == "double":
         return
     found: dict[fx.Node, Streams] = {}
     for node in planner.record.graph.nodes:
