@@ -146,7 +146,7 @@ def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses() -> None:
     assert {type(layer.activation).__name__ for _, layer in binary_layers(framed)} <= {"RPReLU", "Identity"}
     again = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
     assert again.bidensify_plan == framed.bidensify_plan
-    with pytest.raises(ConfigError, match="frame='theirs' must be one of own, bidense"):
+    with pytest.raises(ConfigError, match="frame='theirs'.* own, bidense"):
         bd.BidensifyConfig(frame="theirs")
 
 
