@@ -13,6 +13,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What bidensify remembers between runs does not go to the user's folder."""
+    os.environ["BIDENSIFY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tiny.py beside this file."""

@@ -9,17 +9,23 @@ from bidensify.data.base import (
     DenseDataset,
     Depth,
     Sample,
-    Seeded,
     Transforms,
+    default_palette,
+)
+from bidensify.data.filedata import FileDataset, Files
+from bidensify.data.folder import ImageMaskFolder
+from bidensify.data.readers import ImageReader
+from bidensify.data.registry import (
     available_datasets,
     build_dataset,
     dataset_options,
+    register_data_set,
     register_dataset,
 )
-from bidensify.data.folder import ImageMaskFolder
-from bidensify.data.palette import default_palette
 from bidensify.data.scenes import Scenes
-from bidensify.data.transforms import build_transforms, denormalise
+from bidensify.data.seeded import Seeded
+from bidensify.data.survey import Report, check_dataset, survey
+from bidensify.data.transforms import Fit, build_transforms, denormalise
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -27,7 +33,12 @@ __all__ = [
     "DataInfo",
     "DenseDataset",
     "Depth",
+    "FileDataset",
+    "Files",
+    "Fit",
     "ImageMaskFolder",
+    "ImageReader",
+    "Report",
     "Sample",
     "Scenes",
     "Seeded",
@@ -35,8 +46,11 @@ __all__ = [
     "available_datasets",
     "build_dataset",
     "build_transforms",
+    "check_dataset",
     "dataset_options",
     "default_palette",
     "denormalise",
+    "register_data_set",
     "register_dataset",
+    "survey",
 ]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from bidensify.data.base import DataInfo, DenseDataset, Depth, Sample, Transforms, register_dataset
+from bidensify.data.base import DataInfo, DenseDataset, Depth, Sample, Transforms
+from bidensify.data.registry import register_data_set
 from bidensify.data.scenes.layout import CLASS_NAMES, MAX_DEPTH, PALETTE, draw_layout
 from bidensify.data.scenes.render import Rendered, render
 from bidensify.errors import ConfigError
@@ -34,7 +35,7 @@ def generate(seed: int, split: str, index: int, size: tuple[int, int]) -> Render
     return render(random, draw_layout(random, height / width), height, width)
 
 
-@register_dataset("scenes")
+@register_data_set("scenes")
 class Scenes(DenseDataset):
     """Generated scenes.
 
