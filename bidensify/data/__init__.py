@@ -24,12 +24,16 @@ from bidensify.data.registry import (
 )
 from bidensify.data.scenes import Scenes
 from bidensify.data.seeded import Seeded
+from bidensify.data.sets import Ade20k, CamVid, Cityscapes, Kitti, NyuV2, Voc2012
 from bidensify.data.survey import Report, check_dataset, survey
 from bidensify.data.transforms import Fit, build_transforms, denormalise
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Ade20k",
+    "CamVid",
+    "Cityscapes",
     "DataInfo",
     "DenseDataset",
     "Depth",
@@ -38,11 +42,14 @@ __all__ = [
     "Fit",
     "ImageMaskFolder",
     "ImageReader",
+    "Kitti",
+    "NyuV2",
     "Report",
     "Sample",
     "Scenes",
     "Seeded",
     "Transforms",
+    "Voc2012",
     "available_datasets",
     "build_dataset",
     "build_transforms",

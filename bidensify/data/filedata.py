@@ -94,21 +94,42 @@ class FileDataset(DenseDataset):
             parts["mask"] = parts["mask"].long()
         return {key: types[key](value) for key, value in parts.items()}
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        item = self.items[index]
-        parts = {"image": self.images.tensor(item.image)}
-        size = (parts["image"].shape[1], parts["image"].shape[2])
+    def image_of(self, index: int) -> Tensor:
+        """Returns the image of sample ``index``, (C, H, W)."""
+        return self.images.tensor(self.items[index].image)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of the image of sample ``index``; only its header is read."""
+        return files.image_size(self.items[index].image, "image", self.info.channels)
+
+    def labels_of(self, index: int, size: tuple[int, int], *, check: bool = True) -> dict[str, Tensor]:
+        """Returns ``mask`` and ``depth`` of sample ``index``, as far as there are some.
+
+        Args:
+            index: of the sample.
+            size: (height, width) of its image.
+            check: refuse labels outside the classes.
+
+        Raises:
+            DataError: a file cannot be read, or is not of the image's size.
+        """
+        item, parts = self.items[index], dict[str, Tensor]()
         if item.mask is not None and self.masks is not None:
-            labels = self.masks(item.mask)
+            labels = self.masks(item.mask) if check else self.masks.raw(item.mask)
             _same_size(item.mask, labels.shape, item.image, size)
             parts["mask"] = torch.from_numpy(labels.astype(_label_type(labels), copy=False))
         if item.depth is not None and self.depths is not None:
-            depth = self.depths(item.depth)
-            _same_size(item.depth, depth.shape, item.image, size)
-            parts["depth"] = torch.from_numpy(depth)
-        if item.target is not None:
-            parts["target"] = self.images.tensor(item.target)
-            _same_size(item.target, parts["target"].shape, item.image, size)
+            parts["depth"] = torch.from_numpy(self.depths(item.depth))
+            _same_size(item.depth, parts["depth"].shape, item.image, size)
+        return parts
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        image, target = self.image_of(index), self.items[index].target
+        size = (image.shape[1], image.shape[2])
+        parts = {"image": image, **self.labels_of(index, size)}
+        if target is not None:
+            parts["target"] = self.images.tensor(target)
+            _same_size(target, parts["target"].shape, self.items[index].image, size)
         return self.prepare(parts)
 
     def count(self, index: int) -> Count:
@@ -117,17 +138,8 @@ class FileDataset(DenseDataset):
         Raises:
             DataError: a label file cannot be read, or is not of the image's size. Labels outside the classes are counted.
         """
-        item = self.items[index]
-        size = files.image_size(item.image, "image", self.info.channels)
-        parts: dict[str, Tensor] = {}
-        if item.mask is not None and self.masks is not None:
-            labels = self.masks.raw(item.mask)
-            _same_size(item.mask, labels.shape, item.image, size)
-            parts["mask"] = torch.from_numpy(labels.astype(_label_type(labels), copy=False))
-        if item.depth is not None and self.depths is not None:
-            parts["depth"] = torch.from_numpy(self.depths(item.depth))
-            _same_size(item.depth, parts["depth"].shape, item.image, size)
-        return Count.of(size, self.prepare(parts))
+        size = self.size_of(index)
+        return Count.of(size, self.prepare(self.labels_of(index, size, check=False)))
 
 
 def _label_type(labels: files.Array) -> type[np.generic]:

@@ -120,6 +120,13 @@ class MaskReader:
             )
         if not self.label_map:
             return labels
+        if labels.dtype.kind == "u" and labels.itemsize <= 2:  # a look-up is faster than a pass for each label
+            table = np.arange(256**labels.itemsize, dtype=np.int64)
+            table[[old for old in self.label_map if 0 <= old < len(table)]] = [
+                new for old, new in self.label_map.items() if 0 <= old < len(table)
+            ]
+            small = table.min() >= 0 and table.max() <= 255
+            return np.asarray(table.astype(np.uint8 if small else np.int64)[labels])
         mapped = labels.astype(np.int64)
         for old, new in self.label_map.items():
             mapped[labels == old] = new

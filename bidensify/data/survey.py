@@ -109,7 +109,7 @@ def _cache_folder() -> Path:
 
 
 def _key(dataset: Any) -> str:
-    options = {key: value for key, value in vars(dataset).items() if key not in ("items", "transforms", "_cache")}
+    options = {k: v for k, v in vars(dataset).items() if k not in ("items", "transforms") and not k.startswith("_")}
     digest = hashlib.sha256(repr((_VERSION, type(dataset).__qualname__, sorted(options.items()))).encode())
     for index in range(len(dataset)):
         for path in dataset.files_of(index):
