@@ -37,7 +37,7 @@ def generate(seed: int, split: str, index: int, size: tuple[int, int]) -> Render
 
 @register_data_set("scenes")
 class Scenes(DenseDataset):
-    """Generated scenes.
+    """Generated scenes: 8 classes and depth up to 40 m; nothing to download.
 
     Args:
         split: ``train``, ``val`` or ``test``; each draws from a random stream of its own.
@@ -48,6 +48,11 @@ class Scenes(DenseDataset):
 
     Raises:
         ConfigError: an option is out of range.
+
+    Example:
+        ::
+
+            train: {name: scenes, split: train, size: [96, 128], length: 2000, seed: 0, cache: true}
     """
 
     def __init__(
