@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
     from bidensify.costs.summary import summary
+    from bidensify.data import register_data_set
     from bidensify.deploy.pack import pack
     from bidensify.deploy.pretrained import from_pretrained, save_pretrained
     from bidensify.losses import register_loss
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bidensify.models import register_source
     from bidensify.nn import calibrate
     from bidensify.rewrite.api import bidensify, plan
+    from bidensify.tasks import register_task
     from bidensify.train import finetune
 
 # Public name -> module; imported at first use so that `import bidensify` costs little beyond `import torch`.
@@ -32,9 +34,11 @@ _PUBLIC = {
     "from_pretrained": "bidensify.deploy.pretrained",
     "pack": "bidensify.deploy.pack",
     "plan": "bidensify.rewrite.api",
+    "register_data_set": "bidensify.data",
     "register_loss": "bidensify.losses",
     "register_method": "bidensify.methods",
     "register_source": "bidensify.models",
+    "register_task": "bidensify.tasks",
     "save_pretrained": "bidensify.deploy.pretrained",
     "summary": "bidensify.costs.summary",
 }
@@ -49,9 +53,11 @@ __all__ = [
     "from_pretrained",
     "pack",
     "plan",
+    "register_data_set",
     "register_loss",
     "register_method",
     "register_source",
+    "register_task",
     "save_pretrained",
     "summary",
 ]

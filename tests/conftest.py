@@ -13,14 +13,30 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """The module tiny.py beside this file."""
-    path = Path(__file__).with_name("tiny.py")
-    spec = importlib.util.spec_from_file_location("recipe_tiny", path)
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What bidensify remembers between runs does not go to the user's folder."""
+    os.environ["BIDENSIFY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _module(name: str) -> ModuleType:
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_tiny"] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tiny.py beside this file."""
+    return _module("tiny")
+
+
+@pytest.fixture(scope="session")
+def trees() -> ModuleType:
+    """The module trees.py beside this file."""
+    return _module("trees")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from bidensify.errors import ConfigError
 
 __all__ = ["Registry"]
 
 T = TypeVar("T", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
@@ -27,7 +28,7 @@ class Registry(Generic[T]):
         self.kind, self.decorator, self.given = kind, decorator, given
         self._known: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[F], F]:
         """Returns a decorator that registers a factory under ``name``.
 
         A name that is known already goes to the newer factory, with a warning: a notebook's cell may run twice.
@@ -40,14 +41,14 @@ class Registry(Generic[T]):
                 f"{self.decorator}: {name!r} cannot be a {self.kind}'s name; give a text that is not empty"
             )
 
-        def register(factory: T) -> T:
+        def register(factory: F) -> F:
             if not callable(factory):
                 raise ConfigError(f"{self.decorator}({name!r}): {factory!r} must be a class or a function")
-            if self._known.get(name, factory) is not factory:
+            if name in self._known and self._known[name] is not factory:
                 old, new = (f"{item.__module__}.{item.__qualname__}" for item in (self._known[name], factory))
                 message = f"the {self.kind} {name!r} is registered again: {new} takes over from {old}"
                 warnings.warn(message, UserWarning, stacklevel=2)
-            self._known[name] = factory
+            self._known[name] = cast(T, factory)
             return factory
 
         return register

@@ -180,14 +180,15 @@ def predict(
 
     Labels are 8-bit class indices; depths are 16-bit millimetres.
     """
-    import torch
-
-    from bidensify.data.files import read_rgb
+    from bidensify.data import ImageReader
+    from bidensify.tasks import predict_image
 
     place = arguments.parse_device(device)
     loaded = sources.load_source(source, recipe, settings or [])
     chosen = sources.need_recipe(loaded, source)
-    info = chosen.build_datasets()[1].info
+    val = chosen.build_datasets()[1]
+    info, transforms = val.info, val.transforms
+    assert transforms is not None
     task: Any = chosen.build_task(info)
     names = [path.stem for path in images]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -199,25 +200,10 @@ def predict(
         raise ConfigError(f"{out / lost[0]!s}.png is an image that was given; write to another folder with --out")
     model = loaded.model.to(place)
     for path in images:
-        image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
-        batch = normalized(image, chosen.image_size, chosen.data.mean or info.mean, chosen.data.std or info.std)
-        with torch.inference_mode():
-            result = model(batch.to(place))
-        size = (image.shape[1], image.shape[2])
-        values = task.predict(result, size)[0].cpu()
-        shown = values if task.name == "segmentation" else values.float()
-        write_prediction(out, path.stem, values, task.picture(image, shown, **({"blend": blend} if blend else {})))
+        image = ImageReader(info.channels, info.image_max).tensor(path)
+        values = predict_image(model, task, image, transforms)
+        write_prediction(out, path.stem, values, task.picture(image, values, **({"blend": blend} if blend else {})))
     output().print(f"{len(images)} prediction{'s' * (len(images) != 1)} in {out}")
-
-
-def normalized(image: Any, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Resizes uint8 (3, H, W) to ``size`` and normalizes it, as evaluation does: float32 (1, 3, *size)."""
-    from torchvision import tv_tensors
-
-    from bidensify.data import build_transforms
-
-    transforms = build_transforms(train=False, size=size, mean=mean, std=std)
-    return transforms({"image": tv_tensors.Image(image)})["image"][None]
 
 
 def write_prediction(out: Path, name: str, values: Any, picture: Any) -> None:
@@ -232,7 +218,7 @@ def write_prediction(out: Path, name: str, values: Any, picture: Any) -> None:
     if values.is_floating_point():
         kind, array = "depth", np.clip(np.rint(array * 1000), 0, 65535).astype(np.uint16)
     else:
-        kind, array = "labels", array.astype(np.uint8)
+        kind, array = "labels", array.astype(np.uint8 if array.max(initial=0) < 256 else np.uint16)
     with atomic_write(out / f"{name}.png") as temporary:
         temporary.write_bytes(png(picture))
     with atomic_write(out / f"{name}.{kind}.png") as temporary:

@@ -9,34 +9,55 @@ from bidensify.data.base import (
     DenseDataset,
     Depth,
     Sample,
-    Seeded,
     Transforms,
+    default_palette,
+)
+from bidensify.data.filedata import FileDataset, Files
+from bidensify.data.folder import ImageMaskFolder
+from bidensify.data.readers import ImageReader
+from bidensify.data.registry import (
     available_datasets,
     build_dataset,
     dataset_options,
+    register_data_set,
     register_dataset,
 )
-from bidensify.data.folder import ImageMaskFolder
-from bidensify.data.palette import default_palette
 from bidensify.data.scenes import Scenes
-from bidensify.data.transforms import build_transforms, denormalise
+from bidensify.data.seeded import Seeded
+from bidensify.data.sets import Ade20k, CamVid, Cityscapes, Kitti, NyuV2, Voc2012
+from bidensify.data.survey import Report, check_dataset, survey
+from bidensify.data.transforms import Fit, build_transforms, denormalise
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Ade20k",
+    "CamVid",
+    "Cityscapes",
     "DataInfo",
     "DenseDataset",
     "Depth",
+    "FileDataset",
+    "Files",
+    "Fit",
     "ImageMaskFolder",
+    "ImageReader",
+    "Kitti",
+    "NyuV2",
+    "Report",
     "Sample",
     "Scenes",
     "Seeded",
     "Transforms",
+    "Voc2012",
     "available_datasets",
     "build_dataset",
     "build_transforms",
+    "check_dataset",
     "dataset_options",
     "default_palette",
     "denormalise",
+    "register_data_set",
     "register_dataset",
+    "survey",
 ]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from bidensify._util.seeding import seeded
+from bidensify.data.count import Count
 from bidensify.errors import ConfigError
 
+Colour = tuple[int, int, int]
 Sample = dict[str, Tensor]
 Transforms = Callable[[Sample], Sample]
 
@@ -35,29 +34,58 @@ class DataInfo:
         class_names: one name per class.
         palette: one colour (r, g, b) per class.
         ignore_index: label of pixels that do not count.
-        mean, std: per channel, on images scaled to [0, 1].
+        mean, std: per channel, on images scaled to [0, 1]; by default ImageNet's for 3 channels, its average for 1, and
+            0.5 and 0.25 for any other number.
         depth: whether samples have a depth map.
         max_depth: upper end of the depth in metres, if it is known.
+        channels: of the image; by default as many as ``mean`` has entries, or 3.
+        image_max: the value that counts as 1 in images of more than 8 bits, if it is not the type's usual one.
+        multilabel: whether a mask has one plane of 0 and 1 per class, (C, H, W), instead of one class per pixel.
+
+    Raises:
+        ConfigError: mean, std and channels do not agree.
     """
 
     num_classes: int
     class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[Colour, ...]
     ignore_index: int = 255
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     depth: bool = False
     max_depth: float | None = None
+    channels: int = 0
+    image_max: float | None = None
+    multilabel: bool = False
+
+    def __post_init__(self) -> None:
+        channels = self.channels or len(self.mean) or len(self.std) or 3
+        middle = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}
+        mean, std = middle.get(channels, ((0.5,) * channels, (0.25,) * channels))
+        for name, value in (("channels", channels), ("mean", self.mean or mean), ("std", self.std or std)):
+            object.__setattr__(self, name, value)
+        if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
+            raise ConfigError(
+                f"mean={list(self.mean)}, std={list(self.std)} for images of {channels} channels; give both one entry per "
+                "channel, std above 0"
+            )
 
 
 class DenseDataset(Dataset[Sample]):
     """A data set of images with a mask, a depth map, or both.
 
-    A sub-class gives ``info``, ``__len__`` and :meth:`load`. A sample is a dict of tv_tensors: ``image`` uint8
-    (3, H, W), ``mask`` int64 (H, W), ``depth`` float32 (H, W) in metres with 0 = invalid; ``transforms`` are applied last.
+    A sub-class gives ``info``, ``__len__`` and :meth:`load`. A sample is a dict of tv_tensors: ``image`` (C, H, W),
+    uint8, or float32 in [0, 1]; ``mask`` int64 (H, W), or (classes, H, W) where several labels may hold at once;
+    ``depth`` float32 (H, W) in metres with 0 = invalid; ``target`` (C, H, W) like the image, what restoration restores.
+    ``transforms`` are applied last.
+
+    Attributes:
+        info: what the data set tells about itself.
+        notes: what was found while the files were listed and should be told (samples left out, for example).
     """
 
     info: DataInfo
+    notes: tuple[str, ...] = ()
 
     def __init__(self, transforms: Transforms | None = None) -> None:
         self.transforms = transforms
@@ -73,6 +101,12 @@ class DenseDataset(Dataset[Sample]):
         """Returns what to call sample ``index`` in reports: a file's stem, or its number."""
         return str(index)
 
+    def count(self, index: int) -> Count:
+        """Counts what the labels of sample ``index`` hold, for :func:`bidensify.data.check_dataset`."""
+        sample = self.load(index)
+        image = sample["image"]
+        return Count.of((int(image.shape[-2]), int(image.shape[-1])), sample)
+
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of a data set of {len(self)}")
@@ -80,120 +114,10 @@ class DenseDataset(Dataset[Sample]):
         return sample if self.transforms is None else self.transforms(sample)
 
 
-class Seeded(Dataset[Sample]):
-    """Makes a data set's augmentation a function of (seed, epoch, index) alone.
-
-    Order, number of workers, number of processes and earlier draws have no influence, so that a resumed run sees the
-    samples that an uninterrupted one sees. The caller's random state is left as it was.
-
-    Args:
-        dataset: its transforms may draw from PyTorch's CPU generator only.
-        seed: any integer.
-
-    Attributes:
-        info: the data set's, or None where it is one of the user's own without.
-    """
-
-    def __init__(self, dataset: DenseDataset | Dataset[Sample], seed: int) -> None:
-        self.dataset = dataset
-        self.info: DataInfo | None = getattr(dataset, "info", None)
-        self.seed = int(seed)
-        # Shared memory, because the workers of a persistent loader keep the copy that they started with.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, for running worker processes too; call it before the loader is iterated."""
-        self._epoch.fill_(int(epoch))
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Sample:
-        with seeded(_mix(self.seed, self.epoch, int(index) % max(len(self), 1))):
-            return self.dataset[index]
-
-
-def _mix(*values: int) -> int:
-    """Hashes integers to 63 bits (SplitMix64's finaliser, once per value): close inputs give unrelated seeds."""
-    state = 0
-    for value in values:
-        state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-_DATASETS: dict[str, Callable[..., DenseDataset]] = {}
-
-
-def register_dataset(name: str) -> Callable[[Callable[..., DenseDataset]], Callable[..., DenseDataset]]:
-    """Registers a data set under ``name``: a class or function of ``(split, *, transforms=None, **options)``.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-
-    def register(factory: Callable[..., DenseDataset]) -> Callable[..., DenseDataset]:
-        if name in _DATASETS and _DATASETS[name] is not factory:
-            raise ConfigError(f"a data set {name!r} is already registered ({_DATASETS[name]}); choose another name")
-        _DATASETS[name] = factory
-        return factory
-
-    return register
-
-
-def available_datasets() -> list[str]:
-    """Returns the names that :func:`build_dataset` takes."""
-    return sorted(_DATASETS)
-
-
-def dataset_options(name: str) -> list[str]:
-    """Returns the options of a data set.
-
-    Raises:
-        ConfigError: there is no such data set.
-    """
-    parameters = inspect.signature(_factory(name)).parameters.values()
-    return [p.name for p in parameters if p.name not in ("split", "transforms") and p.kind is not p.VAR_KEYWORD]
-
-
-def build_dataset(name: str, split: str, *, transforms: Transforms | None = None, **options: Any) -> DenseDataset:
-    """Builds a data set by name.
-
-    Args:
-        name: see :func:`available_datasets`.
-        split: ``train``, ``val`` or what else the data set has.
-        transforms: applied to each sample; see :func:`bidensify.data.build_transforms`.
-        options: of the data set.
-
-    Raises:
-        ConfigError: there is no such data set, split or option, an option is missing, or a value is out of range.
-        DataError: the files are not what the options promise.
-    """
-    factory = _factory(name)
-    parameters = inspect.signature(factory).parameters
-    known = dataset_options(name)
-    unknown = sorted(set(options) - set(known))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(
-            f"the data set {name!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}"
-        )
-    missing = [n for n in known if parameters[n].default is inspect.Parameter.empty and n not in options]
-    if missing:
-        raise ConfigError(f"the data set {name!r} needs the option {', '.join(missing)}; given were {sorted(options)}")
-    return factory(split, transforms=transforms, **options)
-
-
-def _factory(name: str) -> Callable[..., DenseDataset]:
-    if name not in _DATASETS:
-        raise ConfigError(
-            f"there is no data set {name!r}; use one of {', '.join(available_datasets())}, or register yours with "
-            "bidensify.data.register_dataset"
-        )
-    return _DATASETS[name]
+def default_palette(classes: int) -> tuple[Colour, ...]:
+    """Returns ``classes`` well separated colours (golden-angle hues at three brightness levels)."""
+    colours = []
+    for index in range(classes):
+        rgb = colorsys.hsv_to_rgb((index * 0.61803399) % 1.0, 0.55 + 0.3 * (index % 2), 0.95 - 0.2 * (index % 3))
+        colours.append((round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255)))
+    return tuple(colours)

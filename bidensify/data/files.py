@@ -1,20 +1,21 @@
-"""Finding and reading image files, with errors that name file, value, rule and remedy."""
+"""Finding and opening image files: upright, whole, and with errors that name file, value, rule and remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bidensify.errors import DataError
+from bidensify.errors import DataError, MissingExtraError
 
 Array = npt.NDArray[Any]
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pfm", ".npy"})
 
 
 def find_images(folder: Path, suffix: str = "") -> dict[str, Path]:
@@ -52,120 +53,118 @@ def find_images(folder: Path, suffix: str = "") -> dict[str, Path]:
     return found
 
 
-def read_stems(path: Path) -> list[str]:
-    """Returns the non-empty lines of a text file.
-
-    Raises:
-        DataError: the file is missing or has none.
-    """
-    if not path.is_file():
-        raise DataError(f"the list of stems {str(path)!r} does not exist; give a text file with one stem a line")
-    stems = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not stems:
-        raise DataError(f"the list of stems {str(path)!r} is empty; it needs one stem a line")
-    return stems
-
-
-def select(found: Mapping[str, Path], wanted: Sequence[str] | None, kind: str, folder: Path) -> list[str]:
-    """Returns the stems to use: all that were found, or the wanted ones.
-
-    Raises:
-        DataError: a wanted stem was not found.
-    """
-    if wanted is None:
-        return list(found)
-    missing = [stem for stem in wanted if stem not in found]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(wanted)} listed stems have no {kind} in {str(folder)!r}, for example "
-            f"{missing[:3]}; correct the list or add the files"
-        )
-    return list(wanted)
-
-
-def _open(path: Path, kind: str) -> Image.Image:
-    if path.stat().st_size == 0:
-        raise DataError(
-            f"{str(path)!r} is an empty file (0 bytes); the {kind} must be a readable image. Fetch it again"
-        )
+@contextmanager
+def named(path: Path, kind: str) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into a DataError that names it."""
     try:
-        image = Image.open(path)
-        image.load()
+        if path.stat().st_size == 0:
+            raise DataError(
+                f"{str(path)!r} is an empty file (0 bytes); the {kind} must be a readable image. Fetch it again"
+            )
+        yield
+    except (DataError, MissingExtraError):
+        raise
     except UnidentifiedImageError as error:
         raise DataError(
             f"{str(path)!r} is not an image that can be read ({path.stat().st_size} bytes); replace or convert the {kind}"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{str(path)!r} is too large ({error}); cut the {kind} into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:
+        # Pillow and NumPy tell damage by a dozen classes; only the operating system's own errors carry a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(
+                f"{str(path)!r} cannot be opened ({error.strerror}); check that the {kind} is there and may be read"
+            ) from error
         raise DataError(
             f"{str(path)!r} is truncated or damaged ({error}); the {kind} must be whole. Fetch it again"
         ) from error
+
+
+def open_image(path: Path, kind: str) -> Image.Image:
+    """Reads an image file whole and turns it upright, as its EXIF orientation says.
+
+    Raises:
+        DataError: the file cannot be opened, is empty, truncated or not an image.
+    """
+    # From an open file, not from its name: what Pillow maps into memory by name comes out garbled where a TIFF is turned.
+    with named(path, kind), path.open("rb") as file:
+        image = Image.open(file)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def read_rgb(path: Path) -> Array:
-    """Reads an image as uint8 (H, W, 3); grey, palette and transparent images are converted.
+def image_size(path: Path, kind: str, bands: int = 3) -> tuple[int, int]:
+    """Returns (height, width) of an upright image from its header alone, where the format has one.
 
     Raises:
-        DataError: the file is empty, truncated, not an image, or has more than 8 bits per channel.
+        DataError: as :func:`open_image`.
     """
-    image = _open(path, "image")
-    if image.mode.startswith("I") or image.mode == "F":
-        raise DataError(
-            f"{str(path)!r} has the pixel type {image.mode} (more than 8 bits); images are 8-bit grey or colour. "
-            "Convert it to 8 bits"
-        )
-    return np.array(image.convert("RGB"))
+    if not _holds_bands(path, bands):
+        with named(path, kind), Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            # Versions of Pillow differ in whether the size of a TIFF that is not read yet is the upright one.
+            stored = (image.tag_v2[256], image.tag_v2[257]) if hasattr(image, "tag_v2") else image.size
+            width, height = map(int, reversed(stored) if turned else stored)
+        return height, width
+    with named(path, kind):
+        if path.suffix.lower() == ".npy":
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        else:
+            with _tifffile(path).TiffFile(path) as file:
+                shape = file.series[0].shape
+    rows = shape[1:] if len(shape) == 3 and shape[-1] != bands and shape[0] == bands else shape
+    return int(rows[0]), int(rows[1])
 
 
-def read_channel(path: Path, kind: str) -> Array:
-    """Reads a single-channel image of integers, (H, W); a palette image gives its indices.
+def _holds_bands(path: Path, bands: int) -> bool:
+    """Whether a file is not for Pillow, which reads images of 1, 3 and 4 channels."""
+    return path.suffix.lower() == ".npy" or (path.suffix.lower() in (".tif", ".tiff") and bands not in (1, 3, 4))
+
+
+def read_bands(path: Path, kind: str, bands: int) -> Array | None:
+    """Reads a NumPy file, or a TIFF of a number of bands that Pillow cannot read, as (H, W, bands).
+
+    Returns:
+        The values in the file's own type; None where :func:`open_image` is to read the file.
 
     Raises:
-        DataError: the file is empty, truncated, not an image, or has several channels.
+        DataError: as :func:`open_image`, or the shape is neither (H, W, bands) nor (bands, H, W).
+        MissingExtraError: a TIFF needs the package tifffile.
     """
-    image = _open(path, kind)
-    if image.mode == "1":
-        return np.array(image).astype(np.uint8)
-    values = np.array(image)
-    if values.ndim != 2 or values.dtype.kind not in "iu":
-        what = "class index" if kind == "mask" else "depth step"
+    if not _holds_bands(path, bands):
+        return None
+    with named(path, kind):
+        values = np.load(path, allow_pickle=False) if path.suffix.lower() == ".npy" else _read_tiff(path)
+    shape = values.shape
+    if values.ndim == 2 and bands == 1:
+        return np.asarray(values[..., None])
+    if values.ndim == 3 and values.shape[-1] != bands and values.shape[0] == bands:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != 3 or values.shape[-1] != bands or values.dtype.kind not in "uifb":
         raise DataError(
-            f"{str(path)!r} has shape {values.shape} and type {values.dtype} (mode {image.mode}); a {kind} holds one "
-            f"integer per pixel, its {what}. Convert it to a single-channel image"
+            f"{str(path)!r} has the shape {shape} and type {values.dtype}; {kind}s of {bands} bands are (H, W, {bands}) or "
+            f"({bands}, H, W) of numbers. Correct the number of channels or classes, or convert the file"
         )
-    return values
+    return np.ascontiguousarray(values)
 
 
-def map_labels(labels: Array, mapping: Mapping[int, int]) -> Array:
-    """Replaces labels by ``mapping``; labels that it does not name stay."""
-    if not mapping:
-        return labels
-    mapped = labels.astype(np.int64)
-    for old, new in mapping.items():
-        mapped[labels == old] = new
-    return mapped
+def _tifffile(path: Path) -> Any:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{str(path)!r} is a TIFF of several bands, which the package tifffile reads; pip install 'bidensify[data]'"
+        ) from error
+    return tifffile
 
 
-def check_size(path: Path, shape: tuple[int, ...], image: Path, size: tuple[int, int]) -> None:
-    """Raises DataError where a mask or depth map is not of its image's size."""
-    if tuple(shape) != tuple(size):
-        raise DataError(
-            f"{str(path)!r} is {shape[1]}x{shape[0]} pixels but its image {str(image)!r} is {size[1]}x{size[0]}; both "
-            "must agree. Resize the former with nearest-neighbour interpolation, or correct the pairing"
-        )
-
-
-def check_labels(path: Path, labels: Array, allowed: set[int], classes: int, ignore_index: int) -> None:
-    """Raises DataError where a mask holds a label that is neither a class nor ``ignore_index``."""
-    if labels.dtype == np.uint8:
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist()
-    else:
-        present = np.unique(labels).tolist()
-    wrong = [value for value in present if value not in allowed]
-    if wrong:
-        row, column = (int(index) for index in np.argwhere(labels == wrong[0])[0])
-        raise DataError(
-            f"{str(path)!r} has the label {wrong[0]} at row {row}, column {column} (labels outside the classes in this "
-            f"file: {wrong[:8]}); labels are 0 to {classes - 1}, or ignore_index={ignore_index}. Correct classes or "
-            "ignore_index, or map labels with label_map"
-        )
+def _read_tiff(path: Path) -> Array:
+    with _tifffile(path).TiffFile(path) as file:
+        orientation = file.pages.first.tags.get("Orientation")
+        if orientation is not None and int(orientation.value) != 1:
+            raise DataError(f"{str(path)!r} is stored turned (orientation {orientation.value}); save it upright")
+        return np.asarray(file.asarray())

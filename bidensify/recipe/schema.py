@@ -164,9 +164,9 @@ class Recipe(Section):
         info = dataset.info
         options: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
         if which == "train":
-            options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter")}
+            options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter", "rotate")}
         else:
-            options["keep_target_size"] = data.keep_target_size
+            options |= {"resize": self.evaluate.resize, "multiple": self.evaluate.multiple}
         size = data.train_size if which == "train" and data.train_size is not None else self.image_size
         dataset.transforms = build_transforms(which == "train", size, ignore_index=info.ignore_index, **options)
         return dataset
@@ -188,14 +188,10 @@ class Recipe(Section):
 
     def build_task(self, info: DataInfo | None = None) -> Task:
         """Builds the task; classes, names and palette come from ``info`` (or from the validation data) unless given."""
-        from bidensify.tasks import build_task
+        from bidensify.tasks import build_task, missing_options
 
-        options = self.task.options
-        if self.task.name == "segmentation":
-            if info is None and "num_classes" not in options:
-                self.needed(self.data.val, "task.num_classes")
-                info = self._dataset("val").info
-            if info is not None:
-                for key in ("num_classes", "ignore_index", "class_names", "palette"):
-                    options.setdefault(key, getattr(info, key))
-        return build_task(self.task.name, **options)
+        name, options = self.task.name, self.task.options
+        if info is None and (missing := missing_options(name, options)):
+            self.needed(self.data.val, f"task.{missing[0]}")
+            info = self._dataset("val").info
+        return build_task(name, info, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -50,20 +51,20 @@ class DatasetSection(Options):
 
 
 class AugmentSection(Section):
-    """Training augmentation: random zoom and crop to ``data.size``, horizontal flip, colour jitter."""
+    """Training augmentation: random zoom and crop to ``data.size``, horizontal flip, colour jitter, rotation (degrees)."""
 
     hflip: bool = True
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
     color_jitter: float = Field(default=0.0, ge=0, lt=1)
+    rotate: float = Field(default=0.0, ge=0, le=180)
 
 
 class DataSection(Section):
     """Data of both runs. ``batch_size`` is global: over all processes and all accumulated micro-batches.
 
-    Validation images are resized to ``size``; training crops have ``train_size``, by default the same: smaller crops
-    of images at the scale of ``size`` make cheaper steps. ``augment.scale`` is relative to the image.
+    Validation images come to ``size`` as ``evaluate.resize`` says; training crops have ``train_size``, by default the
+    same: smaller crops of images at the scale of ``size`` make cheaper steps. ``augment.scale`` is relative to the image.
 
-    ``keep_target_size`` measures validation images at the size of their own masks or depth maps instead of ``size``.
     ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's. ``in_channels`` is the number of
     channels of an image where it is not 3; it is given to data sets that have such an option.
 
@@ -81,9 +82,22 @@ class DataSection(Section):
     accumulate: int = Field(default=1, ge=1)
     workers: int = Field(default=0, ge=0)
     augment: AugmentSection = AugmentSection()
-    keep_target_size: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_target_size(cls, value: Any) -> Any:
+        """Reads recipes from before metrics were always taken at the size of the image's own mask or depth map."""
+        if isinstance(value, Mapping) and "keep_target_size" in value:
+            value = dict(value)
+            if not value.pop("keep_target_size"):
+                message = (
+                    "data.keep_target_size is gone: metrics are taken at the size of each image's own mask or depth map, and "
+                    "images keep their aspect ratio unless evaluate.resize is squash; figures may differ from before"
+                )
+                warnings.warn(message, UserWarning, stacklevel=2)
+        return value
 
     @model_validator(mode="after")
     def _divides(self) -> DataSection:
@@ -178,12 +192,17 @@ class CalibrateSection(Section):
 class EvaluateSection(Section):
     """Evaluation on the validation split every ``every`` epochs, and which epoch's weights are the result.
 
-    "best" is by the task's primary metric. ``teacher`` measures the teacher too, once at the start.
+    "best" is by the task's primary metric. ``teacher`` measures the teacher too, once at the start. ``resize`` says how an
+    image comes to ``data.size``: "letterbox" (as large as fits, padded), "pad" (its own size, padded), "native" (its own
+    size, padded to a multiple of ``multiple`` pixels) or "squash" (stretched); predictions are measured at the image's own
+    size.
     """
 
     every: int = Field(default=1, ge=1)
     select: Literal["best", "last"] = "best"
     teacher: bool = True
+    resize: Literal["letterbox", "pad", "native", "squash"] = "letterbox"
+    multiple: int = Field(default=32, ge=1)
 
 
 class CheckpointSection(Section):

@@ -1,21 +1,22 @@
-"""What a dense-prediction task is, and how the outputs of different model families are read."""
+"""What a dense-prediction task is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bidensify.data.base import Sample
+from bidensify.data.base import DataInfo, Sample
 from bidensify.errors import ConfigError
+from bidensify.tasks.outputs import auxiliary_outputs, raw_output, resize, restore
 
-__all__ = ["Sample", "Task", "TaskMetrics", "auxiliary_output", "raw_output", "resize", "target_of"]
+__all__ = ["DenseTask", "Outputs", "Sample", "Task", "TaskMetrics"]
 
-# Where model families put their dense prediction: transformers' ModelOutput, torchvision's dict.
-_KEYS = ("logits", "predicted_depth", "out")
+# What a network's channels are: scores of classes that exclude each other (softmax), of labels that do not (sigmoid per
+# channel), or values.
+Outputs = Literal["classes", "labels", "values"]
 
 
 class TaskMetrics(Protocol):
@@ -38,7 +39,8 @@ class TaskMetrics(Protocol):
 class Task(Protocol):
     """Loss, metrics and pictures of one kind of dense prediction.
 
-    ``primary`` names the metric that selects a checkpoint; ``higher_is_better`` its direction.
+    ``primary`` names the metric that selects a checkpoint; ``higher_is_better`` its direction. Of a task that is no
+    :class:`DenseTask` its output is taken to be scores of classes where the samples have a mask, and values elsewhere.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Task(Protocol):
         """Returns the raw prediction (N, C, H, W), resized bilinearly to ``size`` if that is given."""
 
     def predict(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
-        """Returns the final prediction (N, H, W): class indices, or depth."""
+        """Returns the final prediction: class indices (N, H, W), depth (N, H, W), or what else the task predicts."""
 
     def metrics(self) -> TaskMetrics:
         """Returns fresh running metrics."""
@@ -61,73 +63,114 @@ class Task(Protocol):
         """Returns a colour picture, uint8 (3, H, W), of one prediction or one target."""
 
 
-def raw_output(output: Any) -> Tensor:
-    """Finds the dense prediction in what a model returned.
+class DenseTask(ABC):
+    """What the tasks here have in common: reading outputs, auxiliary heads, and sizes.
 
-    Reads a tensor (segmentation_models_pytorch, timm), a mapping or object with ``logits`` or ``predicted_depth``
-    (transformers' ``ModelOutput``) and a mapping with ``out`` (torchvision). A prediction (N, H, W) gains a channel.
+    A sub-class gives :meth:`truth`, :meth:`loss_of`, :meth:`decide`, :meth:`metrics`, :meth:`picture` and
+    :meth:`loss_weight`.
 
-    Returns:
-        (N, C, H, W), floating point; half precision is widened to float32.
-
-    Raises:
-        ConfigError: there is no such tensor, or it is not (N, C, H, W) or (N, H, W).
+    Attributes:
+        outputs: what the network's channels are.
+        channels: how many the network must have; None for any number.
+        main: which of a list of predictions is the one: 0 or -1.
+        aux_weight: weight of the loss of each auxiliary head.
     """
-    found: Any = output
-    if not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            found = next((output[key] for key in _KEYS if output.get(key) is not None), None)
-        else:
-            found = next((value for key in _KEYS if (value := getattr(output, key, None)) is not None), None)
-        if not isinstance(found, Tensor):
-            given = f"the keys {sorted(map(str, output))}" if isinstance(output, Mapping) else "no such attribute"
+
+    name: ClassVar[str]
+    primary: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    outputs: ClassVar[Outputs] = "values"
+    main: ClassVar[int] = 0
+    channels: int | None
+    aux_weight: float = 0.4
+
+    @classmethod
+    def options_from(cls, info: DataInfo) -> dict[str, Any]:
+        """Returns the options that a data set answers, for a recipe that does not give them."""
+        return {}
+
+    @abstractmethod
+    def truth(self, target: Sample, batch: int) -> Tensor:
+        """Returns the target's tensor, (N, H, W) or (N, C, H, W), checked.
+
+        Raises:
+            ConfigError: the sample does not have it, or it has another shape.
+            DataError: a value is out of range.
+        """
+
+    @abstractmethod
+    def loss_of(self, raw: Tensor, truth: Tensor, target: Sample) -> Tensor:
+        """Returns the scalar loss of one raw prediction (N, C, H, W) at the truth's size."""
+
+    @abstractmethod
+    def loss_weight(self, target: Sample) -> Tensor:
+        """Returns over how many things of ``target`` the loss is a mean: weights that make local means a global one."""
+
+    @abstractmethod
+    def decide(self, raw: Tensor) -> Tensor:
+        """Returns the final prediction of a raw one (N, C, H, W)."""
+
+    def logits(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns the raw prediction (N, C, H, W) of a model's output, resized bilinearly to ``size``.
+
+        Raises:
+            ConfigError: there is no such tensor in ``output``, or it does not have the task's channels.
+        """
+        raw = raw_output(output, self.main)
+        self._check_channels(raw)
+        return self.resize(raw, size)
+
+    def _check_channels(self, raw: Tensor) -> None:
+        if self.channels is not None and raw.shape[1] != self.channels:
+            advice = f"build the model with {self.channels} (classes or num_classes={self.channels})"
+            if self.name == "segmentation" and (self.channels, raw.shape[1]) == (2, 1):
+                advice += ", or use the task 'binary', which takes one logit"
             raise ConfigError(
-                f"the model returned {type(output).__name__} with {given}; a dense prediction must be a tensor or come "
-                f"under one of {', '.join(_KEYS)}. Wrap the model so that its forward returns the prediction"
+                f"the model's prediction has {raw.shape[1]} channels (shape {tuple(raw.shape)}), the task {self.name!r} needs "
+                f"{self.channels}; {advice}"
             )
-    if found.ndim == 3:
-        found = found.unsqueeze(1)
-    if found.ndim != 4 or not found.is_floating_point():
-        raise ConfigError(
-            f"the model's prediction has shape {tuple(found.shape)} and type {found.dtype}; a dense prediction is a "
-            "floating-point tensor (N, C, H, W) or (N, H, W). Wrap the model so that it returns one"
-        )
-    return _widen(found)
 
+    def resize(self, raw: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Resizes a raw prediction."""
+        return resize(raw, size)
 
-def _widen(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    def loss(self, output: Any, target: Sample) -> Tensor:
+        """Returns the loss of the prediction, plus ``aux_weight`` times that of each auxiliary head.
 
+        Args:
+            output: what the model returned.
+            target: the collated sample; predictions are resized to it.
 
-def auxiliary_output(output: Any) -> Tensor | None:
-    """Returns the auxiliary head's prediction of torchvision's segmentation models (key ``aux``), if there is one."""
-    found = output.get("aux") if isinstance(output, Mapping) else None
-    return _widen(found) if isinstance(found, Tensor) else None
+        Returns:
+            A scalar; 0 where nothing in ``target`` counts.
+        """
+        raw = self.logits(output)
+        truth = self.truth(target, len(raw))
+        size = (truth.shape[-2], truth.shape[-1])
+        loss = self.loss_of(self.resize(raw, size), truth, target)
+        for other in auxiliary_outputs(output, self.main) if self.aux_weight else ():
+            self._check_channels(other)
+            loss = loss + self.aux_weight * self.loss_of(self.resize(other, size), truth, target)
+        return loss
 
+    def predict(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
+        """Returns the final prediction; the raw one is resized to ``size`` first."""
+        return self.decide(self.logits(output, size))
 
-def resize(prediction: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Resizes (N, C, H, W) to ``size`` = (H', W') bilinearly, pixel centres aligned; returns it as it is if it fits."""
-    if size is None or tuple(prediction.shape[-2:]) == tuple(size):
-        return prediction
-    return F.interpolate(prediction, size=tuple(size), mode="bilinear", align_corners=False)
+    def read(self, output: Any, target: Sample) -> tuple[Tensor, Tensor]:
+        """Returns final prediction and truth, both at the truth's size, for metrics."""
+        raw = self.logits(output)
+        truth = self.truth(target, len(raw))
+        return self.decide(self.restore(raw, target.get("extent"), (truth.shape[-2], truth.shape[-1]))), truth
 
+    def restore(self, raw: Tensor, extent: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """Brings a raw prediction back to the image's size; see :func:`bidensify.tasks.restore`."""
+        return restore(raw, extent, size)
 
-def target_of(target: Sample, key: str, task: str, batch: int) -> Tensor:
-    """Returns ``target[key]`` as (N, H, W) after checking that it is there and of the batch's size.
+    @abstractmethod
+    def metrics(self) -> TaskMetrics:
+        """Returns fresh running metrics."""
 
-    Raises:
-        ConfigError: the key is missing or the shape does not fit.
-    """
-    if key not in target:
-        raise ConfigError(
-            f"the task {task!r} needs {key!r} in each sample, but the sample has {sorted(target)}; "
-            "use a data set that gives it, or another task"
-        )
-    values = target[key]
-    if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 3 or values.shape[0] != batch:
-        raise ConfigError(
-            f"{key!r} has shape {tuple(target[key].shape)} beside a prediction of {batch} images; it must be (N, H, W)"
-        )
-    return values
+    @abstractmethod
+    def picture(self, image: Tensor | None, output_or_target: Any) -> Tensor:
+        """Returns a colour picture, uint8 (3, H, W), of one prediction or one target."""

@@ -8,34 +8,53 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidensify.data.base import DataInfo
 from bidensify.errors import ConfigError
 from bidensify.tasks import losses, pictures
-from bidensify.tasks.base import Sample, raw_output, resize, target_of
+from bidensify.tasks.base import DenseTask, Sample
 from bidensify.tasks.metrics import DepthMetrics
+from bidensify.tasks.outputs import target_of
+from bidensify.tasks.registry import register_task
 
 Output = Literal["log", "linear", "sigmoid", "inverse"]
 _OUTPUTS: tuple[Output, ...] = ("log", "linear", "sigmoid", "inverse")
 
 
-class DepthTask:
-    """Scale-invariant log training, AbsRel evaluation; a depth of 0 in the target is invalid.
+@register_task("depth")
+class DepthTask(DenseTask):
+    """Monocular depth: scale-invariant log training, AbsRel evaluation; a depth of 0 in the target is invalid.
+
+    The network has one channel. Metrics, each per image and averaged: ``absrel`` (selects), ``sqrel``, ``rmse``,
+    ``rmse_log``, ``log10``, ``silog``, ``delta1``, ``delta2``, ``delta3``.
 
     Args:
         median_scaling: scale each prediction by the ratio of medians before it is measured (for data or models without
             a metric scale); see :class:`bidensify.tasks.metrics.DepthMetrics`.
         min_depth, max_depth: metres (or the data's unit). Only ground truth inside counts; predictions are clamped to
-            it.
+            it. The farthest is by default the data set's, else 80.
         output: what the network's one channel x means: ``log`` depth = exp(x); ``linear`` depth = x; ``sigmoid``
             depth = min + (max − min) · sigmoid(x); ``inverse`` depth = 1 / x (disparity).
         focus: weight of the squared mean in SILog, 0 (plain RMSE of the logarithm) to 1 (scale ignored).
+        aux_weight: weight of the loss of each auxiliary head, where the network has some.
 
     Raises:
         ConfigError: an option is out of range.
+
+    Example:
+        As NYUv2 is evaluated::
+
+            task: {name: depth, output: sigmoid, min_depth: 0.001, max_depth: 10, focus: 0.85, aux_weight: 0.4}
+
+        Depth without a metric scale::
+
+            task: {name: depth, output: log, median_scaling: true}
     """
 
     name = "depth"
     primary = "absrel"
     higher_is_better = False
+    outputs = "values"
+    channels = 1
 
     def __init__(
         self,
@@ -44,31 +63,33 @@ class DepthTask:
         max_depth: float = 80.0,
         output: Output = "log",
         focus: float = 0.85,
+        aux_weight: float = 0.4,
     ) -> None:
         if not 0 < min_depth < max_depth < math.inf:
             raise ConfigError(f"min_depth={min_depth}, max_depth={max_depth}; depths need 0 < min_depth < max_depth")
         if output not in _OUTPUTS:
             raise ConfigError(f"output={output!r} is not known; use one of {', '.join(_OUTPUTS)}")
-        if not 0 <= focus <= 1:
-            raise ConfigError(f"focus={focus}; it lies between 0 and 1")
+        if not 0 <= focus <= 1 or aux_weight < 0:
+            raise ConfigError(
+                f"focus={focus}, aux_weight={aux_weight}; focus lies between 0 and 1, aux_weight is at least 0"
+            )
         self.median_scaling = median_scaling
         self.min_depth, self.max_depth = min_depth, max_depth
         self.output: Output = output
-        self.focus = focus
+        self.focus, self.aux_weight = focus, aux_weight
 
-    def logits(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
-        """Returns the network's raw channel (N, 1, H, W), resized bilinearly to ``size``.
+    @classmethod
+    def options_from(cls, info: DataInfo) -> dict[str, Any]:
+        """The farthest depth is the data set's, where it knows one."""
+        return {} if info.max_depth is None else {"max_depth": info.max_depth}
+
+    def truth(self, target: Sample, batch: int) -> Tensor:
+        """Returns the target's depth (N, H, W).
 
         Raises:
-            ConfigError: there is no such tensor in ``output``, or it has several channels.
+            ConfigError: the sample has no depth, or one of a wrong shape.
         """
-        raw = raw_output(output)
-        if raw.shape[1] != 1:
-            raise ConfigError(
-                f"the model's prediction has {raw.shape[1]} channels (shape {tuple(raw.shape)}); "
-                "a depth network has one. Build the model with one class"
-            )
-        return resize(raw, size)
+        return target_of(target, "depth", self.name, batch)
 
     def log_depth(self, raw: Tensor) -> Tensor:
         """Returns ln(depth) of the raw channel, with a gradient everywhere (used by the loss)."""
@@ -80,9 +101,9 @@ class DepthTask:
             return -_soft_log(raw, 1 / self.max_depth)
         return _soft_log(raw, self.min_depth)
 
-    def predict(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
-        """Returns the depth (N, H, W), clamped to [min_depth, max_depth]; the raw channel is resized first."""
-        raw = self.logits(output, size)[:, 0]
+    def decide(self, raw: Tensor) -> Tensor:
+        """Returns the depth (N, H, W), clamped to [min_depth, max_depth]."""
+        raw = raw[:, 0]
         if self.output == "log":
             raw = raw.clamp(math.log(self.min_depth), math.log(self.max_depth)).exp()
         elif self.output == "sigmoid":
@@ -91,34 +112,23 @@ class DepthTask:
             raw = 1 / raw.clamp(1 / self.max_depth, 1 / self.min_depth)
         return raw.clamp(self.min_depth, self.max_depth)
 
-    def loss(self, output: Any, target: Sample) -> Tensor:
-        """Returns the SILog loss over valid pixels; see :func:`bidensify.tasks.losses.silog_loss`.
-
-        Args:
-            output: what the model returned.
-            target: ``depth`` (N, H, W), 0 = invalid; the prediction is resized to it.
-
-        Returns:
-            A scalar; 0 if no pixel is valid.
-        """
-        raw = self.logits(output)
-        depth = target_of(target, "depth", self.name, len(raw)).to(raw.dtype)
-        raw = resize(raw, (depth.shape[1], depth.shape[2]))
+    def loss_of(self, raw: Tensor, truth: Tensor, target: Sample) -> Tensor:
+        """Returns the SILog loss over valid pixels, 0 if none is; see :func:`bidensify.tasks.losses.silog_loss`."""
+        depth = truth.to(raw.dtype)
         return losses.silog_loss(self.log_depth(raw)[:, 0], depth, self.valid(depth), focus=self.focus)
+
+    def loss_weight(self, target: Sample) -> Tensor:
+        """The images with a valid pixel."""
+        return self.valid(target["depth"].flatten(1)).any(1).sum()
 
     def valid(self, depth: Tensor) -> Tensor:
         """Returns which depths count: finite and inside [min_depth, max_depth]."""
         return torch.isfinite(depth) & (depth >= self.min_depth) & (depth <= self.max_depth)
 
-    def _read(self, output: Any, target: Sample) -> tuple[Tensor, Tensor]:
-        raw = self.logits(output)
-        depth = target_of(target, "depth", self.name, len(raw))
-        return self.predict(raw, (depth.shape[1], depth.shape[2])), depth
-
     def metrics(self) -> DepthMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.DepthMetrics`."""
         return DepthMetrics(
-            self._read, min_depth=self.min_depth, max_depth=self.max_depth, median_scaling=self.median_scaling
+            self.read, min_depth=self.min_depth, max_depth=self.max_depth, median_scaling=self.median_scaling
         )
 
     def picture(

@@ -55,6 +55,44 @@ def dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int, smooth: floa
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
 
 
+def binary_cross_entropy(logits: Tensor, truth: Tensor, valid: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """Mean binary cross-entropy over the pixels that count.
+
+    Args:
+        logits: (N, C, H, W).
+        truth: 0 and 1, floating point (N, C, H, W).
+        valid: bool (N, C, H, W).
+        weight: (C,), weight of the pixels where the truth is 1.
+
+    Returns:
+        A scalar; 0 where no pixel counts.
+    """
+    weight = None if weight is None else weight.view(-1, 1, 1)
+    loss = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight, reduction="none")
+    return torch.where(valid, loss, torch.zeros_like(loss)).sum() / valid.sum().clamp(min=1)
+
+
+def binary_dice_loss(logits: Tensor, truth: Tensor, valid: Tensor, *, smooth: float = 1.0) -> Tensor:
+    """Soft Dice loss of labels that do not exclude each other: the mean over the labels of
+    1 − (2·Σp·t + s) / (Σp + Σt + s), with p the sigmoid and sums over the pixels of the whole batch that count.
+
+    Args:
+        logits: (N, C, H, W).
+        truth: 0 and 1, floating point (N, C, H, W).
+        valid: bool (N, C, H, W).
+        smooth: s, pixels.
+
+    Returns:
+        A scalar in [0, 1]; 0 where no pixel counts.
+    """
+    probability, truth = logits.sigmoid() * valid, truth * valid
+    overlap, sums = ((value.sum((0, 2, 3))) for value in (probability * truth, probability + truth))
+    counts = valid.sum((0, 2, 3)) > 0
+    return (((1 - (2 * overlap + smooth) / (sums + smooth)) * counts).sum() / counts.sum().clamp(min=1)).to(
+        logits.dtype
+    )
+
+
 def silog_loss(log_prediction: Tensor, target: Tensor, valid: Tensor, *, focus: float = 0.85) -> Tensor:
     """Scale-invariant log loss, √(mean d² − focus · (mean d)²) per image with d = log prediction − log target.
 

@@ -84,7 +84,109 @@ class SegmentationMetrics(Metric):
         return values
 
 
-class DepthMetrics(Metric):
+class LabelMetrics(Metric):
+    """Metrics of labels that do not exclude each other, from the counts of right and wrong pixels of each.
+
+    ``compute`` gives, each in [0, 1] and as the mean over the labels: ``iou`` TP / (TP + FP + FN); ``dice``
+    2 TP / (2 TP + FP + FN), which is F1; ``precision`` TP / (TP + FP); ``recall`` TP / (TP + FN); and ``pixel_accuracy``,
+    the share of right decisions. A label in neither truth nor prediction does not count; of several labels,
+    ``iou/<label>`` and ``dice/<label>`` are given too.
+
+    Args:
+        read: gives predicted and true labels, integer (N, labels, H, W): 0, 1, or ``ignore_index`` in the truth.
+        names: of the labels.
+        ignore_index: of pixels that do not count.
+        kwargs: of :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    counts: Tensor
+
+    def __init__(self, read: Read, names: Sequence[str], ignore_index: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.read, self.names, self.ignore_index = read, tuple(names), ignore_index
+        self.add_state("counts", torch.zeros(4, len(self.names), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, output: Any, target: Sample) -> None:
+        """Adds a batch to the counts (TP, FP, FN, TN)."""
+        prediction, truth = self.read(output, target)
+        valid, yes, real = truth != self.ignore_index, prediction == 1, truth == 1
+        kinds = (yes & real, yes & ~real, ~yes & real, ~yes & ~real)
+        self.counts += torch.stack([(kind & valid).sum((0, 2, 3)) for kind in kinds])
+
+    def compute(self) -> dict[str, float]:
+        """Returns the metrics named above.
+
+        Raises:
+            DataError: no label was in the ground truth or predicted.
+        """
+        tp, fp, fn, tn = self.counts.to("cpu", torch.float64)
+        there = tp + fp + fn > 0
+        if not there.any():
+            raise DataError(
+                f"none of {', '.join(self.names)} occurs in the ground truth or in a prediction, so there is nothing to "
+                "measure; check the masks (0 and 1, label_map) and the data set's length"
+            )
+        each = {"iou": tp / (tp + fp + fn), "dice": 2 * tp / (2 * tp + fp + fn)}
+        values = {name: float(value[there].mean()) for name, value in each.items()}
+        for name, parts, whole in (("precision", tp, tp + fp), ("recall", tp, tp + fn)):
+            if (whole > 0).any():
+                values[name] = float((parts / whole)[whole > 0].mean())
+        values["pixel_accuracy"] = float((tp + tn).sum() / (tp + fp + fn + tn).sum())
+        if len(self.names) > 1:
+            shown = [(i, name) for i, name in enumerate(self.names) if there[i]]
+            values |= {f"{kind}/{name}": float(value[i]) for kind, value in each.items() for i, name in shown}
+        return values
+
+
+class ImageMeans(Metric):
+    """Metrics that are computed per image and averaged over the images.
+
+    Args:
+        read: gives prediction and ground truth, (N, ...).
+        nothing: what to say where no image could be measured.
+        kwargs: of :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    names: tuple[str, ...]
+    sums: Tensor
+    images: Tensor
+
+    def __init__(self, read: Read, nothing: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.read, self.nothing = read, nothing
+        self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def image(self, p: Tensor, g: Tensor) -> Tensor | None:
+        """Returns the metrics of one image, float64 (metrics,), from prediction and truth; None if nothing counts."""
+        raise NotImplementedError
+
+    def update(self, output: Any, target: Sample) -> None:
+        """Adds a batch; an image in which nothing counts has no metrics and is left out."""
+        prediction, truth = self.read(output, target)
+        for p, g in zip(prediction.double(), truth.double(), strict=True):
+            values = self.image(p, g)
+            if values is not None:
+                self.sums += values
+                self.images += 1
+
+    def compute(self) -> dict[str, float]:
+        """Returns the metrics by name.
+
+        Raises:
+            DataError: no image could be measured.
+        """
+        if int(self.images) == 0:
+            raise DataError(f"{self.nothing}, so there is nothing to measure")
+        return dict(zip(self.names, (self.sums / self.images).tolist(), strict=True))
+
+
+class DepthMetrics(ImageMeans):
     """Metrics of a monocular depth estimate, each computed per image and averaged over the images.
 
     With p the prediction, g the ground truth, d = ln p − ln g and means over an image's valid pixels (Eigen et al.,
@@ -100,31 +202,25 @@ class DepthMetrics(Metric):
         kwargs: of :class:`torchmetrics.Metric`.
     """
 
-    full_state_update = False
     higher_is_better = False
-    is_differentiable = False
-    sums: Tensor
-    images: Tensor
+    names = DEPTH_NAMES
 
     def __init__(
         self, read: Read, *, min_depth: float, max_depth: float, median_scaling: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        self.read = read
+        nothing = (
+            f"no image had a depth inside [{min_depth:g}, {max_depth:g}] (check the depth's scale in metres per step, "
+            "min_depth and max_depth)"
+        )
+        super().__init__(read, nothing, **kwargs)
         self.min_depth, self.max_depth, self.median_scaling = min_depth, max_depth, median_scaling
-        self.add_state("sums", torch.zeros(len(DEPTH_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, output: Any, target: Sample) -> None:
-        """Adds a batch; an image without a valid pixel has no metrics and is not counted."""
-        prediction, truth = self.read(output, target)
-        valid = torch.isfinite(truth) & (truth >= self.min_depth) & (truth <= self.max_depth) & (truth > 0)
-        for image, depth, mask in zip(prediction.double(), truth.double(), valid, strict=True):
-            if mask.any():
-                self.sums += self._image(image[mask], depth[mask])
-                self.images += 1
-
-    def _image(self, p: Tensor, g: Tensor) -> Tensor:
+    def image(self, p: Tensor, g: Tensor) -> Tensor | None:
+        """Returns the metrics of one depth map (H, W); None without a valid pixel."""
+        valid = torch.isfinite(g) & (g >= self.min_depth) & (g <= self.max_depth) & (g > 0)
+        if not valid.any():
+            return None
+        p, g = p[valid], g[valid]
         if self.median_scaling:
             p = p * (g.median() / p.median())
         p = p.clamp(self.min_depth, self.max_depth)
@@ -142,16 +238,39 @@ class DepthMetrics(Metric):
             ]
         )
 
-    def compute(self) -> dict[str, float]:
-        """Returns the metrics named above.
 
-        Raises:
-            DataError: no image had a valid pixel.
-        """
-        if int(self.images) == 0:
-            raise DataError(
-                f"no image had a depth inside [{self.min_depth:g}, {self.max_depth:g}], so there is nothing to "
-                "measure; check the depth's scale (metres per step), min_depth and max_depth"
-            )
-        means = (self.sums / self.images).tolist()
-        return dict(zip(DEPTH_NAMES, means, strict=True))
+class FlowMetrics(ImageMeans):
+    """Metrics of an optical flow (N, 2, H, W) in pixels, per image over the pixels whose true flow is finite.
+
+    ``epe`` is the mean length of the difference; ``outliers`` the share of pixels off by more than 3 pixels and 5 % of
+    the true length (KITTI's Fl-all, in [0, 1]).
+    """
+
+    higher_is_better = False
+    names = ("epe", "outliers")
+
+    def image(self, p: Tensor, g: Tensor) -> Tensor | None:
+        """Returns the metrics of one flow (2, H, W); None without a valid pixel."""
+        valid = torch.isfinite(g).all(0)
+        if not valid.any():
+            return None
+        p, g = p[:, valid], g[:, valid]
+        error = (p - g).norm(dim=0)
+        return torch.stack([error.mean(), ((error > 3) & (error > 0.05 * g.norm(dim=0))).double().mean()])
+
+
+class RestorationMetrics(ImageMeans):
+    """``psnr`` in dB and ``ssim`` of images (N, C, H, W) in [0, 1], per image, by torchmetrics."""
+
+    higher_is_better = True
+    names = ("psnr", "ssim")
+
+    def image(self, p: Tensor, g: Tensor) -> Tensor | None:
+        """Returns the metrics of one image (C, H, W)."""
+        from torchmetrics.functional.image import peak_signal_noise_ratio as psnr
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        # An exact copy has an infinite ratio, which would swallow every other image's.
+        ratio = psnr(p[None], g[None], data_range=1.0).clamp(max=100)
+        similar: Any = ssim(p[None], g[None], data_range=1.0)
+        return torch.stack([ratio, similar]).double()

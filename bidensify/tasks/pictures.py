@@ -9,10 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bidensify.data.palette import Colour, default_palette
+from bidensify.data.base import Colour, default_palette
 from bidensify.errors import ConfigError
 
-__all__ = ["Colour", "colour_depth", "colour_mask", "default_palette", "depth_limits", "finish"]
+__all__ = [
+    "Colour",
+    "colour_depth",
+    "colour_labels",
+    "colour_mask",
+    "colours",
+    "default_palette",
+    "depth_limits",
+    "finish",
+]
+
+
+def colours(classes: int, palette: Sequence[Sequence[int]] | None) -> tuple[Colour, ...]:
+    """Returns the palette as tuples, or a default one."""
+    return default_palette(classes) if palette is None else tuple((c[0], c[1], c[2]) for c in palette)
+
+
+def colour_labels(labels: Tensor, palette: Sequence[Colour]) -> Tensor:
+    """Colours labels of which several may hold: (C, H, W) of 0 and 1 to uint8 (3, H, W), the mean of their colours."""
+    there = (labels.detach().cpu() == 1).float()
+    mixed = torch.einsum("chw,cr->rhw", there, torch.tensor([list(colour) for colour in palette], dtype=torch.float32))
+    return (mixed / there.sum(0).clamp(min=1)).round().to(torch.uint8)
 
 
 def colour_mask(mask: Tensor, palette: Sequence[Colour], ignore_index: int) -> Tensor:
@@ -67,19 +88,24 @@ def finish(picture: Tensor, image: Tensor | None, blend: float) -> Tensor:
 
     Args:
         picture: uint8 (3, H, W).
-        image: uint8 (3, H', W'), or None.
+        image: (C, H', W'), uint8 or floats in [0, 1], or None; one or two channels show as grey, of more the first three.
         blend: share of the image, 0 to 1.
 
     Raises:
-        ConfigError: the image is not uint8 (3, H, W).
+        ConfigError: the image is not (C, H, W), or was normalised.
     """
     if image is None:
         return picture
-    if image.ndim != 3 or image.shape[0] != 3 or (blend > 0 and image.dtype != torch.uint8):
+    floats = image.is_floating_point()
+    if image.ndim != 3 or (
+        blend > 0 and not (image.dtype == torch.uint8 or (floats and 0 <= image.min() <= image.max() <= 1))
+    ):
         raise ConfigError(
-            f"the picture's image has shape {tuple(image.shape)} and type {image.dtype}; "
-            "give uint8 (3, H, W), before normalisation"
+            f"the picture's image has shape {tuple(image.shape)} and type {image.dtype}; give (C, H, W), uint8 or floats in "
+            "[0, 1], before normalisation"
         )
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    image = image * 255 if floats else image
     if picture.shape[-2:] != image.shape[-2:]:
         size = (image.shape[-2], image.shape[-1])
         picture = F.interpolate(picture[None].float(), size=size, mode="nearest-exact")[0].to(torch.uint8)

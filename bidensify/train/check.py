@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from bidensify._util.seeding import seeded
+from bidensify.data import check_dataset
 from bidensify.errors import BidensifyError, ConfigError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
@@ -53,7 +54,8 @@ def check_start(
         DataError: samples that do not fit one another, labels outside the classes; see
             :func:`bidensify.data.check_dataset`.
     """
-    notes = [*_labels(train, "data.train"), *_labels(val, "data.val")]
+    with accelerator.main_process_first():  # the others read what the first remembers on disk
+        notes = [*_labels(train, "data.train"), *_labels(val, "data.val")]
     share = recipe.data.batch_size // recipe.data.accumulate
     with seeded(recipe.seed), _untouched(student):
         samples: list[Any] = [train[index] for index in range(min(share, 4))]
@@ -77,10 +79,7 @@ def check_start(
 
 
 def _labels(dataset: Any, name: str) -> list[str]:
-    import bidensify.data
-
-    check = getattr(bidensify.data, "check_dataset", None)
-    report = check(dataset, name) if check is not None else None
+    report = check_dataset(dataset, name)
     return list(report.warnings) if report is not None else []
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import bidensify as bd
 from bidensify.data import DataInfo, DenseDataset, Sample, Seeded, available_datasets, build_dataset, register_dataset
 from bidensify.errors import ConfigError
 
@@ -34,8 +38,51 @@ def test_registry() -> None:
         build_dataset("draws_of_this_test", "train")
     with pytest.raises(ConfigError, match="lenght.*its options are length"):
         build_dataset("draws_of_this_test", "train", lenght=3)
-    with pytest.raises(ConfigError, match="already registered"):
-        register_dataset("draws_of_this_test")(lambda split: Draws(length=1))
+
+
+def test_a_name_registered_again_goes_to_the_newer_one() -> None:
+    """As when a notebook's cell runs twice."""
+
+    def cell(length: int) -> None:
+        @bd.register_data_set("cell_of_this_test")
+        class Cell(Draws):
+            def __init__(self, split: str, *, transforms: object = None) -> None:
+                super().__init__(split, length=length)
+
+    cell(1)
+    with pytest.warns(UserWarning, match=r"'cell_of_this_test' is registered again: .*Cell takes over from .*Cell"):
+        cell(2)
+    assert len(build_dataset("cell_of_this_test", "train")) == 2
+    with pytest.raises(ConfigError, match="'' cannot be a data set's name"):
+        bd.register_data_set("")
+    with pytest.raises(ConfigError, match="must be a class or a function"):
+        bd.register_data_set("number")(3)  # type: ignore[type-var]
+
+
+class Habits(Draws):
+    """A transform as people write them: three sources of random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(length=8)
+        self.transforms = lambda sample: {
+            "draw": torch.tensor([np.random.rand(), random.random(), torch.rand(()).item()], dtype=torch.float64)
+        }
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_generator_follows_seed_epoch_and_index_alone(workers: int) -> None:
+    seeded = Seeded(Habits(), 5)
+    loader = DataLoader(seeded, batch_size=2, num_workers=workers)
+    states = np.random.get_state()[1].copy(), random.getstate()
+    seen = []
+    for epoch in range(3):
+        seeded.set_epoch(epoch)
+        seen.append(torch.cat([batch["draw"] for batch in loader]))
+        assert torch.equal(seen[-1], torch.stack([seeded[index]["draw"] for index in range(8)]))
+    assert len(torch.cat(seen).unique(dim=0)) == 24
+    assert all(len(torch.cat(seen)[:, kind].unique()) == 24 for kind in range(3))
+    assert np.array_equal(states[0], np.random.get_state()[1])
+    assert states[1] == random.getstate()
 
 
 def test_negative_and_missing_indices() -> None:

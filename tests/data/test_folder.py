@@ -66,8 +66,8 @@ def broken(folder: Path, kind: str) -> str:
         image.write_bytes(image.read_bytes()[:60])
         return "s1"
     if kind == "colour mask":
-        Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(mask)
-        return "s1"
+        Image.fromarray(np.full((12, 16, 3), (0, 0, 200), np.uint8)).save(mask)
+        return r"s1\.png.*\(0, 0, 200\).*mask_colours"
     for path in (train / "images").iterdir():
         path.unlink()
     return "images"

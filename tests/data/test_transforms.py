@@ -87,17 +87,14 @@ def test_evaluation_resizes_and_normalises() -> None:
     assert {type(value) for value in out.values()} == {Tensor}
     assert out["image"].dtype == torch.float32
     assert out["mask"].dtype == torch.int64
-    assert out["mask"].tolist() == sample(8, 8)["mask"].tolist()
-    grey = (out["mask"].double() * 10 + 20) / 255
+    assert out["mask"].shape == out["depth"].shape == (16, 16)
+    grey = (sample(8, 8)["mask"].double() * 10 + 20) / 255
     for channel in range(3):
         centre = (grey[0, 0] - mean[channel]) / std[channel]
         assert out["image"][channel, 0, 0].item() == pytest.approx(centre.item(), abs=1e-5)
     back = denormalise(out["image"], mean, std)
     assert back.dtype == torch.uint8
     assert back[0, 0, 0] == 20
-    kept = build_transforms(False, (8, 8), keep_target_size=True)(sample(16, 16))
-    assert kept["image"].shape[-2:] == (8, 8)
-    assert kept["mask"].shape == kept["depth"].shape == (16, 16)
 
 
 @settings(max_examples=30, deadline=None)

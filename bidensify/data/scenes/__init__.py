@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from bidensify.data.base import DataInfo, DenseDataset, Depth, Sample, Transforms, register_dataset
+from bidensify.data.base import DataInfo, DenseDataset, Depth, Sample, Transforms
+from bidensify.data.registry import register_data_set
 from bidensify.data.scenes.layout import CLASS_NAMES, MAX_DEPTH, PALETTE, draw_layout
 from bidensify.data.scenes.render import Rendered, render
 from bidensify.errors import ConfigError
@@ -34,9 +35,9 @@ def generate(seed: int, split: str, index: int, size: tuple[int, int]) -> Render
     return render(random, draw_layout(random, height / width), height, width)
 
 
-@register_dataset("scenes")
+@register_data_set("scenes")
 class Scenes(DenseDataset):
-    """Generated scenes.
+    """Generated scenes: 8 classes and depth up to 40 m; nothing to download.
 
     Args:
         split: ``train``, ``val`` or ``test``; each draws from a random stream of its own.
@@ -47,6 +48,11 @@ class Scenes(DenseDataset):
 
     Raises:
         ConfigError: an option is out of range.
+
+    Example:
+        ::
+
+            train: {name: scenes, split: train, size: [96, 128], length: 2000, seed: 0, cache: true}
     """
 
     def __init__(
