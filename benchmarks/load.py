@@ -30,6 +30,7 @@ ROUNDS = 5
 def measure(source: str) -> dict[str, Any]:
     """Saves and loads one network in this process."""
     import bidensify as bd
+    from bidensify.deploy.layers import packed_layers
     from bidensify.models import build_model
     from bidensify.models.unet import unet
 
@@ -43,7 +44,7 @@ def measure(source: str) -> dict[str, Any]:
         binary = sum(layer.latent_weight.numel() for _, layer in bd.nn.binary_layers(student))
         packed = bd.pack(student)
         rest = sum(p.numel() for p in packed.parameters())
-        rest += sum(layer.side.numel() for layer in bd.runtime.packed_layers(packed).values())
+        rest += sum(layer.side.numel() for layer in packed_layers(packed).values())
         bd.save_pretrained(packed, Path(folder) / "net")
         size = (Path(folder) / "net" / "model.safetensors").stat().st_size
         seconds = []

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bidensify as bd
 from bidensify.costs.summary import summary
+from bidensify.deploy.layers import packed_layers
 from bidensify.errors import ConfigError, PlanError
 from bidensify.models import build_model
 
@@ -86,7 +87,7 @@ def test_latent_and_packed_networks_do_the_work_of_the_original(method: str) -> 
     for name in ("binary_macs", "float_macs", "elementwise"):
         assert latent.total(name) == packed.total(name), name
     kept = sum(p.numel() for m in bd.pack(student).modules() for p in m._parameters.values() if p is not None)
-    side = sum(layer.side.numel() for layer in bd.runtime.packed_layers(bd.pack(student)).values())
+    side = sum(layer.side.numel() for layer in packed_layers(bd.pack(student)).values())
     assert packed.total("float_params") == kept + side
 
 
