@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import bidensify.nn
 from bidensify.errors import TrainingError
 from bidensify.models.weights import load_weights
+from bidensify.nn import set_progress
 from bidensify.recipe import Recipe
 from bidensify.tasks import Task
 from bidensify.train.distributed import gather_objects
@@ -156,9 +156,7 @@ class Loop:
 
     def _progress(self) -> None:
         """Tells parts that change as training goes on how far it has come."""
-        tell = getattr(bidensify.nn, "set_progress", None)
-        if tell is not None:
-            tell(self.student, self.state.step / (len(self.plan) * self.batches))
+        set_progress(self.student, self.state.step / (len(self.plan) * self.batches))
 
     def _stop(self, what: str, step: int) -> TrainingError:
         last = self.folder.last
@@ -229,6 +227,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         load_weights(self.student, self.folder.best(state.best_epoch))
         set_mode(self.student, recipe.stages[-1])
+        set_progress(self.student, 1.0)
         metrics, recalibrated = state.best_metrics, False
         if recipe.ema is not None and recipe.calibrate.at_end and recipe.calibrate.batches:
             batches = calibration_batches(self.student, self.train, recipe, self.device, len(self.plan))
