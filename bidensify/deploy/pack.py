@@ -127,11 +127,15 @@ class _CastOut:
 def set_float_dtype(packed: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Runs everything that is not binary in ``dtype``, in place; inputs and outputs of the model are cast.
 
-    Packed layers keep their side parameters in float32 and take and give ``dtype``.
+    Packed layers keep their side parameters in float32 and take and give ``dtype``. Called again, the last dtype holds.
     """
     _check_dtype(dtype)
     packed.to(dtype)
     packed._bidensify_float_dtype = dtype  # type: ignore[assignment]
+    for hooks in (packed._forward_pre_hooks, packed._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _CastIn | _CastOut)]:
+            del hooks[key]
+            packed._forward_pre_hooks_with_kwargs.pop(key, None)
     if dtype != torch.float32:
         packed.register_forward_pre_hook(_CastIn(dtype), with_kwargs=True)
         packed.register_forward_hook(_CastOut(torch.float32))

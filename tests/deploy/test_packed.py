@@ -29,6 +29,7 @@ from bidensify.deploy import (
 )
 from bidensify.deploy.backends import available_kernels
 from bidensify.deploy.freeze import empty_from_meta, freeze
+from bidensify.deploy.pack import set_float_dtype
 from bidensify.errors import ConfigError, FormatError, PackError
 from bidensify.kernels import library as loader
 from bidensify.kernels.library import library as load_library
@@ -450,3 +451,18 @@ def test_a_packed_network_keeps_nothing_of_the_latent_one() -> None:
         held = sum(t.untyped_storage().nbytes() for t in layer.buffers())
         assert held == layer.bits.numel() + 4 * layer.side.numel() + 4 * layer.tiles.numel()
         assert not list(layer.parameters())
+
+
+def test_the_last_float_dtype_holds_and_nothing_is_cast_twice() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), settle(BiDenseConv2d(16, 16, 3, padding=1)), nn.Conv2d(16, 4, 1)
+    )
+    x = torch.randn(1, 3, 8, 8)
+    once = set_float_dtype(pack(network), torch.bfloat16)
+    again = set_float_dtype(set_float_dtype(pack(network), torch.bfloat16), torch.bfloat16)
+    assert len(again._forward_pre_hooks) == len(once._forward_pre_hooks)
+    assert len(again._forward_hooks) == len(once._forward_hooks)
+    assert torch.equal(again(x), once(x))
+    back = set_float_dtype(set_float_dtype(pack(network), torch.bfloat16), torch.float32)
+    assert back(x).dtype == torch.float32
+    assert len(back._forward_hooks) == len(pack(network)._forward_hooks)
