@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify.cli import bench, deploy, models, runs, study  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 
 ROOT = Path(__file__).parents[1]

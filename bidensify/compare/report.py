@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bidensify import __version__
 from bidensify._util.files import atomic_write
+from bidensify._util.version import __version__
 
 
 @dataclass(frozen=True)
