@@ -89,13 +89,13 @@ class Matrix:
             ConfigError: it holds something else, or a comparison under another recipe.
         """
         from bidensify.recipe import load_recipe
-        from bidensify.recipe.folder import differences
+        from bidensify.train.rundir.folder import differences
 
         file = self.out / "recipe.yaml"
         if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not file.is_file())):
             raise ConfigError(f"{str(self.out)!r} is not a comparison's folder; give a new one")
         if file.is_file():
-            found = differences(load_recipe(file).to_dict(), self.recipe.to_dict())
+            found = differences(load_recipe(file, trust=False).to_dict(), self.recipe.to_dict())
             if found:
                 raise ConfigError(
                     f"{str(self.out)!r} holds a comparison under another recipe; it differs in {', '.join(found[:5])}. Give "
@@ -107,7 +107,7 @@ class Matrix:
 
     def train_teacher(self, say: Say, quiet: bool = False) -> None:
         """Trains the teacher where there is none yet."""
-        from bidensify.recipe import run_recipe
+        from bidensify.train import run_recipe
 
         folder = self.teacher_folder
         if folder is None or self.teacher is not None or _finished(folder):
@@ -141,7 +141,7 @@ class Matrix:
         return Cell(method=method, seed=seed, folder=self.folder(method, seed).relative_to(self.out).as_posix())
 
     def _cell(self, method: str, seed: int, train: Callable[[str, int], None], say: Say) -> Cell:
-        from bidensify.recipe.folder import RunFolder
+        from bidensify.train.rundir.folder import RunFolder
 
         folder, cell = self.folder(method, seed), self.open_cell(method, seed)
         try:
@@ -162,7 +162,7 @@ class Matrix:
         return cell.model_copy(update=done)
 
     def _here(self, method: str, seed: int, say: Say, quiet: bool) -> None:
-        from bidensify.recipe import run_recipe
+        from bidensify.train import run_recipe
 
         folder = self.folder(method, seed)
         say(f"{method}, seed {seed}: {folder}")

@@ -19,7 +19,7 @@ from bidensify.compare.matrix import Matrix
 from bidensify.compare.results import Cell, Point
 from bidensify.costs.summary import summary
 from bidensify.errors import BidensifyError
-from bidensify.runtime.pack import pack, set_float_dtype
+from bidensify.deploy.pack import pack, set_float_dtype
 
 if TYPE_CHECKING:
     from bidensify.data import DenseDataset
@@ -60,7 +60,7 @@ def float_networks(
 
     Empty where the comparison has no teacher of its own.
     """
-    from bidensify.recipe import evaluate, load_run
+    from bidensify.train import evaluate, load_run
 
     folder = matrix.teacher_folder
     if folder is None or not (folder / "recipe.yaml").is_file():
@@ -115,7 +115,7 @@ def binary_networks(matrix: Matrix, cells: list[Cell], x: Tensor) -> list[Networ
         cells: all of them.
         x: one image (1, C, H, W).
     """
-    from bidensify.recipe import load_run
+    from bidensify.train import load_run
 
     found = []
     for method in matrix.methods:

@@ -10,7 +10,7 @@ from torch import nn
 
 import bidensify as bd
 from bidensify.compare.entropy import channel_entropy, first_binarization
-from bidensify.demo.network import unet
+from bidensify.models.unet import unet
 from bidensify.errors import PlanError
 from bidensify.nn import BiDenseConv2d, BiDenseLinear
 

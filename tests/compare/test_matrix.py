@@ -85,7 +85,7 @@ def test_finished_runs_are_not_trained_again(recipe: Path, out: Path, monkeypatc
     def train(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("bidensify.recipe.run_recipe", train, raising=False)
+    monkeypatch.setattr("bidensify.train.run_recipe", train, raising=False)
     before = Results.read(out / "results.json")
     (out / "results.json").unlink()
     code, text = compare(recipe, out, "--seeds", "0,1")
@@ -96,14 +96,14 @@ def test_finished_runs_are_not_trained_again(recipe: Path, out: Path, monkeypatc
 def test_a_cell_that_fails_does_not_lose_the_others(
     recipe: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bidensify.recipe import run_recipe as real
+    from bidensify.train import run_recipe as real
 
     def train(loaded: object, folder: Path, **options: object) -> object:
         if loaded.config().method == "bidense":  # type: ignore[attr-defined]
             raise TrainingError("the loss is not finite")
         return real(loaded, folder, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bidensify.recipe.run_recipe", train, raising=False)
+    monkeypatch.setattr("bidensify.train.run_recipe", train, raising=False)
     code, text = compare(recipe, tmp_path / "out", "--teacher", str(out / "teacher"))
     assert code == 1
     assert "bidense, seed 0: failed. TrainingError: the loss is not finite" in text
