@@ -51,7 +51,8 @@ def main() -> None:
 
     from bidensify._util.files import atomic_write
     from bidensify.bench.cases import CASES
-    from bidensify.bench.run import render, run_bench
+    from bidensify.bench.result import render
+    from bidensify.bench.run import run_bench
     from bidensify.models import build_model
 
     torch.manual_seed(0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bidensify._transformers import register_with_transformers
-
-__version__ = "0.1.0"
+from bidensify._util.version import __version__ as __version__
+from bidensify.integrations.hook import register_with_transformers
 
 if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule

@@ -10,23 +10,24 @@ import pytest
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify.cli import bench, deploy, models, runs, study  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command of README small enough for a test.
+TRAINING = [
+    "--quiet",
+    *(part for value in (
+        "data.size=[32,32]", "data.train.length=8", "data.val.length=4", "data.batch_size=4", "model.options.width=8",
+        "teacher.stages[0].epochs=1", "stages[0].epochs=1", "stages[1].epochs=1", "calibrate.batches=1",
+    ) for part in ("--set", value)),
+]  # fmt: skip
 SMALL = {
     "demo": ["--quick"],
     "bench": ["--size", "64", "64", "--seconds", "0.02"],
-    "finetune": [
-        "--quiet",
-        *(part for value in (
-            "data.size=[32,32]", "data.train.length=8", "data.val.length=4", "data.batch_size=4", "model.options.width=8",
-            "teacher.stages[0].epochs=1", "stages[0].epochs=1", "stages[1].epochs=1", "calibrate.batches=1",
-        ) for part in ("--set", value)),
-    ],
-}  # fmt: skip
+    "finetune": TRAINING,
+    "compare --methods": [*TRAINING, "--seconds", "0.05", "--pictures", "1"],
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -69,7 +70,8 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if words[0] in ("pip", "pytest"):
                 continue
             assert words[0] == "bidensify", f"{part!r}: run it here, or in .ci/run"
-            result = CliRunner().invoke(app, [*words[1:], *SMALL.get(words[1], [])])
+            kind = "compare --methods" if "--methods" in words else words[1]
+            result = CliRunner().invoke(app, [*words[1:], *SMALL.get(kind, [])])
             assert result.exit_code == 0, (part, result.output[-2000:], result.exception)
             ran.append(words[1])
     assert {"demo", "plan", "convert", "finetune", "evaluate", "predict", "pack", "bench", "export", "compare"} <= set(

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def as_text(table: Table) -> str:
-    """Returns ``table`` as text without colour, as wide as the terminal, or 140 characters where there is none."""
+    """Returns ``table`` as text without colour, as wide as the terminal, or as wide as it needs where there is none."""
     from rich.console import Console
 
-    console = Console(width=shutil.get_terminal_size((140, 24)).columns, no_color=True)
+    console = Console(width=shutil.get_terminal_size((100_000, 24)).columns, no_color=True, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["installed_runtimes", "open_int8", "quantize_int8"]
+__all__ = ["Int8Network", "installed_runtimes", "open_int8", "quantize_int8"]
 
 _SAMPLES = 8
 _NEEDS = {
@@ -25,15 +25,18 @@ def installed_runtimes() -> list[str]:
     return [name for name, needs in _NEEDS.items() if all(importlib.util.find_spec(need) for need in needs)]
 
 
-def quantize_int8(name: str, module: nn.Module, x: Tensor, folder: Path) -> Path:
-    """Post-training quantization with the library's defaults, calibrated on a few random inputs (the time does not depend on
-    the values).
+def quantize_int8(
+    name: str, module: nn.Module, x: Tensor, folder: Path, samples: Sequence[Tensor] | None = None
+) -> Path:
+    """Post-training quantization with the library's defaults.
 
     Args:
         name: one of ``installed_runtimes()``.
         module: a float network in evaluation mode.
         x: an input of the shape to be timed.
         folder: where the network goes; one that is there already is taken as it is.
+        samples: inputs of the shape of ``x`` to calibrate on; by default a few random ones (the time does not depend on the
+            values, the accuracy does).
 
     Returns:
         The file of the quantized network.
@@ -41,44 +44,71 @@ def quantize_int8(name: str, module: nn.Module, x: Tensor, folder: Path) -> Path
     target = folder / _FILES[name]
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target)
+        given = samples or [torch.randn(x.shape) for _ in range(_SAMPLES)]
+        arrays = [sample.contiguous().numpy() for sample in given]
+        (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target, arrays)
     return target
 
 
 def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], Any]:
-    """A call that runs the network in ``file`` on ``x`` with ``threads`` threads."""
+    """A call that runs the network in ``file`` on what ``x`` then holds, with ``threads`` threads; it returns the first output.
+
+    Args:
+        name, file: as ``quantize_int8`` took and gave them.
+        x: an input of the quantized shape; a copy in the usual memory format is read where it has another.
+        threads: of the runtime.
+    """
+    x = x.contiguous()
     if name == "openvino int8":
         ov: Any = importlib.import_module("openvino")
         options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
         core = ov.Core()
         request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
-        plain = x.contiguous().clone()
-        request.set_input_tensor(ov.Tensor(plain.numpy()))
-        return lambda: request.infer()
+        request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
+        return lambda: next(iter(request.infer().values()))
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-    return lambda: session.run(None, feed)
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)[0]
 
 
-def _samples(x: Tensor) -> list[Any]:
-    return [torch.randn(x.shape).numpy() for _ in range(_SAMPLES)]
+class Int8Network(nn.Module):
+    """A quantized network as a module: images (N, C, H, W) of the quantized size, one by one, to its first output.
+
+    Args:
+        name, file: as ``quantize_int8`` took and gave them.
+        shape: of one image, (1, C, H, W).
+        threads: of the runtime.
+    """
+
+    def __init__(self, name: str, file: Path, shape: Sequence[int], threads: int) -> None:
+        super().__init__()
+        self._buffer = torch.zeros(tuple(shape))
+        self.call = open_int8(name, file, self._buffer, threads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the images of a batch one after the other."""
+        results = []
+        for image in x[:, None]:
+            self._buffer.copy_(image)
+            results.append(torch.from_numpy(self.call().copy()))
+        return torch.cat(results)
 
 
-def _quantize_openvino(module: nn.Module, x: Tensor, target: Path) -> None:
+def _quantize_openvino(module: nn.Module, x: Tensor, target: Path, arrays: Sequence[Any]) -> None:
     ov: Any = importlib.import_module("openvino")
     nncf: Any = importlib.import_module("nncf")
     with torch.no_grad():
         model = ov.convert_model(module, example_input=x.contiguous().clone(), input=[list(x.shape)])
-    ov.save_model(nncf.quantize(model, nncf.Dataset(_samples(x)), subset_size=_SAMPLES), target)
+    ov.save_model(nncf.quantize(model, nncf.Dataset(list(arrays)), subset_size=len(arrays)), target)
 
 
-def _quantize_onnxruntime(module: nn.Module, x: Tensor, target: Path) -> None:
+def _quantize_onnxruntime(module: nn.Module, x: Tensor, target: Path, arrays: Sequence[Any]) -> None:
     quantization: Any = importlib.import_module("onnxruntime.quantization")
-    samples = iter([{"x": value} for value in _samples(x)])
+    samples = iter([{"x": value} for value in arrays])
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Any:

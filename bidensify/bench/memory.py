@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import bidensify
 from bidensify.bench.int8 import installed_runtimes, quantize_int8
-from bidensify.deploy.pack import pack
+from bidensify.bench.variants import packed_variant
+from bidensify.deploy.pretrained import save_pretrained
+from bidensify.rewrite.api import bidensify
 
 __all__ = ["MEMORY_VARIANTS", "peak_memory"]
 
@@ -104,6 +105,7 @@ def peak_memory(
     size: tuple[int, int],
     threads: int,
     *,
+    student: nn.Module | None = None,
     options: dict[str, Any] | None = None,
     variants: Sequence[str] = ("float", "packed", "packed bfloat16"),
     int8: bool = False,
@@ -116,6 +118,7 @@ def peak_memory(
         spec: its name for ``bidensify.models.build_model``.
         size: (H, W) of the input.
         threads: of the inference.
+        student: the network rewritten, latent or packed already; default: it is rewritten here.
         options: what ``build_model`` was given.
         variants: out of ``MEMORY_VARIANTS``.
         int8: the int8 runtimes that are installed, too.
@@ -135,12 +138,13 @@ def peak_memory(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_model(network, str(folder / "float.safetensors"))
-        student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
+        if student is None:
+            student = bidensify(copy.deepcopy(network).eval()).eval()
         if "latent" in variants:
-            bidensify.save_pretrained(student, folder / "latent")
+            save_pretrained(student, folder / "latent")
         for key, dtype in (("packed", None), ("packed bfloat16", torch.bfloat16)):
             if key in variants:
-                bidensify.save_pretrained(pack(student, float_dtype=dtype), folder / key.replace(" ", "_"))
+                save_pretrained(packed_variant(student, "auto", dtype), folder / key.replace(" ", "_"))
         places = dict.fromkeys(variants, folder)
         if int8:
             x = torch.randn(1, 3, *size)

@@ -6,58 +6,35 @@ numbers of different runs are not compared.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import bidensify
 from bidensify.bench.cases import CASES, Case
 from bidensify.bench.int8 import installed_runtimes, open_int8, quantize_int8
 from bidensify.bench.memory import peak_memory
 from bidensify.bench.profile import profile as profile_layers
-from bidensify.bench.profile import table as profile_table
+from bidensify.bench.result import Row
 from bidensify.bench.timing import interleave, machine
 from bidensify.bench.timing import threads as torch_threads
+from bidensify.bench.variants import Variants, variants
 from bidensify.deploy.backends import available_kernels, choose_backend
-from bidensify.deploy.freeze import freeze
-from bidensify.deploy.pack import pack
+from bidensify.deploy.layers import packed_layers
 from bidensify.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
-__all__ = ["Row", "render", "run_bench"]
-
-
-@dataclass
-class Row:
-    """Medians in milliseconds of one case on one number of threads."""
-
-    case: str
-    threads: int
-    milliseconds: dict[str, float]
-    rounds: int
-    others: float | None = None
-    target: float | None = None
-    memory: dict[str, dict[str, float]] = field(default_factory=dict)
-    profile: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def ratio(self, variant: str, base: str = "float") -> float:
-        """How many times faster than ``base``."""
-        return self.milliseconds[base] / self.milliseconds[variant]
+__all__ = ["run_bench"]
 
 
 def run_bench(
     network: nn.Module | None = None,
     *,
+    student: nn.Module | None = None,
     name: str = "network",
     spec: str | None = None,
     options: dict[str, Any] | None = None,
@@ -80,6 +57,7 @@ def run_bench(
 
     Args:
         network: a full-precision network; None times the layers in ``cases``.
+        student: the network rewritten, latent or packed already; default: it is rewritten here.
         name: what tables call the network.
         spec: the network's name for ``bidensify.models.build_model``; needed for ``memory``.
         options: what ``build_model`` was given with it.
@@ -115,11 +93,15 @@ def run_bench(
         raise ConfigError(
             "memory is measured in fresh processes, which build the network by name: give a network and spec="
         )
+    if latent and student is not None and packed_layers(student):
+        raise ConfigError(
+            "the network is packed, its latent weights are gone: leave latent out, or give the run's folder"
+        )
     if profile and network is None:
         raise ConfigError("a profile says which layers of a network take its time: give a network")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        made = _variants(network, name, cases or CASES, size, chosen, latent, bfloat16)
+        made = variants(network, student, name, cases or CASES, size, chosen, latent, bfloat16)
         if compiled:
             for case in made:
                 case.calls["float compiled"] = partial(cast(nn.Module, torch.compile(case.floats)), case.x)
@@ -146,7 +128,7 @@ def run_bench(
                         }
                     rows.append(row)
                     if progress is not None:
-                        progress(_line(row))
+                        progress(row.line())
                     del calls
         if memory and network is not None and spec is not None:
             wanted = ["float", *(["float compiled"] if compiled else []), *(["latent"] if latent else []), "packed"]
@@ -157,6 +139,7 @@ def run_bench(
                     spec,
                     size,
                     row.threads,
+                    student=student,
                     options=options,
                     variants=wanted,
                     int8=int8,
@@ -165,113 +148,8 @@ def run_bench(
     return {"machine": machine(), "rows": [asdict(row) for row in rows]}
 
 
-@dataclass
-class _Made:
-    """A case with everything that is timed of it."""
-
-    title: str
-    target: float | None
-    floats: nn.Module
-    x: Tensor
-    calls: dict[str, Callable[[], Any]]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def _variants(
-    network: nn.Module | None,
-    name: str,
-    cases: Sequence[Case],
-    size: tuple[int, int],
-    kernels: Sequence[str],
-    latent: bool,
-    bfloat16: bool,
-) -> list[_Made]:
-    if network is None:
-        return [_layer(case, kernels, latent, bfloat16) for case in cases]
-    floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
-    student = bidensify.bidensify(copy.deepcopy(network).eval()).eval()
-    modules: dict[str, nn.Module] = {"float": floats}
-    if latent:
-        modules["latent"] = student
-    for kernel in kernels:
-        modules[kernel] = pack(student, kernel=kernel)
-    if bfloat16:
-        for kernel in kernels:
-            modules[f"{kernel} bfloat16"] = pack(student, kernel=kernel, float_dtype=torch.bfloat16)
-    x = torch.randn(1, 3, *size).contiguous(memory_format=torch.channels_last)
-    return [_Made(name, None, floats, x, {key: partial(module, x) for key, module in modules.items()}, modules)]
-
-
-def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool) -> _Made:
-    floats, layer = case.build()
-    x = case.input()
-    calls: dict[str, Callable[[], Any]] = {"float": partial(floats, x)}
-    if latent:
-        calls["latent"] = partial(layer, x)
-    for kernel in kernels:
-        packed = freeze(layer, kernel)  # type: ignore[arg-type]
-        calls[kernel] = partial(packed, x)
-        if bfloat16:
-            calls[f"{kernel} bfloat16"] = partial(packed, x.to(torch.bfloat16))
-    return _Made(case.name, case.target, floats, x, calls)
-
-
-def _folder(root: Path, case: _Made, network: nn.Module | None) -> Path:
+def _folder(root: Path, case: Variants, network: nn.Module | None) -> Path:
     """One per layer; a network has the folder to itself."""
     if network is not None:
         return root
     return root / "".join(letter if letter.isalnum() else "_" for letter in case.title)
-
-
-def _line(row: Row) -> str:
-    parts = [f"{key} {value:.3f} ms" for key, value in row.milliseconds.items()]
-    busy = "" if row.others is None else f" (other programs: {row.others:.2f} cores)"
-    return f"{row.case}, {row.threads} thread(s): " + ", ".join(parts) + busy
-
-
-def render(result: dict[str, Any]) -> RenderableType:
-    """Rich tables: a line per case, threads and variant with its time and how many times faster than float; memory; profiles."""
-    from rich.console import Group
-    from rich.table import Table
-
-    rows = [Row(**row) for row in result["rows"]]
-    table = Table(title=f"{result['machine']['processor']}, torch {result['machine']['torch']}")
-    for column in ("case", "threads", "variant", "ms", "faster than float"):
-        table.add_column(column, justify="left" if column in ("case", "variant") else "right")
-    for row in rows:
-        for number, (variant, milliseconds) in enumerate(row.milliseconds.items()):
-            known = variant != "float" and "float" in row.milliseconds
-            case = (row.case, str(row.threads)) if number == 0 else ("", "")
-            table.add_row(
-                *case, variant, f"{milliseconds:.3f}", f"{row.ratio(variant):.2f}x" if known else "",
-                end_section=number == len(row.milliseconds) - 1,
-            )  # fmt: skip
-    tables = [table]
-    if any(row.memory for row in rows):
-        tables.append(_peaks(rows))
-    for row in rows:
-        tables += [profile_table(row.case, row.threads, variant, shares) for variant, shares in row.profile.items()]
-    return Group(*tables)
-
-
-def _peaks(rows: Sequence[Row]) -> Table:
-    from rich.table import Table
-
-    peaks = Table(
-        title="Peak resident memory of inference (MiB); libraries are the same process without a network; faults: of pages"
-    )
-    for column in ("case", "threads", "variant", "peak", "libraries", "above them", "of float", "faults/run"):
-        peaks.add_column(column, justify="left" if column in ("case", "variant") else "right")
-    for row in rows:
-        above = {key: value["peak"] - value["libraries"] for key, value in row.memory.items()}
-        for key, value in row.memory.items():
-            share = f"{above[key] / above['float']:.2f}" if above.get("float") else ""
-            cells = [
-                f"{value['peak']:.0f}",
-                f"{value['libraries']:.0f}",
-                f"{above[key]:.0f}",
-                share,
-                f"{value['faults']:.0f}",
-            ]
-            peaks.add_row(row.case, str(row.threads), key, *cells)
-    return peaks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 
-import bidensify
+from bidensify._util.machine import cpu_name
+from bidensify._util.version import __version__
 from bidensify.deploy.backends import available_kernels
 
 __all__ = ["Timing", "interleave", "machine", "threads"]
@@ -29,19 +29,11 @@ _IDLE = 0.08
 
 def machine() -> dict[str, Any]:
     """What ran: processor, cores, versions, kernels."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":", 1) for line in lines[:30] if ":" in line)
-        found = {key.strip(): value.strip() for key, value in fields.items()}
-        name = found.get("model name", name)
-        if "cpu family" in found:
-            name += f" (family {found['cpu family']}, model {found.get('model', '?')})"
     return {
-        "processor": name,
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "bidensify": bidensify.__version__,
+        "bidensify": __version__,
         "kernels": list(available_kernels()),
     }
 

@@ -1,4 +1,4 @@
-"""The command line: ``bidensify plan|convert|finetune|evaluate|predict|compare|pack|bench|export|demo``."""
+"""The command line; ``bidensify --help`` lists its commands."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from bidensify.config import BidensifyConfig
 
@@ -82,6 +82,13 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
         raise ConfigError(f"--input {text!r} is no shape; write [[N]xC]xHxW, for example 3x128x160")
     shape = [*defaults[: 4 - len(sizes)], *sizes]
     return shape[0], shape[1], shape[2], shape[3]
+
+
+def example_of(text: str | None) -> Tensor | None:
+    """Returns zeros of the shape that ``--input`` gives, or None where it was left out."""
+    import torch
+
+    return None if text is None else torch.zeros(parse_shape(text))
 
 
 def parse_device(text: str) -> torch.device:

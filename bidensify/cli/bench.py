@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from bidensify._util.terminal import console
 from bidensify.cli import arguments
-from bidensify.cli.app import AsJson, Debug, command, output
+from bidensify.cli.command import command
+from bidensify.cli.options import AsJson, Debug, Options
+from bidensify.cli.sources import float_network, load_source
+from bidensify.errors import ConfigError
 
 
 @command(
-    "bench",
     "bidensify bench",
     "bidensify bench smp:Unet/resnet34 --size 512 512 --threads 1 --threads 2",
-    "bidensify bench smp:Unet/resnet34 --profile",
+    "bidensify bench runs/scenes/packed --profile",
     "bidensify bench smp:UPerNet/tu-convnext_tiny --int8 --memory --out bench.json",
 )
 def bench(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A network by name; without it, single layers.", show_default=False),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A network by name, a run folder, or what pack or convert wrote; without it, single layers.",
+            show_default=False,
+        ),
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the network.")
+    option: Options = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Height and width of the network's input.", show_default="that of the run, or 512 512"),
     ] = None,
-    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the network's input.")] = (512, 512),
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Number of threads; repeat for more.")] = None,
     kernel: Annotated[
         list[str] | None, typer.Option(help="Packed kernel: portable, avx2, avx512, neon; repeat for more.")
@@ -58,17 +66,28 @@ def bench(
     import torch
 
     from bidensify._util.files import atomic_write
-    from bidensify.bench.run import render, run_bench
-    from bidensify.errors import ConfigError
-    from bidensify.models import build_model
+    from bidensify.bench.result import render
+    from bidensify.bench.run import run_bench
+    from bidensify.rewrite.record.channels import image_channels
 
     options = arguments.parse_assignments(option or [], "--option")
+    spec, network, student = model, None, None
+    if model is not None and Path(model).is_dir():
+        if options:
+            raise ConfigError(f"{model!r} is trained already: it takes no --option")
+        source = load_source(Path(model))
+        network, student = float_network(source), source.model
+        made_of: Any = student.bidensify_source
+        spec, options = made_of["spec"], dict(made_of["options"])
+        if size is None and source.recipe is not None and source.recipe.data.size is not None:
+            size = source.recipe.image_size
+    elif model is not None:
+        network = arguments.make_model(model, option or [], None).eval()
+    size = size or (512, 512)
     if min(size) < 1:
         raise ConfigError(f"--size {size[0]} {size[1]}: height and width are at least 1")
-    network = None
-    if model is not None:
-        network = build_model(model, **options).eval()
-        shape = (1, 3, *size)
+    if network is not None:
+        shape = (1, image_channels(network), *size)
         try:
             with torch.inference_mode():
                 network(torch.zeros(shape))
@@ -79,8 +98,9 @@ def bench(
             ) from error
     result = run_bench(
         network,
+        student=student,
         name=model or "layers",
-        spec=model,
+        spec=spec,
         options=options,
         size=size,
         threads=threads or [1],
@@ -101,4 +121,4 @@ def bench(
     if as_json:
         print(json.dumps(result))
     else:
-        output().print(render(result))
+        console().print(render(result))

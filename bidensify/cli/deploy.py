@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from bidensify.cli import arguments, sources
-from bidensify.cli.app import Debug, command, output
-from bidensify.cli.models import Input
-from bidensify.cli.runs import RecipeFile, SourceFolder
+from bidensify._util.terminal import console
+from bidensify.cli import arguments
+from bidensify.cli.command import command
+from bidensify.cli.options import Debug, Input, RecipeFile, SourceFolder
+from bidensify.cli.sources import load_source
+from bidensify.errors import ConfigError
 
 
 @command(
-    "pack",
     "bidensify pack runs/scenes runs/scenes/packed",
     "bidensify pack out/latent out/packed --float-dtype float16",
 )
@@ -30,25 +31,30 @@ def pack(
     ] = "float32",
     debug: Debug = False,
 ) -> None:
-    """Freeze a trained student to packed bits and save it: one bit per binary weight."""
+    """Freeze a trained student to packed bits and save it: one bit per binary weight.
+
+    The folder also says which task, input size, mean, std and classes the network is for, so that evaluate, predict, bench
+    and export take it as it is.
+    """
     import torch
 
     import bidensify
     from bidensify.deploy.format import TENSORS
+    from bidensify.recipe.portable import portable
 
     arguments.refuse_existing(out)
-    loaded = sources.load_source(source, recipe)
+    loaded = load_source(source, recipe)
     latent = sum(4 * parameter.numel() for parameter in loaded.model.parameters())
     packed = bidensify.pack(loaded.model, float_dtype=None if float_dtype == "float32" else getattr(torch, float_dtype))
-    bidensify.save_pretrained(packed, out)
+    extra = {} if loaded.recipe is None else {"recipe": portable(loaded.recipe)}
+    bidensify.save_pretrained(packed, out, extra=extra)
     size = (out / TENSORS).stat().st_size
-    output().print(
-        f"{out / TENSORS}: {size:,} bytes, 1/{latent / size:.1f} of the latent weights' {latent:,}", highlight=False
+    console().print(
+        f"{out / TENSORS}: {size:,} bytes, 1/{latent / size:.1f} of the latent weights' {latent:,}", soft_wrap=True
     )
 
 
 @command(
-    "export",
     "bidensify export runs/scenes scenes.onnx",
     "bidensify export out/packed network.pt2 --input 2x3x256x256",
 )
@@ -63,27 +69,25 @@ def export(
     static: Annotated[bool, typer.Option(help="Fix batch and image size to those of the example input.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a network for other runtimes: ONNX, or a torch.export program. The file is run once and compared."""
-    import torch
+    """Write a network for other runtimes: ONNX, or a torch.export program. The file is run once and compared.
 
+    A program of a packed network (*.pt2) calls bidensify's operators: `import bidensify.deploy` before torch.export.load.
+    """
     import bidensify
     from bidensify.deploy.export import export as write
     from bidensify.deploy.layers import packed_layers
-    from bidensify.errors import ConfigError
 
     if out.exists():
         raise ConfigError(f"{str(out)!r} exists; give another name, or remove it first")
-    loaded = sources.load_source(source, recipe)
+    loaded = load_source(source, recipe)
     model = loaded.model
     if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
         model = bidensify.pack(model)
-    example = None if input_shape is None else torch.randn(arguments.parse_shape(input_shape))
-    if example is None and loaded.recipe is not None:
-        example = torch.randn(2, 3, *loaded.recipe.image_size)
+    example = loaded.example(2) if input_shape is None else arguments.example_of(input_shape)
     done = write(model, out, example_inputs=example, dynamic=not static)
     compared = (
         "not run again: onnxruntime is not installed"
         if done.difference is None
         else f"run again by {done.runtime}: mean difference {done.difference:.1e} of the outputs' mean size"
     )
-    output().print(f"{done.path}: {done.bytes:,} bytes, {compared}", highlight=False)
+    console().print(f"{done.path}: {done.bytes:,} bytes, {compared}", soft_wrap=True)

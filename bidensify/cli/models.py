@@ -1,53 +1,19 @@
-"""``plan`` and ``convert``: what a rewrite would do to a model, and doing it."""
+"""``plan``, ``summary`` and ``convert``: what a rewrite would do to a model, what a model costs, and doing it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from bidensify._util.terminal import console
 from bidensify.cli import arguments
-from bidensify.cli.app import AsJson, Debug, command, output
-
-Spec = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="What to build: smp:Unet/resnet34, timm:resnet50, torchvision:fcn_resnet50, demo:unet or "
-        "package.module:factory.",
-        show_default=False,
-    ),
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", metavar="NAME=VALUE", help="An argument of the model's builder; repeat for more."),
-]
-Method = Annotated[str | None, typer.Option("--method", "-m", help="The binarization method.", show_default="bidense")]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option("--keep", metavar="GLOB", help="Keep the layers that match in full precision; repeat for more."),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", exists=True, dir_okay=False, help="A BidensifyConfig as YAML or JSON."),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        "--weights", "-w", exists=True, dir_okay=False, help="Full-precision weights: .safetensors, .pth, .ckpt."
-    ),
-]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input", metavar="CxHxW", help="Input shape for the recording, e.g. 3x128x160.", show_default="auto"
-    ),
-]
+from bidensify.cli.command import command
+from bidensify.cli.options import AsJson, Config, Debug, Input, Keep, Method, Options, Spec, Weights
 
 
 @command(
-    "plan",
     "bidensify plan demo:unet",
     "bidensify plan smp:Unet/resnet34 -o encoder_weights=null --keep 'decoder.*' --json",
 )
@@ -62,22 +28,73 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Show what would happen to every layer of a model, and why. Nothing is changed or written."""
-    import torch
-
     import bidensify
 
-    settings = arguments.make_config(config, method, keep or [])
     network = arguments.make_model(model, option or [], None)
-    example = None if input_shape is None else torch.zeros(arguments.parse_shape(input_shape))
-    result = bidensify.plan(network, settings, example_inputs=example)
+    settings = arguments.make_config(config, method, keep or [])
+    result = bidensify.plan(network, settings, example_inputs=arguments.example_of(input_shape))
     if as_json:
         print(arguments.to_json(result.to_dict()))
     else:
-        output().print(result.table())
+        console().print(result.table())
 
 
 @command(
-    "convert",
+    "bidensify summary smp:Unet/resnet34 --input 3x512x512",
+    "bidensify summary smp:Unet/resnet34 --method bidense --input 3x512x512 --format markdown",
+    "bidensify summary runs/scenes/packed --json",
+)
+def summary(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A network by name, a run folder, or what pack or convert wrote.", show_default=False
+        ),
+    ],
+    option: Options = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="Count the network as this method rewrites it.", show_default=False),
+    ] = None,
+    keep: Keep = None,
+    config: Config = None,
+    input_shape: Input = None,
+    form: Annotated[Literal["table", "markdown", "json"], typer.Option("--format", help="How to print it.")] = "table",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Count parameters, bytes, multiply-accumulates and operations of every layer, and what the file will weigh."""
+    import bidensify
+    from bidensify.cli.sources import load_source
+    from bidensify.errors import ConfigError
+    from bidensify.rewrite.record.channels import image_channels
+
+    shape = None if input_shape is None else arguments.parse_shape(input_shape)[1:]
+    rewritten = method is not None or config is not None or bool(keep)
+    if Path(model).is_dir():
+        if option or rewritten:
+            raise ConfigError(f"{model!r} is trained already: it takes no --option, --method, --keep or --config")
+        source = load_source(Path(model))
+        network = source.model
+        if shape is None and source.recipe is not None and source.recipe.data.size is not None:
+            shape = (image_channels(network), *source.recipe.image_size)
+    else:
+        network = arguments.make_model(model, option or [], None)
+        if rewritten:
+            settings = arguments.make_config(config, method, keep or [])
+            network = bidensify.bidensify(
+                network, settings, example_inputs=arguments.example_of(input_shape), inplace=True
+            )
+    result = bidensify.summary(network, shape or (image_channels(network), 256, 256))
+    if as_json or form == "json":
+        print(arguments.to_json(result.to_dict()))
+    elif form == "markdown":
+        print(result.to_markdown())
+    else:
+        console().print(result.table())
+
+
+@command(
     "bidensify convert demo:unet out/latent",
     "bidensify convert smp:Unet/resnet34 out/latent -o classes=11 --weights teacher/model.safetensors --method bnn",
 )
@@ -96,16 +113,17 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Rewrite a model and save it with its latent weights and plan. Distil it with finetune before packing."""
-    import torch
-
     import bidensify
+    from bidensify.rewrite import Plan
 
     arguments.refuse_existing(out)
     settings = arguments.make_config(config, method, keep or [])
     network = arguments.make_model(model, option or [], weights)
-    example = None if input_shape is None else torch.zeros(arguments.parse_shape(input_shape))
-    student = bidensify.bidensify(network, settings, example_inputs=example, inplace=True)
+    student = bidensify.bidensify(network, settings, example_inputs=arguments.example_of(input_shape), inplace=True)
     bidensify.save_pretrained(student, out)
-    layers = student.bidensify_plan.layers  # type: ignore[union-attr]
-    binary = sum(layer.action != "keep" for layer in layers)  # type: ignore[union-attr]
-    output().print(f"{out}: {binary} of {len(layers)} layers binarized ({settings.method}), latent weights saved")  # type: ignore[arg-type]
+    done = student.bidensify_plan
+    assert isinstance(done, Plan)
+    console().print(
+        f"{out}: {len(done.binary)} of {len(done.layers)} layers binarized ({settings.method}), latent weights saved",
+        soft_wrap=True,
+    )

@@ -1,45 +1,25 @@
-"""``finetune``, ``evaluate`` and ``predict``: training a student and using it."""
+"""``finetune`` and ``evaluate``: training a student and measuring it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bidensify.cli import arguments, sources
-from bidensify.cli.app import AsJson, Debug, command, output
-from bidensify.errors import ConfigError
+from bidensify._util.terminal import console, shell
+from bidensify.cli import arguments
+from bidensify.cli.command import STOPPED, command
+from bidensify.cli.options import AsJson, Debug, Device, RecipeFile, Set, SourceFolder
+from bidensify.cli.sources import load_source
 
 if TYPE_CHECKING:
     from bidensify.recipe import Recipe
     from bidensify.train import RunResult
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="PATH=VALUE", help="Change a value of the recipe; repeat for more."),
-]
-SourceFolder = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SOURCE",
-        exists=True,
-        file_okay=False,
-        help="A run folder, or a directory written by pack or convert.",
-        show_default=False,
-    ),
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--recipe", "-r", exists=True, dir_okay=False, help="The recipe; needed where SOURCE is no run folder."
-    ),
-]
-
 
 @command(
-    "finetune",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes --resume",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/bnn -s binarize.method=bnn -s stages[0].epochs=2",
@@ -75,11 +55,11 @@ def finetune(
     try:
         result = train(loaded, run_dir, role, teacher, resume, quiet)
     except KeyboardInterrupt:
-        output().print("Stopped. The same command with --resume goes on from the last checkpoint.")
-        raise typer.Exit(130) from None
+        console().print("Stopped. The same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(STOPPED) from None
     # Under a launcher every process comes here; one of them speaks.
     if os.environ.get("RANK", "0") == "0":
-        show_metrics(f"{run_dir}, epoch {result.best_epoch}", result.metrics)
+        show_metrics(f"{run_dir}, epoch {result.best_epoch + 1}", result.metrics)
         tell_next(result, role)
 
 
@@ -97,7 +77,8 @@ def train(
     if role == "student" and weights is None and section is not None and section.weights is None and section.stages:
         weights = run_dir.with_name(f"{run_dir.name}_teacher")
         if not quiet:
-            output().print(f"No teacher's weights given: the recipe's teacher comes first, in {weights}")
+            text = f"No teacher's weights given: the recipe's teacher comes first, in {weights}"
+            console().print(text, soft_wrap=True)
         run_recipe(loaded, weights, role="teacher", resume=weights.exists(), quiet=quiet)
     return run_recipe(loaded, run_dir, role=role, teacher_weights=weights, resume=resume, quiet=quiet)
 
@@ -105,8 +86,11 @@ def train(
 def tell_next(result: RunResult, role: str) -> None:
     """Prints the command that usually follows."""
     folder = result.run_dir
-    after = f"bidensify pack {folder} {folder}/packed" if role == "student" else f"bidensify finetune ... -t {folder}"
-    output().print(f"Next: [cyan]{after}[/cyan]", highlight=False)
+    if role == "student":
+        after = shell("bidensify", "pack", folder, folder / "packed")
+    else:
+        after = f"bidensify finetune RECIPE --run-dir STUDENT -t {shell(folder)}"
+    console().print(f"Next: {after}", soft_wrap=True)
 
 
 def show_metrics(title: str, metrics: dict[str, float]) -> None:
@@ -118,19 +102,18 @@ def show_metrics(title: str, metrics: dict[str, float]) -> None:
     table.add_column("value", justify="right")
     for name in sorted(metrics, key=lambda name: "/" in name):
         table.add_row(name, f"{metrics[name]:.4f}")
-    output().print(table)
+    console().print(table)
 
 
 @command(
-    "evaluate",
     "bidensify evaluate runs/scenes",
-    "bidensify evaluate runs/scenes/packed --recipe recipes/scenes_segmentation.yaml --json",
+    "bidensify evaluate runs/scenes/packed --json",
 )
 def evaluate(
     source: SourceFolder,
     recipe: RecipeFile = None,
     settings: Set = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -138,9 +121,9 @@ def evaluate(
     from bidensify.train import evaluate as measure
 
     place = arguments.parse_device(device)
-    loaded = sources.load_source(source, recipe, settings or [])
-    chosen = sources.need_recipe(loaded, source)
-    val = chosen.build_datasets()[1]
+    loaded = load_source(source, recipe, settings or [])
+    chosen = loaded.need_recipe()
+    val = chosen.build_dataset("val")
     metrics = measure(
         loaded.model.to(place),
         chosen.build_task(val.info),
@@ -156,70 +139,3 @@ def evaluate(
     else:
         split = chosen.data.val
         show_metrics(f"{source} on {split.name}/{split.split}" if split is not None else str(source), metrics)
-
-
-@command(
-    "predict",
-    "bidensify predict runs/scenes photo.jpg --out predictions",
-    "bidensify predict runs/scenes/packed *.png --recipe recipes/scenes_segmentation.yaml --out predictions --blend 0.5",
-)
-def predict(
-    source: SourceFolder,
-    images: Annotated[
-        list[Path],
-        typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False, help="Image files.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the predictions.", show_default=False)],
-    recipe: RecipeFile = None,
-    settings: Set = None,
-    blend: Annotated[float, typer.Option(min=0, max=1, help="Share of the image in the picture.")] = 0.0,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
-    debug: Debug = False,
-) -> None:
-    """Run a model on image files. Writes NAME.png (a picture) and NAME.labels.png or NAME.depth.png (the values).
-
-    Labels are 8-bit class indices; depths are 16-bit millimetres.
-    """
-    from bidensify.data import ImageReader
-    from bidensify.tasks import predict_image
-
-    place = arguments.parse_device(device)
-    loaded = sources.load_source(source, recipe, settings or [])
-    chosen = sources.need_recipe(loaded, source)
-    val = chosen.build_datasets()[1]
-    info, transforms = val.info, val.transforms
-    assert transforms is not None
-    task: Any = chosen.build_task(info)
-    names = [path.stem for path in images]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"several images are called {', '.join(twice)}; their predictions would overwrite each other")
-    given = {path.resolve() for path in images}
-    lost = [name for name in names if (out / f"{name}.png").resolve() in given]
-    if lost:
-        raise ConfigError(f"{out / lost[0]!s}.png is an image that was given; write to another folder with --out")
-    model = loaded.model.to(place)
-    for path in images:
-        image = ImageReader(info.channels, info.image_max).tensor(path)
-        values = predict_image(model, task, image, transforms)
-        write_prediction(out, path.stem, values, task.picture(image, values, **({"blend": blend} if blend else {})))
-    output().print(f"{len(images)} prediction{'s' * (len(images) != 1)} in {out}")
-
-
-def write_prediction(out: Path, name: str, values: Any, picture: Any) -> None:
-    """Writes the picture, and the values (H, W) as 8-bit labels (int64) or 16-bit millimetres (float, metres)."""
-    import numpy as np
-    from PIL import Image
-
-    from bidensify._util.files import atomic_write
-    from bidensify.compare.images import png
-
-    array = values.numpy()
-    if values.is_floating_point():
-        kind, array = "depth", np.clip(np.rint(array * 1000), 0, 65535).astype(np.uint16)
-    else:
-        kind, array = "labels", array.astype(np.uint8 if array.max(initial=0) < 256 else np.uint16)
-    with atomic_write(out / f"{name}.png") as temporary:
-        temporary.write_bytes(png(picture))
-    with atomic_write(out / f"{name}.{kind}.png") as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class RunRecord:
         primary: the metric that chose the epoch.
         metrics: final metrics on the validation data.
         history: one record per epoch, as in ``result.json``.
+        recipe: the run's own.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class RunRecord:
     primary: str
     metrics: dict[str, float]
     history: list[dict[str, Any]]
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -81,6 +83,7 @@ def read_run(folder: str | Path) -> RunRecord:
             primary=str(result["primary"]),
             metrics={str(name): float(value) for name, value in result["metrics"].items() if value is not None},
             history=list(result["history"]),
+            recipe=dict(recipe),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
         raise FormatError(
@@ -147,11 +150,61 @@ def learning_curves(runs: Sequence[RunRecord], title: str = "Learning curves", *
     return curves(title, panels, note=note)
 
 
+# What two runs have to share before their metrics are of one kind: what it is called, and where the recipe says it.
+_FOOTING = {
+    "network": ("model",),
+    "training data": ("data", "train"),
+    "validation data": ("data", "val"),
+    "input size": ("data", "size"),
+    "training crops": ("data", "train_size"),
+    "labels": ("task",),
+    "batch size": ("data", "batch_size"),
+    "precision": ("precision",),
+}
+
+
+def footing(runs: Sequence[RunRecord]) -> list[str]:
+    """Returns a line for each thing that the runs do not share, with who has what; empty: they are on the same footing."""
+    shown = labels(runs)
+    facts = {name: [_at(run.recipe, path) for run in runs] for name, path in _FOOTING.items()}
+    facts["epochs"] = [len(run.history) for run in runs]
+    lines = []
+    for name, values in facts.items():
+        texts = [_short(value) for value in values]
+        if len(set(texts)) > 1:
+            groups = {text: [who for who, own in zip(shown, texts, strict=True) if own == text] for text in texts}
+            lines.append(f"{name}: " + "; ".join(f"{text} ({', '.join(who)})" for text, who in groups.items()))
+    return lines
+
+
+def _at(recipe: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        recipe = recipe.get(key) if isinstance(recipe, dict) else None
+    return recipe
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_short(item)}" for key, item in value.items() if item not in (None, {}, []))
+    return "×".join(map(str, value)) if isinstance(value, list) and value else str(value)
+
+
 def comparison(runs: Sequence[RunRecord]) -> Report:
     """The page that puts ``runs`` side by side: their metrics and how they got there.
 
     Raises:
         ConfigError: there is no run, or the runs are of different tasks.
     """
-    lead = f"{len(runs)} runs on the same footing: final metrics on validation data, and how they got there."
-    return Report("Comparison", lead, sections=[metrics_table(runs), learning_curves(runs)])
+    table = metrics_table(runs)
+    lead = "Final metrics on validation data, and how they got there. " + how_they_differ(runs)
+    return Report("Comparison", lead, sections=[table, learning_curves(runs)])
+
+
+def how_they_differ(runs: Sequence[RunRecord]) -> str:
+    """Says whether the runs can be compared: that they share everything that counts, or in what they differ."""
+    if len(runs) < 2:
+        return ""
+    lines = footing(runs)
+    if not lines:
+        return f"The {len(runs)} runs share network, data, labels, input size, batch size and epochs."
+    return f"The {len(runs)} runs differ in more than their method: " + ". ".join(lines) + "."

@@ -2,136 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from bidensify._util.tables import as_text
 from bidensify.costs import work
+from bidensify.costs.rows import LayerSummary, Summary
 from bidensify.errors import ConfigError, PlanError
-from bidensify.nn import BinaryLayer, FrozenLayer
+from bidensify.nn import BinaryLayer, FrozenLayer, RPReLU
 from bidensify.rewrite.plan.kinds import macs_of
+from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorder import record
 
-if TYPE_CHECKING:
-    from rich.table import Table
+# Of a tensor in the table that a safetensors file begins with, its name left out.
+_ENTRY = 68
 
 __all__ = ["LayerSummary", "Summary", "summary"]
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One layer.
-
-    Attributes:
-        path, kind: module path, class name.
-        binary_params: weights of one bit.
-        float_params: parameters of 32 bits.
-        binary_macs, float_macs: multiply-accumulates per sample.
-        elementwise: other operations per sample (norms, activations, binarizers, bypasses, additions).
-    """
-
-    path: str
-    kind: str
-    binary_params: int
-    float_params: int
-    binary_macs: int
-    float_macs: int
-    elementwise: int
-
-    @property
-    def params(self) -> float:
-        """Full-precision parameters plus binary ones / 32."""
-        return self.float_params + self.binary_params / 32
-
-    @property
-    def bits(self) -> int:
-        """Bits that the layer's parameters need."""
-        return 32 * self.float_params + self.binary_params
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the layer's parameters need."""
-        return 4 * self.float_params + -(-self.binary_params // 8)
-
-    @property
-    def ops(self) -> float:
-        """Full-precision MACs · 2 + binary MACs · 2 / 64 + elementwise work."""
-        return 2 * self.float_macs + 2 * self.binary_macs / 64 + self.elementwise
-
-
-# Title, field, power of ten.
-_COLUMNS = (
-    ("1-bit\nparams", "binary_params", 0),
-    ("float\nparams", "float_params", 0),
-    ("bytes", "bytes", 0),
-    ("1-bit\nMMACs", "binary_macs", 6),
-    ("float\nMMACs", "float_macs", 6),
-    ("MOPs", "ops", 6),
-)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All layers and their totals.
-
-    Attributes:
-        layers: a row per layer, and per block whose own code computes (attention, additions).
-        state: "LATENT" (float computes the bits), "PACKED" or "FLOAT".
-        input_size: one sample's (C, H, W).
-        uncounted: functions whose multiply-accumulates could not be counted, with the reason.
-    """
-
-    layers: tuple[LayerSummary, ...]
-    state: str
-    input_size: tuple[int, ...]
-    uncounted: tuple[str, ...] = ()
-
-    def total(self, name: str) -> float:
-        """The sum of one of ``LayerSummary``'s fields or properties over all layers."""
-        return float(sum(getattr(layer, name) for layer in self.layers))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able totals."""
-        names = ("binary_params", "float_params", "binary_macs", "float_macs", "elementwise")
-        totals: dict[str, Any] = {name: int(self.total(name)) for name in names}
-        totals.update(params=self.total("params"), bytes=int(self.total("bytes")), ops=self.total("ops"))
-        totals["uncounted"] = list(self.uncounted)
-        return {"state": self.state, "input_size": list(self.input_size), **totals}
-
-    def table(self) -> Table:
-        """A rich table with a row per layer and a total; MACs and OPs in millions per sample."""
-        from rich import box
-        from rich.table import Table
-
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            title=f"{self.state}, input {'×'.join(str(n) for n in self.input_size)}",
-        )
-        if self.uncounted:
-            table.caption = "not counted: " + "; ".join(self.uncounted)
-        # These two alone give way in a narrow terminal: a figure that is cut would be another figure.
-        table.add_column("layer", overflow="fold")
-        table.add_column("kind", overflow="fold")
-        for title, _, _ in _COLUMNS:
-            table.add_column(title, justify="right", no_wrap=True)
-
-        def cells(value: Callable[[str], float]) -> list[str]:
-            return [f"{value(name) / 10**power:,.{power // 3}f}" for _, name, power in _COLUMNS]
-
-        for layer in self.layers:
-            table.add_row(layer.path, layer.kind, *cells(partial(getattr, layer)))
-        table.add_section()
-        table.add_row("total", "", *cells(self.total), style="bold")
-        return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
@@ -165,6 +54,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     rows: list[LayerSummary] = []
     inside: tuple[str, ...] = ()
     states = {"FLOAT"}
+    plan = getattr(model, "bidensify_plan", None)
+    reasons = {layer.path: layer.reason for layer in plan.kept} if isinstance(plan, Plan) else {}
     for path, module in run.modules.items():
         if path.startswith(inside):
             continue
@@ -174,7 +65,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
             inside = (*inside, path + ".")
             row = _latent(module, calls[path]) if isinstance(module, BinaryLayer) else _packed(module, calls[path])
             states.add("LATENT" if isinstance(module, BinaryLayer) else "PACKED")
-            rows.append(LayerSummary(path, kind, *row))
+            rows.append(LayerSummary(path, kind, *row, output=_output(calls[path])))
             continue
         own = sum(p.numel() for p in module._parameters.values() if p is not None)
         macs, elements = functions.get(path, (0, 0))
@@ -182,9 +73,38 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
             more, other = work.layer_work(module, call)
             macs, elements = macs + more, elements + other
         if own or macs or elements or (calls[path] and not isinstance(module, nn.Identity)):
-            rows.append(LayerSummary(path or "(model)", kind, 0, own, 0, macs, elements))
+            reason = reasons.get(path, "")
+            rows.append(LayerSummary(path or "(model)", kind, 0, own, 0, macs, elements, _output(calls[path]), reason))
     state = "PACKED" if "PACKED" in states else "LATENT" if "LATENT" in states else "FLOAT"
-    return Summary(tuple(rows), state, size[1:], uncounted)
+    return Summary(tuple(rows), state, size[1:], uncounted, _file_bytes(model, rows, inside))
+
+
+def _output(calls: Sequence[work.LayerCall]) -> tuple[int, ...]:
+    """The largest output of one sample over a layer's calls."""
+    return max((call.output[1:] for call in calls), key=math.prod, default=())
+
+
+def _file_bytes(model: nn.Module, rows: Sequence[LayerSummary], binary: tuple[str, ...]) -> int:
+    """What the tensors of the network weigh in their file once it is packed, with the file's own table of names."""
+    saved = {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(binary)}
+    tensors = {id(value): (name, value.numel() * value.element_size()) for name, value in saved.items()}
+    total: int = 8 + sum(size + _ENTRY + len(name) for name, size in tensors.values())
+    modules = dict(model.named_modules())
+    for row in rows:
+        layer = modules.get(row.path)
+        if row.binary_params:
+            floats = _folded(layer) if isinstance(layer, BinaryLayer) else row.float_params
+            total += 4 * floats + -(-row.binary_params // 8) + 2 * (_ENTRY + len(row.path) + len(".bits"))
+    return total
+
+
+def _folded(layer: BinaryLayer) -> int:
+    """Floats of a latent layer that packing leaves: norm, bias and scale become one scale and one shift per channel,
+    which takes in RPReLU's first bias too."""
+    own = sum(p.numel() for p in layer.binarizer.parameters())
+    after = sum(p.numel() for p in layer.activation.parameters())
+    channels = next(int(value) for name in ("out_channels", "out_features") if (value := getattr(layer, name, None)))
+    return own + 2 * channels + after - (channels if isinstance(layer.activation, RPReLU) else 0)
 
 
 def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bidensify import __version__
 from bidensify._util.files import atomic_write
 from bidensify._util.machine import cpu_name
+from bidensify._util.version import __version__
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -26,6 +26,9 @@ from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 __all__ = ["Exported", "export"]
 
 _SUFFIXES = (".onnx", ".pt2")
+_NEEDS = (
+    "A network packed by bidensify: `import bidensify.runtime` before torch.export.load, which needs its operators."
+)
 _LARGEST_ONNX = 2_000_000_000
 # A rounding difference may flip single signs, so that a few values differ a lot; a wrong graph differs everywhere.
 _TOLERANCE = 1e-2
@@ -142,8 +145,12 @@ def _names(model: nn.Module, values: list[Any]) -> dict[str, Any]:
 def _write_program(
     program: torch.export.ExportedProgram, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, list[Tensor] | None]:
+    # Where each operation stands in the sources is of this machine alone, and nobody else's business.
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={"README.txt": _NEEDS})
     path.write_bytes(buffer.getvalue())
     buffer.seek(0)
     return "torch", _tensors(torch.export.load(buffer).module()(*args, **kwargs))

@@ -30,9 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import bidensify
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import fingerprint
+from bidensify._util.version import __version__
 from bidensify.deploy.layers import packed_layers
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import FormatError
@@ -107,7 +107,7 @@ def write_packed(
     header: dict[str, Any] = {
         "format": "bidensify",
         "format_version": FORMAT_VERSION,
-        "written_by": bidensify.__version__,
+        "written_by": __version__,
         "plan": None if plan is None else dict(plan),
         "extra": dict(extra or {}),
         "layers": {path: layer.meta() for path, layer in layers.items()},
@@ -136,7 +136,7 @@ def read_packed(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     reader = _READERS.get(version) if isinstance(version, int) and not isinstance(version, bool) else None
     if reader is None:
         raise FormatError(
-            f"{folder / HEADER}: format_version={str(version)[:40]!r}; this bidensify ({bidensify.__version__}) reads "
+            f"{folder / HEADER}: format_version={str(version)[:40]!r}; this bidensify ({__version__}) reads "
             f"{sorted(_READERS)}. Install a newer bidensify to read it"
         )
     return reader(folder, header)

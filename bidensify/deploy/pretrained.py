@@ -44,7 +44,9 @@ def _jsonable(value: Any) -> Any:
         return None
 
 
-def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+def save_pretrained(
+    model: nn.Module, directory: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> Path:
     """Writes a rewritten network: ``model.safetensors`` and ``bidensify.json`` (plan, configuration, base's fingerprint).
 
     A packed network is written as bits; a latent one with its float weights.
@@ -52,6 +54,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     Args:
         model: what ``bidensify`` or ``pack`` returned.
         directory: created if need be; files in it are replaced whole.
+        extra: JSON-able, kept in the header's ``extra`` beside the base's fingerprint and name (for example "recipe": what
+            the network is for).
 
     Returns:
         The directory.
@@ -64,7 +68,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
 
     plan = _plan_of(model)
     source = _jsonable(getattr(model, "bidensify_source", None))
-    extra = {"fingerprint": plan.fingerprint, "source": source}
+    extra = {**(extra or {}), "fingerprint": plan.fingerprint, "source": source}
     if packed_layers(model):
         return write_packed(directory, model, plan.to_dict(), extra)
     if not any(isinstance(module, BinaryLayer) for module in model.modules()):

@@ -17,7 +17,8 @@ from bidensify.bench import timing
 from bidensify.bench.cases import CASES, Case
 from bidensify.bench.int8 import installed_runtimes
 from bidensify.bench.memory import peak_memory
-from bidensify.bench.run import Row, render, run_bench
+from bidensify.bench.result import Row, render
+from bidensify.bench.run import run_bench
 from bidensify.deploy.backends import available_kernels
 from bidensify.errors import ConfigError
 from bidensify.models import build_model

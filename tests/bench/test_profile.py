@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import bidensify
 from bidensify.bench import profile as profiles
 from bidensify.bench.profile import BETWEEN, PACKED, profile
-from bidensify.bench.run import render, run_bench
+from bidensify.bench.result import render
+from bidensify.bench.run import run_bench
 from bidensify.deploy.backends import available_kernels
 from bidensify.errors import ConfigError
 from bidensify.models import build_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from PIL import Image
 from bidensify.compare import RunRecord, comparison
 from bidensify.compare.images import png
 from bidensify.compare.plots import Panel, colour_of, curves
-from bidensify.compare.report import Card, Check, Facts, ImageGrid, Report, Table, render, write_report
+from bidensify.compare.report import Card, Check, Facts, ImageGrid, Report, Shot, Table, Viewer, render, write_report
 from bidensify.errors import ConfigError
 
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
@@ -75,7 +76,11 @@ def test_page_is_one_file_that_loads_nothing() -> None:
     assert parser.stack == []
     assert len(parser.images) == 4
     assert all(address.startswith("data:image/png;base64,") for address in parser.images)
-    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|<script|<link", html)
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|<script [^t]|<link", html)
+    # The policy lets one script run, the page's own.
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
 
 
 def test_pictures_come_back_as_they_went_in() -> None:
@@ -133,6 +138,29 @@ def test_status_claims_no_more_than_the_checks_say() -> None:
     partly = render(Report("t", "l", checks=[met, shown], status="passed"))
     assert "all checks passed" not in partly
     assert "enforced checks passed" in partly
+
+
+def test_a_shot_without_a_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shot 0 has no picture of \['b'\]"):
+        Viewer("v", ["a", "b"], [Shot("s", {"a": b""})])
+
+
+def test_what_runs_do_not_share_is_said(tmp_path: Path) -> None:
+    def run(name: str, epochs: int = 1, **data: object) -> RunRecord:
+        recipe = {
+            "model": {"source": "demo:unet"},
+            "data": {"size": [32, 48], **data},
+            "task": {"name": "segmentation"},
+        }
+        history = [{"epoch": e, "step": 3, "seconds": 1.5, "loss": 0.5} for e in range(epochs)]
+        return RunRecord(tmp_path / name, name, name, 0, "miou", {"miou": 0.25}, history, recipe)
+
+    assert "share network, data, labels, input size" in render(comparison([run("a"), run("b")]))
+    lead = comparison([run("a"), run("b", epochs=3, size=[64, 96]), run("c")]).lead
+    assert "differ in more than their method" in lead
+    assert "input size: 32×48 (a, c); 64×96 (b)" in lead
+    assert "epochs: 1 (a, c); 3 (b)" in lead
+    assert "footing" not in lead
 
 
 def test_runs_of_one_task_are_compared(tmp_path: Path) -> None:

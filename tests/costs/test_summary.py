@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,12 +148,70 @@ def test_the_table_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, lines)) <= 80
     total = next(line for line in lines if line.strip().startswith("total")).split()
     assert total[1] == f"{counted.total('binary_params'):,.0f}"
-    assert total[-1] == f"{counted.total('ops') / 1e6:.2f}"
+    assert total[-2:] == [f"{counted.total('ops') / 1e6:.2f}", "100.0"]
+    assert "kept because" not in str(counted)
     monkeypatch.setenv("COLUMNS", "140")
     assert "encoder.1.0.downsample.0" in str(counted)
+    assert "kept because" in str(counted)
 
 
 def test_the_table_has_a_total() -> None:
     text = str(summary(Small(), (3, 8, 8)))
     assert "total" in text
     assert "FLOAT, input 3×8×8" in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "macs", "params", "output"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), (4, 5, 7), 5 * 7 * 6 * 2 * 9, 6 * 2 * 9, (6, 5, 7)),
+        (nn.Conv2d(4, 6, (1, 3), stride=2), (4, 8, 9), 4 * 4 * 6 * 4 * 3, 6 * 4 * 3 + 6, (6, 4, 4)),
+        (nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False), (8, 6, 6), 36 * 8 * 9, 72, (8, 6, 6)),
+        # Each input pixel meets every weight of its channel once.
+        (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), (4, 5, 7), 5 * 7 * 4 * 6 * 4, 4 * 6 * 4, (6, 10, 14)),
+    ],
+)
+def test_layers_by_hand(
+    layer: nn.Module, size: tuple[int, int, int], macs: int, params: int, output: tuple[int, ...]
+) -> None:
+    (row,) = summary(nn.Sequential(layer), size).layers
+    assert (row.float_macs, row.float_params, row.output) == (macs, params, output)
+    assert counted(nn.Sequential(layer), size) == macs
+    assert (row.bytes, row.ops, row.elementwise) == (4 * params, 2 * macs, 0)
+
+
+@pytest.mark.parametrize("method", ["bidense", "bnn"])
+def test_what_the_file_weighs(method: str, tmp_path: Path) -> None:
+    student = bd.bidensify(build_model("demo:unet"), method=method).eval()
+    packed = bd.pack(student)
+    bd.save_pretrained(packed, tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_size
+    for network in (student, packed):
+        result = summary(network, (3, 64, 64))
+        assert result.file_bytes == pytest.approx(written, rel=0.01)
+        assert f"{result.file_bytes:,} bytes" in str(result)
+    model = build_model("demo:unet")
+    save_file(model.state_dict(), tmp_path / "float.safetensors")
+    file_bytes = summary(model, (3, 64, 64)).file_bytes
+    assert file_bytes == pytest.approx((tmp_path / "float.safetensors").stat().st_size, rel=0.01)
+
+
+def test_markdown_and_json_say_what_the_table_says() -> None:
+    result = summary(bd.bidensify(build_model("demo:unet", width=8)), (3, 32, 32))
+    lines = [line for line in result.to_markdown().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in cells} == {11}
+    data = json.loads(json.dumps(result.to_dict()))
+    assert [row[0] for row in cells[2:-1]] == [row["path"] for row in data["layers"]]
+    for row, layer in zip(cells[2:], data["layers"], strict=False):
+        assert row[2] == "×".join(map(str, layer["output"]))
+        assert row[5] == f"{layer['bytes']:,}"
+        assert row[8] == f"{layer['ops'] / 1e6:,.2f}"
+        assert row[9] == f"{100 * layer['ops'] / data['ops']:.1f}"
+        assert row[10] == layer["kept"]
+    assert cells[-1][5] == f"{data['bytes']:,}"
+    assert sum(layer["ops"] for layer in data["layers"]) == pytest.approx(data["ops"])
+    assert {layer["kept"] for layer in data["layers"] if layer["path"] in ("stem.0", "head")} == {
+        "first layer on the image",
+        "prediction layer",
+    }

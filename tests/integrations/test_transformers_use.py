@@ -72,17 +72,17 @@ def test_what_the_user_sees_without_bidensify(folder: Path) -> None:
 
 
 def test_an_integration_that_fails_does_not_break_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bidensify import _transformers
+    from bidensify.integrations import hook
 
-    monkeypatch.setattr(_transformers, "_INTEGRATION", "bidensify.integrations.no_such_module")
+    monkeypatch.setattr(hook, "_INTEGRATION", "bidensify.integrations.no_such_module")
     with pytest.warns(UserWarning, match="could not register with the installed transformers"):
-        _transformers.register_with_transformers()
+        hook.register_with_transformers()
 
 
 def test_registering_twice_changes_nothing() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    from bidensify._transformers import _Finder, register_with_transformers
+    from bidensify.integrations.hook import _Finder, register_with_transformers
     from bidensify.integrations.transformers import BidensifyQuantizer, StoredBidensify
 
     register_with_transformers()

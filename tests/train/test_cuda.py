@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from bidensify.cli import deploy, runs  # noqa: F401  (they register the commands)
 from bidensify.cli.app import app
 from bidensify.errors import ConfigError
 from bidensify.recipe import load_recipe

@@ -125,32 +125,37 @@ class Plan:
             raise PlanError(_complaint(error)) from error
 
     def table(self) -> Table:
-        """A rich table: layer, kind (where there are several), shape, millions of MACs per sample, action, reason, way."""
-        from rich.markup import escape
+        """A rich table: layer, kind (where there are several), shape, output, millions of MACs per sample and their share of
+        all, action, reason, way. Names stand as text: a square bracket in one is no markup."""
         from rich.table import Table
+        from rich.text import Text
 
         share = 100 * self.binary_mac_share()
         rules = "".join(
             f"\nrule {match!r} matches {count} layer{'s' * (count != 1)}" for match, count in self.rule_matches.items()
         )
         table = Table(
-            title=escape(
+            title=Text(
                 f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs"
             ),
-            caption=escape(f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes)),
+            caption=Text(f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes)),
         )
         kinds = len({layer.kind for layer in self.layers}) > 1
-        for column in ("layer", "kind", "shape") if kinds else ("layer", "shape"):
+        for column in ("layer", "kind", "shape", "output") if kinds else ("layer", "shape", "output"):
             table.add_column(column, overflow="fold")
-        table.add_column("MMACs", justify="right")
+        for column in ("MMACs", "%"):
+            table.add_column(column, justify="right", no_wrap=True)
+        whole = sum(layer.macs for layer in self.layers) or 1
         for column in ("action", "reason", "way"):
             table.add_column(column, overflow="fold")
         for layer in self.layers:
             style = None if layer.action == "binary" else "yellow"
             what = (layer.kind, layer.shape) if kinds else (layer.shape,)
             action = layer.method or "keep"
-            cells = (layer.path, *what, f"{layer.macs / 1e6:.1f}", action, layer.reason, layer.way)
-            table.add_row(*map(escape, cells), style=style)
+            output = "×".join(str(n) for n in layer.output)
+            macs = (f"{layer.macs / 1e6:.1f}", f"{100 * layer.macs / whole:.1f}")
+            cells = (layer.path, *what, output, *macs, action, layer.reason, layer.way)
+            table.add_row(*map(Text, cells), style=style)
         return table
 
     def __str__(self) -> str:

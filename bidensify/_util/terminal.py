@@ -1,0 +1,33 @@
+"""The one place through which text goes to the terminal: names that users gave are shown as they are, never as markup."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "shell"]
+
+_UNFOLDED = 100_000
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Returns a console on standard output or standard error (made at each call: tests and pipes exchange the streams).
+
+    Square brackets and ``:names:`` mean themselves. What goes to a file or a pipe is not folded, unless ``COLUMNS`` says
+    how wide it is: a path that is cut in two is no path.
+    """
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _UNFOLDED
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def shell(*words: object) -> str:
+    """Returns a command that can be pasted into a shell, each word quoted where it has to be."""
+    return shlex.join(str(word) for word in words)

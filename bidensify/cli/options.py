@@ -1,0 +1,64 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="What to build: smp:Unet/resnet34, timm:resnet50, torchvision:fcn_resnet50, demo:unet or "
+        "package.module:factory.",
+        show_default=False,
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="An argument of the model's builder; repeat for more."),
+]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="The binarization method.", show_default="bidense")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="GLOB", help="Keep the layers that match in full precision; repeat for more."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", exists=True, dir_okay=False, help="A BidensifyConfig as YAML or JSON."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights", "-w", exists=True, dir_okay=False, help="Full-precision weights: .safetensors, .pth, .ckpt."
+    ),
+]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="CxHxW", help="Input shape, e.g. 3x128x160.", show_default="auto"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="PATH=VALUE", help="Change a value of the recipe; repeat for more."),
+]
+SourceFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        exists=True,
+        file_okay=False,
+        help="A run folder, or a directory written by pack or convert.",
+        show_default=False,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", "-r", exists=True, dir_okay=False, help="The recipe; needed where SOURCE does not hold one."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]

@@ -1,0 +1,174 @@
+"""``predict``: a model on image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bidensify._util.terminal import console
+from bidensify.cli import arguments
+from bidensify.cli.command import command
+from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder
+from bidensify.cli.sources import load_source
+from bidensify.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ENDINGS = (".png", ".labels.png", ".depth.png", ".depth.tiff")
+_MILLIMETRES = 65535  # What a pixel of a 16-bit PNG can say.
+
+
+@command(
+    "bidensify predict runs/scenes photo.jpg --out predictions",
+    "bidensify predict runs/scenes/packed photos --out predictions --skip-bad",
+    "bidensify predict runs/scenes/packed *.png --out predictions --blend 0.5",
+)
+def predict(
+    source: SourceFolder,
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", exists=True, help="Image files, or folders of them.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", file_okay=False, help="Folder for the predictions.", show_default=False)
+    ],
+    recipe: RecipeFile = None,
+    settings: Set = None,
+    blend: Annotated[float, typer.Option(min=0, max=1, help="Share of the image in the picture.")] = 0.0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on after an image that cannot be read; their names come at the end.")
+    ] = False,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Run a model on image files. Writes NAME.png (a picture) and the values beside it, at the image's own size.
+
+    Labels go to NAME.labels.png: class indices, in 16 bits where there are more than 256 classes. Depths go to
+    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond 65 m.
+    """
+    import torch
+
+    from bidensify.data.files import read_rgb
+
+    place = arguments.parse_device(device)
+    named = named_images(images)
+    refuse_overwriting(named, out)
+    loaded = load_source(source, recipe, settings or [])
+    chosen = loaded.need_recipe()
+    task: Any = chosen.build_task()
+    mean, std = chosen.data.mean, chosen.data.std
+    if mean is None or std is None:
+        info = chosen.build_dataset("val").info
+        mean, std = mean or info.mean, std or info.std
+    model = loaded.model.to(place)
+    skipped: list[Path] = []
+    for name, path in named.items():
+        try:
+            image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{error}. Or leave such files out with --skip-bad") from error
+            skipped.append(path)
+            continue
+        batch = normalized(image, chosen.image_size, mean, std)
+        with torch.inference_mode():
+            result = model(batch.to(place))
+        values = task.predict(result, (image.shape[1], image.shape[2]))[0].cpu()
+        write_values(out, name, values, classes_of(task, result), getattr(task, "max_depth", None))
+        write_picture(out, name, task.picture(image, values, **({"blend": blend} if blend else {})))
+    done = len(named) - len(skipped)
+    screen = console()
+    screen.print(f"{done} prediction{'s' * (done != 1)} in {out}", soft_wrap=True)
+    if skipped:
+        listed = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        screen.print(f"{len(skipped)} of {len(named)} images skipped, they cannot be read: {listed}", soft_wrap=True)
+
+
+def named_images(given: list[Path]) -> dict[str, Path]:
+    """Returns the images by the names that their predictions get: the stem, in a folder with its sub-folders before it.
+
+    Raises:
+        ConfigError: two images would have one name.
+    """
+    from bidensify.data.files import find_images
+
+    named: dict[str, Path] = {}
+    for path in given:
+        for name, file in (find_images(path) if path.is_dir() else {path.stem: path}).items():
+            if name in named:
+                raise ConfigError(
+                    f"{str(named[name])!r} and {str(file)!r} are both called {name!r}: one prediction would overwrite the "
+                    "other; give them in two calls with different --out"
+                )
+            named[name] = file
+    return named
+
+
+def refuse_overwriting(named: dict[str, Path], out: Path) -> None:
+    """Raises :class:`ConfigError` where a prediction would be written onto an image that was given, or onto another."""
+    given = {path.resolve() for path in named.values()}
+    written: dict[Path, str] = {}
+    for name in named:
+        for ending in _ENDINGS:
+            target = (out / f"{name}{ending}").resolve()
+            if target in given:
+                raise ConfigError(f"{str(target)!r} is an image that was given; write to another folder with --out")
+            if target in written:
+                raise ConfigError(
+                    f"{target.name!r} would be written for {str(named[written[target]])!r} and for {str(named[name])!r}; "
+                    "give them in two calls with different --out"
+                )
+            written[target] = name
+
+
+def normalized(image: Tensor, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Resizes uint8 (C, H, W) to ``size`` and normalizes it, as evaluation does: float32 (1, C, *size)."""
+    from torchvision import tv_tensors
+
+    from bidensify.data import build_transforms
+
+    transforms = build_transforms(train=False, size=size, mean=mean, std=std)
+    result: Tensor = transforms({"image": tv_tensors.Image(image)})["image"][None]
+    return result
+
+
+def classes_of(task: Any, output: Any) -> int:
+    """Returns how many classes a prediction may have: the task's, or the channels of the network's output."""
+    known = getattr(task, "num_classes", None)
+    return int(known) if known else int(task.logits(output).shape[1])
+
+
+def write_values(out: Path, name: str, values: Tensor, classes: int, farthest: float | None) -> None:
+    """Writes values (H, W): class indices as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres.
+
+    Raises:
+        DataError: more classes than 16 bits can tell.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from bidensify._util.files import atomic_write
+
+    array = values.numpy()
+    if not values.is_floating_point():
+        if classes > 1 << 16:
+            raise DataError(f"{classes} classes do not fit a PNG's 16 bits; predict with the model in Python")
+        kind, array = "labels.png", array.astype(np.uint8 if classes <= 256 else np.uint16)
+    elif farthest is not None and 1000 * farthest <= _MILLIMETRES:
+        kind, array = "depth.png", np.rint(array * 1000).astype(np.uint16)
+    else:
+        kind, array = "depth.tiff", array.astype(np.float32)
+    with atomic_write(out / f"{name}.{kind}") as temporary:
+        Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
+
+
+def write_picture(out: Path, name: str, picture: Tensor) -> None:
+    """Writes a picture, uint8 (3, H, W), as PNG."""
+    from bidensify._util.files import atomic_write
+    from bidensify.compare.images import png
+
+    with atomic_write(out / f"{name}.png") as temporary:
+        temporary.write_bytes(png(picture))

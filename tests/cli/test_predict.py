@@ -1,0 +1,101 @@
+"""Predictions are written whole, at the image's own size, and in a type that holds their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bidensify.cli.app import app
+from bidensify.cli.predict import named_images, refuse_overwriting, write_values
+from bidensify.errors import ConfigError, DataError
+
+
+def save(path: Path, width: int = 24, height: int = 20) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
+    return path
+
+
+def predict(source: Path, *arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["predict", str(source), *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_the_values_have_the_image_s_size(work: Path, tmp_path: Path) -> None:
+    image = save(tmp_path / "photo.png", 47, 33)
+    for source in ("run", "packed"):
+        code, text = predict(work / source, image, "--out", tmp_path / source)
+        assert code == 0, text
+        assert Image.open(tmp_path / source / "photo.labels.png").size == (47, 33)
+        assert Image.open(tmp_path / source / "photo.png").size == (47, 33)
+
+
+def test_a_packed_folder_predicts_where_its_data_is_not(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: object, **kwargs: object) -> None:
+        raise DataError("the data is not here")
+
+    monkeypatch.setattr("bidensify.data.build_dataset", gone)
+    code, text = predict(work / "packed", save(tmp_path / "photo.png"), "--out", tmp_path / "out")
+    assert code == 0, text
+
+
+def test_a_folder_and_what_cannot_be_read(work: Path, tmp_path: Path) -> None:
+    save(tmp_path / "photos" / "a.png")
+    save(tmp_path / "photos" / "street" / "b.jpg")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG no more")
+    (tmp_path / "photos" / "empty.jpg").touch()
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    code, text = predict(work / "run", tmp_path / "photos", "--out", tmp_path / "out")
+    assert code == 1
+    assert "broken.png" in text
+    assert "--skip-bad" in text
+    code, text = predict(work / "run", tmp_path / "photos", "--out", tmp_path / "out", "--skip-bad")
+    assert code == 0, text
+    assert "2 predictions in" in text
+    assert "2 of 4 images skipped" in text
+    assert "broken.png" in text
+    assert "empty.jpg" in text
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert written == ["a.labels.png", "a.png", "street/b.labels.png", "street/b.png"]
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    one, two = save(tmp_path / "one" / "a.png"), save(tmp_path / "two" / "a.png")
+    with pytest.raises(ConfigError, match=r"one.*and.*two.*are both called 'a'"):
+        named_images([one, two])
+    with pytest.raises(ConfigError, match="is an image that was given; write to another folder"):
+        refuse_overwriting(named_images([one]), tmp_path / "one")
+    labels = save(tmp_path / "one" / "a.labels.png")
+    with pytest.raises(ConfigError, match=r"'a.labels.png' would be written for .*a.* and for .*a.labels"):
+        refuse_overwriting(named_images([one, labels]), tmp_path / "out")
+    with pytest.raises(ConfigError, match="is an image that was given"):
+        refuse_overwriting(named_images([two, labels]), tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("classes", "highest", "mode"), [(2, 1, "L"), (256, 255, "L"), (257, 256, "I;16"), (300, 290, "I;16")]
+)
+def test_class_indices_do_not_wrap(tmp_path: Path, classes: int, highest: int, mode: str) -> None:
+    values = torch.tensor([[0, 1], [highest, highest - 1]])
+    write_values(tmp_path, "x", values, classes, None)
+    image = Image.open(tmp_path / "x.labels.png")
+    assert image.mode == mode
+    assert np.array_equal(np.asarray(image).astype(np.int64), values.numpy())
+
+
+def test_depths_are_written_whole(tmp_path: Path) -> None:
+    near = torch.tensor([[0.5, 1.2345], [9.9999, 0.001]])
+    write_values(tmp_path, "near", near, 1, 10.0)
+    assert np.asarray(Image.open(tmp_path / "near.depth.png")).tolist() == [[500, 1234], [10000, 1]]
+    far = torch.tensor([[0.5, 79.5], [65.6, 80.0]])
+    write_values(tmp_path, "far", far, 1, 80.0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "far.depth.tiff")), far.numpy())
+    with pytest.raises(DataError, match="do not fit"):
+        write_values(tmp_path, "x", torch.zeros(2, 2, dtype=torch.int64), 70000, None)
