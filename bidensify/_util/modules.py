@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from bidensify.errors import ConfigError
+from bidensify.errors import BidensifyError, ConfigError
 
 __all__ = ["import_own", "is_imported"]
 
@@ -39,6 +39,8 @@ def import_own(name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
+    except BidensifyError:
+        raise
     except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(
             f"the module {name!r} cannot be imported ({error}); it was looked for in the working directory {here!r} and "

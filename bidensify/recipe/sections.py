@@ -120,10 +120,11 @@ def _terms(value: Any) -> Any:
     make: Any = TypedDict  # the names are known at run time alone
     kind = make("Losses", known, total=False)
     kind.__pydantic_config__ = ConfigDict(extra="forbid")
-    read: dict[str, Any] = TypeAdapter(kind).validate_python({"task": {}, **value})
+    given = {"task": {}, **value}
+    read: dict[str, Any] = TypeAdapter(kind).validate_python(given)
     if not any(read.values()):
         raise ValueError(f"no loss is left; give at least one of {', '.join(known)}")
-    return read
+    return {name: read[name] for name in given}
 
 
 class StageSection(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -70,7 +69,7 @@ class Loop:
     def run(self, state: RunState, checkpoint: dict[str, Any] | None) -> RunResult:
         """Trains from ``state`` on, with the optimizer and average of ``checkpoint`` where there is one."""
         self.state = state
-        if checkpoint is not None:
+        if self.folder.longer:
             self._tell_longer()
         if self.teacher is not None and self.recipe.evaluate.teacher and state.teacher_metrics is None:
             state.teacher_metrics = self._measure(self.teacher)
@@ -94,11 +93,10 @@ class Loop:
         epoch = self.plan[state.epoch]
         before, stage = state.history[-1], self.recipe.stages[epoch.stage]
         now = self._lr(epoch, state.batch)
-        if state.batch == 0 and before["stage"] == stage.name and not math.isclose(before["lr"], now, rel_tol=0.5):
-            self.log.say(
-                f"stage {stage.name!r} goes on as one of {stage.epochs} epochs: its learning rate, {before['lr']:.3g} at the end "
-                f"of epoch {epoch.within}, is {now:.3g} from here, where the longer schedule has it"
-            )
+        self.log.say(
+            f"stage {stage.name!r} goes on as one of {stage.epochs} epochs: the learning rate, {before['lr']:.3g} at the end of "
+            f"the epoch before, is {now:.3g} from here, where the longer schedule has it"
+        )
 
     def _lr(self, epoch: Epoch, batch: int) -> float:
         """The learning rate of a step, by its place in its stage."""

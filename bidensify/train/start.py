@@ -195,5 +195,5 @@ def _data_record(dataset: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"samples": len(dataset)}
     if hasattr(inner, "name_of") and len(inner) == len(dataset):
         names = "\n".join(inner.name_of(index) for index in range(len(inner)))
-        record["names"] = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        record["stems"] = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     return record

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bidensify.errors import TrainingError
+from bidensify.errors import FormatError, TrainingError
 from bidensify.losses import Features, Losses
 from bidensify.losses.terms import widen
 from bidensify.recipe import Recipe
@@ -138,6 +138,9 @@ def stage_step(
         recipe: the run's.
         accelerator: the run's.
         state: a checkpoint of this stage, whose optimizer and average go on; None for a fresh start.
+
+    Raises:
+        FormatError: ``state`` is of another network.
     """
     several = accelerator.num_processes > 1
     # First of all, as it may give the parameters new memory, which the moving average reads.
@@ -145,9 +148,14 @@ def stage_step(
     optimizer = build_optimizer(student, recipe.optimizer, stage)
     ema = Ema(student, recipe.ema) if recipe.ema is not None else None
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            if ema is not None:
+                ema.load_state_dict(state["ema"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise FormatError(
+                f"the checkpoint's optimizer or average is not of this network and recipe ({error}); it was edited"
+            ) from error
     student.train()
     try:
         with ExitStack() as stack:

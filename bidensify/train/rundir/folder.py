@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,10 +89,13 @@ class RunFolder:
 
     Args:
         path: the folder.
+
+    Attributes:
+        longer: whether the recipe that :meth:`inspect` was given has more epochs than the run had.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.longer = path, False
         self.last = path / "checkpoints" / "last.pt"
         self.weights = path / "model.safetensors"
         self.recipe = path / "recipe.yaml"
@@ -162,8 +164,9 @@ class RunFolder:
         old = self.load_recipe()
         changed = [p for p in differences(old.to_dict(), recipe.to_dict()) if not p.startswith(_FREE)]
         checkpoint = read_checkpoint(self.last) if self.last.exists() else None
-        done = RunState.read(checkpoint["state"], self.last).epoch if checkpoint is not None else 0
-        longer = [path for path in changed if _is_longer(path, old, recipe, done)]
+        state = RunState.read(checkpoint["state"], self.last) if checkpoint is not None else RunState()
+        longer = [path for path in changed if _is_longer(path, old, recipe, state)]
+        self.longer = bool(longer)
         if len(longer) < len(changed):
             epochs = any(re.fullmatch(r"stages\[\d+\]\.epochs", path) for path in changed)
             hint = "; a stage may have more epochs than it had, as long as no later one has begun" if epochs else ""
@@ -264,18 +267,14 @@ def _at(data: Any, path: str) -> Any:
     return data
 
 
-def _is_longer(path: str, old: Recipe, new: Recipe, done: int) -> bool:
-    """Whether ``path`` is the number of epochs of a stage that now has more, and that ``done`` epochs are not past."""
+def _is_longer(path: str, old: Recipe, new: Recipe, state: RunState) -> bool:
+    """Whether ``path`` is the number of epochs of a stage that now has more, and that the run is not past."""
     match = re.fullmatch(r"stages\[(\d+)\]\.epochs", path)
     if match is None:
         return False
     number = int(match.group(1))
-    return new.stages[number].epochs > old.stages[number].epochs and done <= epochs_until(old.stages, number)
-
-
-def epochs_until(stages: Sequence[Any], number: int) -> int:
-    """Returns after how many epochs of the run stage ``number`` ends."""
-    return sum(stage.epochs for stage in stages[: number + 1])
+    end = sum(stage.epochs for stage in old.stages[: number + 1])
+    return new.stages[number].epochs > old.stages[number].epochs and (state.epoch, state.batch) <= (end, 0)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
