@@ -176,7 +176,8 @@ class Recipe(Section):
 
         section = self.needed(getattr(self.data, which), f"data.{which}")
         options, known = section.options, dataset_options(section.name)
-        shared: dict[str, Any] = {"root": self.data.root, "channels": self.data.in_channels}
+        channels = self.data.in_channels or len(self.data.mean or ()) or None
+        shared: dict[str, Any] = {"root": self.data.root, "channels": channels}
         if section.name == "scenes":
             shared["size"] = self.image_size
         options = {**{key: value for key, value in shared.items() if value is not None and key in known}, **options}

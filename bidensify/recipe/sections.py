@@ -66,7 +66,7 @@ class DataSection(Section):
     same: smaller crops of images at the scale of ``size`` make cheaper steps. ``augment.scale`` is relative to the image.
 
     ``mean`` and ``std`` are on images scaled to [0, 1] and default to the data set's. ``in_channels`` is the number of
-    channels of an image where it is not 3; it is given to data sets that have such an option.
+    channels of an image, by default as many as ``mean`` has entries, or 3; it goes to data sets that have such an option.
 
     ``train``, ``val`` and ``size`` are for data that the recipe builds; ``finetune`` takes data sets of your own.
     """

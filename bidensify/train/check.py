@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from bidensify._util.seeding import seeded
-from bidensify.data import check_dataset
+from bidensify.data import Seeded, check_dataset
 from bidensify.errors import BidensifyError, ConfigError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
@@ -58,7 +58,9 @@ def check_start(
         notes = [*_labels(train, "data.train"), *_labels(val, "data.val")]
     share = recipe.data.batch_size // recipe.data.accumulate
     with seeded(recipe.seed), _untouched(student):
-        samples: list[Any] = [train[index] for index in range(min(share, 4))]
+        # Under a seed of its own, so that the run's draws are not seen twice.
+        look = Seeded(train.dataset, recipe.seed + 1) if isinstance(train, Seeded) else train
+        samples: list[Any] = [look[index] for index in range(min(share, 4))]
         batch = {key: value[: min(share, 2)] for key, value in collate(samples).items()}
         batch = to_device(batch, accelerator.device, recipe.channels_last, student)
         for stage in recipe.stages:
