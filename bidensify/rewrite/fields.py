@@ -31,7 +31,7 @@ MANY = Field(max_length=100_000)
 _LONGEST = 4000
 _LONGEST_PATH = 500
 # Quotes, brackets and the like are in no name that a network's author would give a module.
-_NO_NAME = frozenset("'\"`()[]{}\\;=,")
+_NO_NAME = frozenset("'\"`()[]{}\\;")
 
 
 def _identifier(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -134,7 +134,7 @@ def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> 
         become(module, nn.Sequential(fused_activation(module)))  # type: ignore[arg-type]
 
 
-def _edited(block: BlockPlan, module: nn.Module, like: Tensor) -> EditedBlock:
+def _edited(block: BlockPlan, module: nn.Module, like: Tensor, exchanged: Set[str]) -> EditedBlock:
     children: dict[str, nn.Module] = {}
     # In the edits' order, which a JSON file keeps: an optimizer's state goes by the order of the parameters.
     for name in (edit.module for edit in block.edits if edit.action == "module"):
@@ -143,7 +143,8 @@ def _edited(block: BlockPlan, module: nn.Module, like: Tensor) -> EditedBlock:
         new = block.modules[name]
         child: nn.Module = activation_of(new.method, block.path)(new.channels, new.dim)
         children[name] = child.to(device=like.device, dtype=like.dtype).train(module.training)
-    return edited(module, block.path, fit(module, block.varying, block.constants), block.edits, children)
+    arguments = fit(module, block.varying, block.constants)
+    return edited(module, block.path, arguments, block.attributes, block.edits, children, exchanged)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -165,8 +166,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules())
     before = set(model.state_dict())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    exchanged = {layer.path for layer in plan.binary} | {item.path for item in plan.activations}
     with seeded(0), torch.no_grad():
-        for block in [_edited(block, modules[block.path], reference) for block in plan.blocks]:
+        for block in [_edited(block, modules[block.path], reference, exchanged) for block in plan.blocks]:
             block.install()
         for layer in plan.binary:
             _exchange(model, layer, modules, plan.config)

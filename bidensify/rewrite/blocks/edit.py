@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,6 +14,7 @@ from bidensify.errors import PlanError
 from bidensify.rewrite.blocks.arguments import Arguments
 from bidensify.rewrite.blocks.generated import exchange_forward
 from bidensify.rewrite.blocks.proof import operation_of, written
+from bidensify.rewrite.blocks.surroundings import Attribute, Surroundings, surroundings_of, values_now
 from bidensify.rewrite.blocks.trace import trace_once
 from bidensify.rewrite.fields import STRICT, Size, Text, one_of
 
@@ -51,13 +52,14 @@ class EditedBlock:
     block: nn.Module
     graph: fx.Graph
     arguments: Arguments
+    surroundings: Surroundings
     children: Mapping[str, nn.Module]
 
     def install(self) -> None:
         """Gives the block its new children and the code of the graph; it stays an instance of its class."""
         for name, child in self.children.items():
             self.block.add_module(name, child)
-        exchange_forward(self.block, self.graph, self.arguments)
+        exchange_forward(self.block, self.graph, self.arguments, self.surroundings)
 
 
 def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
@@ -65,7 +67,13 @@ def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def edited(
-    block: nn.Module, path: str, arguments: Arguments, edits: Sequence[BlockEdit], children: Mapping[str, nn.Module]
+    block: nn.Module,
+    path: str,
+    arguments: Arguments,
+    attributes: Sequence[Attribute],
+    edits: Sequence[BlockEdit],
+    children: Mapping[str, nn.Module],
+    exchanged: Set[str] = frozenset(),
 ) -> EditedBlock:
     """Traces the block's code and changes the graph; the block is left as it is.
 
@@ -73,19 +81,25 @@ def edited(
         block: the module.
         path: what errors call it.
         arguments: of its forward.
+        attributes: what its code read when the plan was made.
         edits: what changes.
         children: the new children that the edits name.
+        exchanged: paths of the network's modules that become others.
 
     Raises:
-        PlanError: an edit does not fit the block's code (the plan is of another version of the model).
+        PlanError: an edit does not fit the block's code (the plan is of another version of the model), or an attribute that
+            the code reads is another value.
     """
     where = path or "the network"
+    known = values_now(block, attributes)
     try:
-        graph = trace_once(block, False, arguments)
+        graph, read = trace_once(block, False, arguments)
     except Exception as error:
         raise PlanError(
             f"{where}: the plan edits its code, which cannot be traced here ({error}); plan again"
         ) from error
+    inside = f"{path}." if path else ""
+    surroundings = surroundings_of(block, known | read, lambda owner: inside + owner in exchanged)
     nodes = {node.name: node for node in graph.nodes}
     for edit in edits:
         node = nodes.pop(edit.node, None)
@@ -104,7 +118,7 @@ def edited(
         graph.erase_node(node)
         _erase_unused(graph, tensors)
     graph.lint()
-    return EditedBlock(block, graph, arguments, children)
+    return EditedBlock(block, graph, arguments, surroundings, children)
 
 
 def _child_name(block: nn.Module, name: str, children: Mapping[str, nn.Module], where: str) -> str:

@@ -19,17 +19,20 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
 from bidensify.rewrite.blocks.arguments import Arguments, Fixed, parameters_of
+from bidensify.rewrite.blocks.surroundings import Surroundings
 
 __all__ = ["become", "exchange_forward", "unimportable", "without_hooks"]
 
 
-def _make(base: type[nn.Module], source: str, names: dict[str, str], arguments: Arguments) -> type:
+def _make(
+    base: type[nn.Module], source: str, names: dict[str, str], arguments: Arguments, surroundings: Surroundings
+) -> type:
     """A subclass of ``base`` with the forward of ``source``, which is of a live graph or of a pickle of one."""
     namespace: dict[str, Any] = {name: _resolve(qualified) for name, qualified in names.items()}
     exec(compile(source, f"<bidensify {base.__name__}>", "exec"), namespace)
     members = {
-        "forward": _checked(base, namespace["forward"], arguments),
-        "_generated": (base, source, names, arguments),
+        "forward": _checked(base, namespace["forward"], arguments, surroundings),
+        "_generated": (base, source, names, arguments, surroundings),
         "__reduce_ex__": _reduce,
         "__module__": base.__module__,
         "__doc__": f"{base.__name__} with a forward that bidensify generated:\n\n{source}",
@@ -50,26 +53,27 @@ def _resolve(qualified: str) -> Any:
         raise
 
 
-def _rebuild(base: type[nn.Module], source: str, names: dict[str, str], arguments: Arguments) -> Any:
-    return object.__new__(_make(base, source, names, arguments))
+def _rebuild(*made_of: Any) -> Any:
+    return object.__new__(_make(*made_of))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _rebuild, vars(type(self))["_generated"], self.__dict__
 
 
-def exchange_forward(block: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
+def exchange_forward(block: nn.Module, graph: fx.Graph, arguments: Arguments, surroundings: Surroundings) -> None:
     """Gives ``block`` the graph's code as its forward, under a subclass of its own class with its own signature.
 
     Args:
         block: the module; its class is changed in place.
         graph: the edited graph; its placeholders are the arguments that vary.
         arguments: which these are, and what the graph was specialised to: another value is refused when the block is called.
+        surroundings: what else it was specialised to.
     """
     code = graph.python_code("self")
     used = {name: value for name, value in code.globals.items() if re.search(rf"\b{re.escape(name)}\b", code.src)}
     names = {name: _qualified(value) for name, value in used.items()}
-    block.__class__ = _make(type(block), code.src.strip() + "\n", names, arguments)
+    block.__class__ = _make(type(block), code.src.strip() + "\n", names, arguments, surroundings)
 
 
 def unimportable(graph: fx.Graph) -> str | None:
@@ -96,10 +100,16 @@ def _qualified(value: Any) -> str:
     return str(_get_qualified_name(value))
 
 
-def _checked(base: type[nn.Module], body: Callable[..., Any], arguments: Arguments) -> Callable[..., Any]:
-    """``body`` behind the signature of ``base.forward``: arguments that it takes, and a check of the others."""
+def _checked(
+    base: type[nn.Module], body: Callable[..., Any], arguments: Arguments, surroundings: Surroundings
+) -> Callable[..., Any]:
+    """``body`` behind the signature of ``base.forward``: arguments that it takes, a check of all else that it was made for."""
     parameters = parameters_of(base.forward)
-    if not arguments.fixed and arguments.varying == tuple((parameter.name,) for parameter in parameters):
+    if (
+        not surroundings
+        and not arguments.fixed
+        and arguments.varying == tuple((parameter.name,) for parameter in parameters)
+    ):
         return body
     places = {parameter.name: number for number, parameter in enumerate(parameters)}
     # The value itself where it is one to compare with; a container is never the item that describes it.
@@ -109,6 +119,11 @@ def _checked(base: type[nn.Module], body: Callable[..., Any], arguments: Argumen
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if surroundings and (complaint := surroundings.complaint(self)):
+            raise ValueError(
+                f"{base.__name__}: {complaint} when it was rewritten, and its new code is for that alone; set it back, or set "
+                "it before the rewrite"
+            )
         values = gather(self, args, kwargs)
         for place, steps, item, expected in tests:
             value = values[place]

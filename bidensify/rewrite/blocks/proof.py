@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
 from bidensify.rewrite.blocks.generated import unimportable
 from bidensify.rewrite.blocks.signature import bind
+from bidensify.rewrite.blocks.surroundings import Attribute, recorded_attributes
 from bidensify.rewrite.blocks.trace import trace_once
 from bidensify.rewrite.record.recorded import Call, TensorSpec, plain_name
 from bidensify.rewrite.record.untouched import same_random_state, untouched
@@ -45,11 +46,12 @@ _SAME = {
 
 @dataclass
 class Traced:
-    """A block's proven trace: its graph, the node of each recorded event, its arguments."""
+    """A block's proven trace: its graph, the node of each recorded event, its arguments, the attributes that it read."""
 
     graph: fx.Graph
     events: list[fx.Node | None]
     arguments: Arguments
+    attributes: tuple[Attribute, ...]
 
 
 def _same_name(name: str) -> str:
@@ -197,21 +199,29 @@ def _align(block: nn.Module, graph: fx.Graph, call: Call, names: dict[int, str])
     return nodes
 
 
-def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) -> Traced | str:
+def trace_block(
+    block: nn.Module, calls: Sequence[Call], names: dict[int, str], set_in_run: Set[tuple[str, str]] = frozenset()
+) -> Traced | str:
     """The proven trace of ``block``, or the reason why its code cannot be edited.
 
     Args:
         block: the module whose own forward is traced; children stay calls.
         calls: all its recorded calls.
         names: id of a module -> its path in the network.
+        set_in_run: (path from the block, name) of attributes that were set while the network ran.
     """
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
     try:
         arguments = bind(block, calls)
-        graph = trace_once(block, False, arguments)
-        if str(graph) != str(trace_once(block, True, arguments)):
+        graph, read = trace_once(block, False, arguments)
+        in_training, also_read = trace_once(block, True, arguments)
+        if str(graph) != str(in_training):
             return "its code differs between training and evaluation"
+        attributes = {**also_read, **read}
+        names_set = sorted(name for *owner, name in attributes if (".".join(owner), name) in set_in_run)
+        if names_set:
+            return f"it reads self.{names_set[0]}, which the network sets as it runs"
         nameless = unimportable(graph)
         if nameless is not None:
             return f"its code uses {nameless}, which cannot be imported by name"
@@ -232,7 +242,7 @@ def trace_block(block: nn.Module, calls: Sequence[Call], names: dict[int, str]) 
     except Exception as error:  # a trace can fail in any way that the block's code can
         text = str(error).strip().splitlines()
         return f"its code cannot be traced ({type(error).__name__}: {text[0][:120] if text else ''})"
-    return Traced(graph, events, arguments)
+    return Traced(graph, events, arguments, recorded_attributes(attributes))
 
 
 def operation_of(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
+from bidensify.rewrite.blocks.surroundings import attributes_read
 from bidensify.rewrite.record.untouched import untouched
 
 __all__ = ["trace_once"]
@@ -52,8 +53,8 @@ class _BlockTracer(fx.Tracer):
         return True
 
 
-def trace_once(block: nn.Module, training: bool, arguments: Arguments) -> fx.Graph:
-    """The graph of the block's code in the given mode; the block is left as it was.
+def trace_once(block: nn.Module, training: bool, arguments: Arguments) -> tuple[fx.Graph, dict[tuple[str, ...], Any]]:
+    """The graph of the block's code in the given mode, and the attributes that the code read; the block is left as it was.
 
     Raises:
         NotTraceable: the code makes constant tensors or sets attributes, which a graph does not hold.
@@ -63,10 +64,12 @@ def trace_once(block: nn.Module, training: bool, arguments: Arguments) -> fx.Gra
     block.training = training
     try:
         with untouched(block) as changed:
-            graph = _BlockTracer(arguments).trace(block)
+            tracer = _BlockTracer(arguments)
+            with attributes_read(block) as read:
+                graph = tracer.trace(block)
             names = changed()
     finally:
         block.training = flag
     if names:
         raise NotTraceable(f"its forward makes constant tensors or sets attributes ({', '.join(names)})")
-    return graph
+    return graph, read

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bidensify.methods import LayerSpec
 from bidensify.rewrite.blocks.arguments import ArgumentPath, Fixed
 from bidensify.rewrite.blocks.edit import BlockEdit
+from bidensify.rewrite.blocks.surroundings import Attribute
 from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Text, one_of
 
 __all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation"]
@@ -160,6 +161,7 @@ class BlockPlan:
         edits: what changes, by step of its trace.
         varying: paths of the arguments that the block's new code takes.
         constants: arguments, and items of them, that it was specialised to.
+        attributes: what its code reads of itself, its children and their configurations.
         modules: new children by name.
         notes: what the edits do, in words.
     """
@@ -170,5 +172,6 @@ class BlockPlan:
     edits: Annotated[tuple[BlockEdit, ...], MANY]
     varying: Annotated[tuple[ArgumentPath, ...], MANY] = ()
     constants: Annotated[tuple[Fixed, ...], MANY] = ()
+    attributes: Annotated[tuple[Attribute, ...], MANY] = ()
     modules: Mapping[Text, NewActivation] = field(default_factory=dict)
     notes: Annotated[tuple[Text, ...], MANY] = ()

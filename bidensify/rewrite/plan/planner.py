@@ -77,7 +77,13 @@ class Planner:
     def trace(self, path: str) -> Traced | str:
         """The proven trace of a block, or why it has none; traced once."""
         if path not in self.traced:
-            self.traced[path] = trace_block(self.record.modules[path], self.record.calls[path], self.names)
+            inside = f"{path}." if path else ""
+            names_set = {
+                (owner[len(inside) :], name)
+                for owner, name in self.record.attributes_set
+                if owner == path or owner.startswith(inside)
+            }
+            self.traced[path] = trace_block(self.record.modules[path], self.record.calls[path], self.names, names_set)
         return self.traced[path]
 
     def site(self, node: fx.Node, *, note: bool = True) -> tuple[str, int] | None:
@@ -262,6 +268,7 @@ class Planner:
                     tuple(edits[event] for event in sorted(edits)),
                     traced.arguments.varying,
                     traced.arguments.fixed,
+                    traced.attributes,
                     dict(self.modules.get(path, {})),
                     tuple(self.edit_notes[path]),
                 )

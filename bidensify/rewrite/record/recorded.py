@@ -58,6 +58,7 @@ class Record:
         calls: block path -> its calls.
         modules: path -> module, each module once under its first path.
         weights: layer path -> for every convolution that its calls made, whether the weight was its own parameter.
+        attributes_set: (module path, name) of the attributes that the run set.
         aliases: first path -> every other path of the same module.
         inputs: the example inputs as text.
         output: the output's structure with TensorSpecs in it.
@@ -67,6 +68,7 @@ class Record:
     calls: dict[str, list[Call]]
     modules: dict[str, nn.Module]
     weights: dict[str, list[bool]]
+    attributes_set: frozenset[tuple[str, str]]
     aliases: dict[str, list[str]]
     inputs: Any
     inputs_text: str

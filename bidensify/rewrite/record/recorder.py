@@ -45,6 +45,7 @@ class _Recorder(TorchFunctionMode):
         self.leaf_depth = 0
         self.leaf: nn.Module | None = None
         self.weights: dict[str, list[bool]] = {}
+        self.attributes_set: set[tuple[str, str]] = set()
 
     def _finish(self, node: fx.Node, spec: Any) -> fx.Node:
         node.meta["spec"] = spec if isinstance(spec, TensorSpec) else None
@@ -154,17 +155,21 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     recorder = _Recorder(model)
     for number, tensor in enumerate(tensors_in([args, kwargs])):
         recorder.placeholder(tensor, f"input_{number}")
-    original = nn.Module.__call__
+    call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
 
-    def patched(module: nn.Module, *a: Any, **k: Any) -> Any:
-        return recorder.call(original, module, a, k)
+    def patched_call(module: nn.Module, *a: Any, **k: Any) -> Any:
+        return recorder.call(call, module, a, k)
 
-    nn.Module.__call__ = patched  # type: ignore[method-assign]
+    def patched_set(module: nn.Module, name: str, value: Any) -> None:
+        recorder.attributes_set.add((recorder.paths.get(id(module), ""), name))
+        set_attribute(module, name, value)
+
+    nn.Module.__call__, nn.Module.__setattr__ = patched_call, patched_set  # type: ignore[method-assign,assignment]
     try:
         with recorder:
             output = model(*args, **kwargs)
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        nn.Module.__call__, nn.Module.__setattr__ = call, set_attribute  # type: ignore[method-assign]
     outputs = [recorder.node_of(tensor) for tensor in tensors_in(output)]
     node = recorder.graph.output(tuple(outputs))
     node.meta.update(spec=None, scope=())
@@ -227,6 +232,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 calls=recorder.calls,
                 modules=modules,
                 weights=recorder.weights,
+                attributes_set=frozenset(recorder.attributes_set),
                 aliases=aliases,
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),
