@@ -51,7 +51,7 @@ def predict(
     """
     import torch
 
-    from bidensify.data.files import read_rgb
+    from bidensify.data import ImageReader
 
     place = arguments.parse_device(device)
     named = named_images(images)
@@ -63,11 +63,12 @@ def predict(
     if mean is None or std is None:
         info = chosen.build_dataset("val").info
         mean, std = mean or info.mean, std or info.std
+    reader = ImageReader(len(mean))
     model = loaded.model.to(place)
     skipped: list[Path] = []
     for name, path in named.items():
         try:
-            image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
+            image = reader.tensor(path)
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error}. Or leave such files out with --skip-bad") from error
