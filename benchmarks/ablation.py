@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
+import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.machine import cpu_name
+from bidensify.methods import LayerParts, LayerSpec, get_method
+from bidensify.nn import RPReLU, WeightBinarizer
 from bidensify.recipe import load_recipe
 from bidensify.train.run import run_recipe
 
@@ -34,6 +37,14 @@ def stages(both: dict[str, Any], *, one: bool = False, epochs: tuple[int, int] =
         return [{**second, "epochs": sum(epochs)}]
     first = {"name": "activations", "binarize": "activations", "epochs": epochs[0], "lr": 3.0e-3, "losses": both}
     return [first, second]
+
+
+@bd.register_method("bidense-unscaled", activation=RPReLU, bypass="all", citation="the authors' code of BiDense")
+def bidense_unscaled(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+    """BiDense with the authors' estimator of the weights' sign: 1[|w| <= 1] without the factor s_o."""
+    parts = get_method("bidense").parts(spec, config)
+    weights = WeightBinarizer(transposed=spec.transposed, groups=spec.groups, ste_scaled=False)
+    return LayerParts(parts.binarizer, weights)
 
 
 TASK_KL = {"task": 1.0, "kl": KL}
@@ -57,6 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bnn": ("the method bnn under the same recipe", {"binarize": {"method": "bnn"}}),
+    "unscaled STE": ("the weights' gradient not multiplied by s_o", {"binarize": {"method": "bidense-unscaled"}}),
 }
 
 
