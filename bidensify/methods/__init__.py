@@ -1,10 +1,11 @@
-"""Binarization methods: one file each, and a registry. A file that is put into this folder is a method."""
+"""Binarization methods: one file each, and a registry. A file that is put into this folder, or below it, is a method."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 
+from bidensify.methods.around import framed
 from bidensify.methods.registry import LayerParts, LayerSpec, Method, available_methods, get_method, register_method
 
 __all__ = [
@@ -12,9 +13,10 @@ __all__ = [
     "LayerSpec",
     "Method",
     "available_methods",
+    "framed",
     "get_method",
     "register_method",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -172,6 +172,11 @@ def _checked(name: str, function: PartsFunction) -> PartsFunction:
         made = function(spec, config)
         if not isinstance(made, LayerParts):
             raise ConfigError(f"the method {name!r} gave {made!r} for {spec}; it must give LayerParts")
+        if config.act_scale == "spatial" and getattr(made.binarizer, "act_scale", None) != "spatial":
+            raise ConfigError(
+                f"act_scale='spatial' is XNOR-Net's map of scales, which the method {name!r} does not have; use "
+                "method='xnor', or another act_scale"
+            )
         return made
 
     return parts
