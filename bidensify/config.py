@@ -16,11 +16,11 @@ __all__ = ["BidensifyConfig", "Rule"]
 CONFIG_VERSION = 1
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "act_scale": ("per_tensor", "per_channel", "none"),
+    "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
+    "frame": ("own", "bidense"),
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
-    "frame": ("own", "bidense"),
 }
 
 # Options of earlier releases, and the one value that is left of each.
@@ -50,7 +50,7 @@ class Rule:
             path, or a class name as "class:Conv2d" (the class itself or any of its bases). A class object may be given;
             it is stored by name.
         action: "keep", "binarize", the name of a method, or a mapping of overrides: method, act_scale
-            ("per_tensor" | "per_channel" | "none"), bypass (bool), activation ("rprelu" | "keep").
+            ("per_tensor" | "per_channel" | "none" | "spatial"), bypass (bool), activation ("rprelu" | "keep").
         where: predicates on the layer that must hold too, each a closed range [low, high] (None: open):
             in_channels, out_channels, kernel_size (the larger side), stride, groups, height, width (of the output).
 
@@ -114,7 +114,8 @@ class BidensifyConfig:
     Args:
         method: a registered method ("bidense", "bnn", ...); see ``bidensify.available_methods()``.
         rules: ordered ``Rule``s; the first that fits a layer decides it, before the defaults do.
-        act_scale: granularity of the activation scale alpha: "per_tensor", "per_channel" (not packable) or "none".
+        act_scale: granularity of the activation scale alpha: "per_tensor", "per_channel" (not packable) or "none"; "spatial" is
+            XNOR-Net's map of scales (not packable).
         residual: what happens to residual adds. "auto": removed where the bypasses inside already carry everything the
             shortcut carried, else kept with the last layer's bypass dropped. "keep": always kept, with the last
             layer's bypass dropped. "double": kept with every bypass (for comparison).
@@ -135,10 +136,10 @@ class BidensifyConfig:
     method: str = "bidense"
     rules: tuple[Rule, ...] = ()
     act_scale: str = "per_tensor"
+    frame: str = "own"
     residual: str = "auto"
     linear: str = "pointwise"
     activation: str = "rprelu"
-    frame: str = "own"
     keep_first: bool = True
     keep_last: bool = True
 

@@ -2,7 +2,7 @@
 
     python examples/own_method.py
 
-XNOR-Net (Rastegari et al., ECCV 2016): weights are a sign times their mean size, activations a sign, no bypass.
+Weights are a sign times their mean size, activations a sign, PReLU behind: BNN with the scales of XNOR-Net, no bypass.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bidensify.train import run_recipe
 RECIPE = Path(__file__).parents[1] / "recipes" / "scenes_segmentation.yaml"
 
 
-@bd.register_method("xnor", activation=lambda channels, dim: nn.PReLU(channels), citation="Rastegari et al., ECCV 2016")
-def xnor(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+@bd.register_method("mine", activation=lambda channels, dim: nn.PReLU(channels))
+def mine(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     """sign(x) on activations, mean|w| * sign(w) per output channel on weights."""
     return LayerParts(
         binarizer=SignBinarizer(spec.in_channels, spec.dim),
@@ -34,7 +34,7 @@ def main(out: Path = Path("runs/methods"), settings: tuple[str, ...] = ()) -> di
     """Returns each run's mIoU; ``settings`` change the recipe, as ``--set`` does on the command line."""
     teacher = out / "teacher"
     miou = {"teacher": run_recipe(load_recipe(RECIPE, settings), teacher, role="teacher").metrics["miou"]}
-    for method in ("bidense", "xnor"):
+    for method in ("bidense", "mine"):
         recipe = load_recipe(RECIPE, [*settings, f"name={method}", f"binarize.method={method}"])
         miou[method] = run_recipe(recipe, out / method, teacher_weights=teacher).metrics["miou"]
 

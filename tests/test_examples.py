@@ -61,8 +61,8 @@ def test_own_method(tmp_path: Path) -> None:
         "teacher.stages[0].epochs=1", "stages[0].epochs=1", "stages[1].epochs=1", "calibrate.batches=1",
         "log.tensorboard=false",
     )  # fmt: skip
-    assert set(load("own_method").main(tmp_path, small)) == {"teacher", "bidense", "xnor"}
-    assert "xnor" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert set(load("own_method").main(tmp_path, small)) == {"teacher", "bidense", "mine"}
+    assert "mine" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_deploy(tmp_path: Path) -> None:

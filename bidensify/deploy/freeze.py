@@ -15,7 +15,7 @@ from bidensify.deploy.layers import PackedConv2d, PackedConvTranspose2d, PackedL
 from bidensify.deploy.reference import convolve
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError, PackError
-from bidensify.exact import fold
+from bidensify.exact import check_flips, fold
 from bidensify.nn import BinaryLayer, Bypass
 
 __all__ = ["empty_from_meta", "freeze"]
@@ -55,9 +55,12 @@ def freeze(layer: BinaryLayer, kernel: str = "auto", name: str = "layer") -> Pac
         )
     if not bool(torch.isfinite(layer.latent_weight).all()):
         raise PackError(f"{name}: its weights are not finite; the model was not trained to a usable state")
+    stored, flips = layer.binarizer.stored(), layer.binarizer.flips()
     try:
         signs, scale, offset = layer.binary_weight()
         folded = fold(layer, scale, offset)
+        if flips is not None:
+            check_flips(layer.binarizer, stored is None or "levels" in stored, offset)
     except ConfigError as error:
         raise PackError(f"{name}: {error}") from error
     spec = _geometry(layer, name)
@@ -65,7 +68,10 @@ def freeze(layer: BinaryLayer, kernel: str = "auto", name: str = "layer") -> Pac
     spec = _find_padding(layer, signs, scale, offset, spec, name)
     spec = replace(spec, planes=layer.binarizer.planes, bypass_last=layer.activation_first)
     own: dict[str, nn.Module | None] = {"activation": folded.activation}
-    stored = layer.binarizer.stored()
+    if flips is not None:
+        # What turns an input channel round turns the weights' signs that it meets.
+        per_group = flips.detach().to(signs).view(spec.groups, 1, -1, 1, 1)
+        signs = (signs.view(spec.groups, -1, *spec.weight_shape[1:]) * per_group).view(spec.weight_shape)
     if stored is None:
         spec, own["binarizer"] = replace(spec, custom=True), layer.binarizer
     spec, own["bypass"] = _bypass(layer, spec)

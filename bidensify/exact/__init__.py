@@ -11,7 +11,8 @@ Numbers are float32 where nothing else is said, and each operation rounds:
    not show (on a GPU, which has no kernels of its own here, float64 is taken throughout: equal to rounding);
 2. beta = k * mean + b, rounded to the input's dtype; distance: the same blocks of |x - beta|, added over channels too;
    alpha = exp(a * (mean distance - 1)) in float64, rounded once. The binarized input is middle + half * s, s = +1 where
-   x >= beta and -1 elsewhere (alpha is half, and middle is 0);
+   x >= beta and -1 elsewhere (alpha is half, and middle is 0); where a part turns channels round (``flips``) the weights'
+   signs of that input channel are turned instead, which needs middle = 0 and weights without an offset;
 3. dot = the integer sum of s times the weights' signs, padded positions contributing 0; where weights have an offset,
    window = the integer sum of s over the window and the group, taps = how many positions it has;
 4. BatchNorm, the weights' scale and offset and what else is constant per output channel: ``fold``, in float64, rounded once;
@@ -27,7 +28,7 @@ Source of the layer itself: BiDense (arXiv 2411.10346), eq. 1-6.
 
 from __future__ import annotations
 
-from bidensify.exact.definition import activation_scale, own_codes, plus_minus, thresholds
+from bidensify.exact.definition import activation_scale, check_flips, own_codes, plus_minus, thresholds
 from bidensify.exact.fold import Affine, Folded, Pointwise, fold, folded
 from bidensify.exact.forward import Bits, Sums, binarize, forward
 from bidensify.exact.latent import evaluate, signs_in_use
@@ -44,6 +45,7 @@ __all__ = [
     "any_order",
     "binarize",
     "block_sums",
+    "check_flips",
     "evaluate",
     "fold",
     "folded",

@@ -11,7 +11,7 @@ from bidensify.errors import ConfigError
 from bidensify.exact.fold import Folded
 from bidensify.exact.sums import block_sums
 
-__all__ = ["activation_scale", "finish", "fusion_down_in_order", "own_codes", "plus_minus", "thresholds"]
+__all__ = ["activation_scale", "check_flips", "finish", "fusion_down_in_order", "own_codes", "plus_minus", "thresholds"]
 
 
 def thresholds(x: Tensor, k: Tensor | None, b: Tensor | None) -> Tensor:
@@ -86,6 +86,21 @@ def own_codes(binarizer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
             )
     levels = torch.stack([low.reshape(-1).expand(n), high.reshape(-1).expand(n)], 1)
     return beta.expand(n, c).float().contiguous(), levels.float().contiguous()
+
+
+def check_flips(binarizer: Any, lopsided: bool, offset: Tensor | None) -> None:
+    """Raises ConfigError where channels that are turned round cannot be had by turning their weight bits.
+
+    Args:
+        binarizer: an activation binarizer whose ``flips()`` is not None.
+        lopsided: its two values are not one value with either sign.
+        offset: of the weights, or None.
+    """
+    if lopsided or offset is not None:
+        raise ConfigError(
+            f"{type(binarizer).__name__} turns the values of some channels round, which packed weights take over by their "
+            f"bits; {'its two values are not -alpha and alpha' if lopsided else 'these weights have an offset'}: keep the layer"
+        )
 
 
 def fusion_down_in_order(x: Tensor, groups: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bidensify.errors import ConfigError
-from bidensify.exact.definition import own_codes
+from bidensify.exact.definition import check_flips, own_codes
 from bidensify.exact.fold import fold
 from bidensify.exact.forward import binarize, forward
 
@@ -150,6 +151,8 @@ def _applies(layer: Any, x: Any) -> bool:
         and _quiet(layer.weight_binarizer)
         and _quiet(norm)
         and not (norm is not None and norm.training)
+        # A norm inside a binarizer that takes the batch's statistics (while it is calibrated) has no fixed threshold.
+        and not any(part.training for part in binarizer.children())
     )
 
 
@@ -215,9 +218,15 @@ def _evaluate(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     if stored is None:
         bits = binarize(image, {}, *own_codes(layer.binarizer, image))
     else:
-        bits = binarize(image, {name: value.detach().float().flatten() for name, value in stored.items()})
+        held = {name: value.detach().to(image.device).float().flatten() for name, value in stored.items()}
+        bits = binarize(image, held)
+    flips = layer.binarizer.flips()
+    if flips is not None:
+        bits = replace(bits, signs=bits.signs * flips.detach().to(bits.signs).view(1, -1, 1, 1))
     dot = sums.dot(bits.signs)
     assert sums.scale is not None
+    if flips is not None:
+        check_flips(layer.binarizer, bits.middle is not None, sums.offset)
     after = fold(layer, sums.scale, sums.offset)
     signal = _signal(layer, image, (dot.shape[2], dot.shape[3]))
     late = layer.activation_first and after.activation is not None

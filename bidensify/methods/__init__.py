@@ -1,4 +1,4 @@
-"""Binarization methods: one file each, and a registry. A file that is put into this folder is a method."""
+"""Binarization methods: one file each, and a registry. A file that is put into this folder, or below it, is a method."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ __all__ = [
     "register_method",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -6,18 +6,13 @@ A layer is y = BatchNorm(conv(sign(x), sign(w))): no scales, no bypass. Both sig
 
 from __future__ import annotations
 
-from torch import nn
-
 from bidensify.config import BidensifyConfig
+from bidensify.methods.around import hardtanh
 from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import SignBinarizer, WeightBinarizer
 
 
-def _activation(channels: int, dim: int) -> nn.Module:
-    return nn.Hardtanh()
-
-
-@register_method("bnn", activation=_activation, bypass=False, citation="Hubara et al., NeurIPS 2016")
+@register_method("bnn", activation=hardtanh, bypass=False, citation="Hubara et al., NeurIPS 2016")
 def bnn(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """sign on activations and on weights."""
     return LayerParts(

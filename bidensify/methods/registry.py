@@ -175,6 +175,11 @@ def _checked(name: str, function: PartsFunction) -> PartsFunction:
         made = function(spec, config)
         if not isinstance(made, LayerParts):
             raise ConfigError(f"the method {name!r} gave {made!r} for {spec}; it must give LayerParts")
+        if config.act_scale == "spatial" and getattr(made.binarizer, "act_scale", None) != "spatial":
+            raise ConfigError(
+                f"act_scale='spatial' is XNOR-Net's map of scales, which the method {name!r} does not have; use "
+                "method='xnor', or another act_scale"
+            )
         return made
 
     return parts
@@ -197,6 +202,7 @@ def get_method(name: str) -> Method:
     found = _METHODS[base]
     if base == name:
         return found
+    keeps = found.keeps
     return replace(
         found,
         name=name,
@@ -205,7 +211,8 @@ def get_method(name: str) -> Method:
         norm="after",
         activation_first=False,
         residual=None,
-        keeps=None,
+        # Kinds of layer that the method does not know stay; shortcuts of the authors' networks do not.
+        keeps=None if keeps is None else lambda spec: keeps(replace(spec, kernel_size=(3, 3), stride=(1, 1))),
     )
 
 

@@ -11,13 +11,23 @@ from bidensify.nn.dab import DistributionAdaptiveBinarizer
 from bidensify.nn.layers import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.nn.norm import BatchNormLast
 from bidensify.nn.rprelu import ByWidth, RPReLU
-from bidensify.nn.signs import SignBinarizer
-from bidensify.nn.ste import Estimator, binarize_weight, clipped_sign, estimator, polynomial_sign, sign, threshold_sign
-from bidensify.nn.weight import WeightBinarizer
+from bidensify.nn.signs import AffineSign, ShiftedSign, SignBinarizer
+from bidensify.nn.ste import (
+    Estimator,
+    binarize_weight,
+    clipped_sign,
+    estimator,
+    polynomial_sign,
+    sign,
+    straight_through,
+    threshold_sign,
+)
+from bidensify.nn.weight import LearnedScaleWeight, TransformedWeight, WeightBinarizer
 
 __all__ = [
     "ActivationBinarizer",
     "Affine",
+    "AffineSign",
     "BatchNormLast",
     "BiDenseConv2d",
     "BiDenseConvTranspose2d",
@@ -28,9 +38,12 @@ __all__ = [
     "DistributionAdaptiveBinarizer",
     "Estimator",
     "FrozenLayer",
+    "LearnedScaleWeight",
     "Pointwise",
     "RPReLU",
+    "ShiftedSign",
     "SignBinarizer",
+    "TransformedWeight",
     "WeightBinarizer",
     "binarize_weight",
     "binary_layers",
@@ -47,5 +60,6 @@ __all__ = [
     "set_progress",
     "sign",
     "state_of",
+    "straight_through",
     "threshold_sign",
 ]

@@ -136,7 +136,7 @@ class BinaryLayer(nn.Module):
         """The bare layer of the class below, on an input that is binarized already: C_in -> C_out channels."""
         if not self.makes_weight:
             return self.bare_forward(a, *args, **kwargs)
-        with UsedWeight(self.weight_binarizer if self.binarize_weights else _as_it_is):
+        with UsedWeight(self.weight_binarizer if self.binarize_weights else nn.Identity()):
             return self.bare_forward(a, *args, **kwargs)
 
     def bare_forward(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,7 +150,7 @@ class BinaryLayer(nn.Module):
                 return y
             if supports(x):
                 return self._fused_forward(x, *args, **kwargs)
-        y = self.conv_only(self.binarizer(x), *args, **kwargs)
+        y = self.binarizer.weigh(x, self.conv_only(self.binarizer(x), *args, **kwargs), self)
         side = None if self.bypass is None else self.bypass(x, y.shape[-2:] if self.bypass.dim == 1 else None)
         return self._finish(y, side)
 
@@ -187,7 +187,7 @@ class BinaryLayer(nn.Module):
         self.__dict__["_recomputed"] = recomputed
         try:
             with recomputed.hooks():
-                y = self.conv_only(a, *args, **kwargs)
+                y = binarizer.weigh(x, self.conv_only(a, *args, **kwargs), self)
         finally:
             self.__dict__.pop("_recomputed", None)
             recomputed.forget()
@@ -227,10 +227,6 @@ class BinaryLayer(nn.Module):
         # A class that says how it is pickled (parametrized ones refuse) is asked, as if it were not binary.
         getstate = getattr(self, "__getstate__", None)
         return _rebuild, (base,), self.__dict__ if getstate is None else getstate()
-
-
-def _as_it_is(weight: Tensor) -> Tensor:
-    return weight
 
 
 _any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from bidensify.errors import ConfigError
 from bidensify.nn.ste import threshold_sign
 
-__all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "quiet", "set_progress"]
+__all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "mixing_threshold", "quiet", "set_progress"]
+
+_CALIBRATION_SAMPLES = 4096
+# Values of a channel that differ by less, relative to its largest, are one value summed in different orders.
+_ROUNDING = 1e-6
 
 
 def _undeclared(self: Any, *unused: Any) -> None:
@@ -89,13 +93,38 @@ def set_progress(model: nn.Module, fraction: float) -> None:
             change(fraction)
 
 
+def mixing_threshold(values: Tensor) -> Tensor:
+    """Per-row thresholds that split each row's values as evenly as their ties allow.
+
+    A threshold lies midway between two values of the row, so that rounding moves none of them across it.
+
+    Args:
+        values: (C, n).
+
+    Returns:
+        (C,): the cut nearest the row's middle; the value itself in a row of one value.
+    """
+    ordered = values.float().sort(dim=1).values
+    count = ordered.shape[1]
+    if count == 1:
+        return ordered[:, 0]
+    low, high = ordered[:, :-1], ordered[:, 1:]
+    distinct = high - low > _ROUNDING * ordered.abs().amax(1, keepdim=True)
+    distinct = torch.where(distinct.any(1, keepdim=True), distinct, high > low)
+    above = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=values.device)
+    cut = torch.where(distinct, (2 * above - count).abs(), 2 * count).argmin(1, keepdim=True)
+    start, end = low.gather(1, cut).squeeze(1), high.gather(1, cut).squeeze(1)
+    middle = start + (end - start) / 2
+    return torch.where(middle > start, middle, end)
+
+
 class ActivationBinarizer(nn.Module):
     """Base of activation binarizers for (N, C, H, W) (``dim=1``) or (..., C) (``dim=-1``).
 
     A subclass says with ``codes`` which two values it gives and where the threshold between them lies:
-    binarized x = high where x >= threshold, low elsewhere. A packed layer needs no more than that. It may define ``binarize``,
-    the differentiable forward, too; else that is ``codes`` behind the Bi-Real estimator. One that defines ``binarize`` alone
-    trains and is not packable.
+    binarized x = high where x >= threshold, low elsewhere, times ``flips``. A packed layer needs no more than that. It may
+    define ``binarize``, the differentiable forward, too; else that is ``codes`` behind the Bi-Real estimator. One that defines
+    ``binarize`` alone trains and is not packable.
 
     Attributes:
         enabled: False passes the input through (the stage that trains with float activations).
@@ -114,7 +143,7 @@ class ActivationBinarizer(nn.Module):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
         changed = any(name in own for name in ("codes", "binarize", "forward"))
-        for name in ("stored", "split"):
+        for name in ("stored", "split", "flips"):
             if changed and name not in own:
                 setattr(cls, name, _undeclared)
         if ("binarize" in own or "forward" in own) and "codes" not in own and "packable" not in own:
@@ -151,6 +180,13 @@ class ActivationBinarizer(nn.Module):
         """
         return None
 
+    def flips(self) -> Tensor | None:
+        """(C,) of -1 and +1 that each channel's two values are multiplied by, or None for +1; constant after training.
+
+        Packed layers turn the channel's weight bits instead, which needs values -alpha and alpha and weights without an offset.
+        """
+        return None
+
     def split(self, x: Tensor, groups: int, owned: bool) -> Split | None:
         """``binarize`` and the bypass's view of ``x`` in one pass of a training kernel, or None where there is none for it.
 
@@ -165,6 +201,10 @@ class ActivationBinarizer(nn.Module):
         """The differentiable binarization of ``x``."""
         threshold, low, high = self.codes(x)
         return threshold_sign(x, threshold, (high - low) / 2) + (high + low) / 2
+
+    def weigh(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """``y``, the bare layer's output for the input ``x``, times what cannot be said of the input; by default ``y``."""
+        return y
 
     def calibrate(self, x: Tensor) -> None:
         """Sets thresholds from one batch of inputs; without thresholds there is nothing to set."""
@@ -182,6 +222,21 @@ class ActivationBinarizer(nn.Module):
 
     def set_progress(self, fraction: float) -> None:
         """Called as training goes on, with 0 at its first step and 1 at its end."""
+
+    def _even_thresholds(self, x: Tensor, rest: Tensor | None = None) -> Tensor:
+        """(C,) thresholds of ``x - rest`` that leave each channel with both signs, on all batches since calibration began."""
+        moved = x.movedim(self.dim, 0).flatten(1)
+        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES) * self._thinned
+        values = moved[:, ::step].float()
+        if rest is not None:
+            values = values - rest.expand_as(x).movedim(self.dim, 0).flatten(1)[:, ::step].float()
+        if self._samples is not None:
+            values = torch.cat([self._samples, values], 1)
+        while values.shape[1] > 2 * _CALIBRATION_SAMPLES:
+            # Later calls are thinned as much, so that each weighs the same.
+            values, self._thinned = values[:, ::2], 2 * self._thinned
+        self._samples = values
+        return mixing_threshold(values)
 
     def _spatial(self, x: Tensor) -> tuple[int, ...]:
         """The dimensions that statistics are taken over: all but the sample's and the channel's."""

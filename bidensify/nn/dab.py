@@ -8,47 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bidensify.errors import ConfigError
 from bidensify.kernels import autograd
 from bidensify.kernels import training_ops as ops
 from bidensify.kernels.dense import dense, supports
 from bidensify.nn.contract import ActivationBinarizer, Split
 from bidensify.nn.ste import threshold_sign
 
-__all__ = ["DistributionAdaptiveBinarizer", "mixing_threshold", "statistics_dtype"]
-
-_CALIBRATION_SAMPLES = 4096
-# Values of a channel that differ by less, relative to its largest, are one value summed in different orders.
-_ROUNDING = 1e-6
+__all__ = ["DistributionAdaptiveBinarizer", "statistics_dtype"]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """float32 for half precision, else the dtype of ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def mixing_threshold(values: Tensor) -> Tensor:
-    """Per-row thresholds that split each row's values as evenly as their ties allow.
-
-    A threshold lies midway between two values of the row, so that rounding moves none of them across it.
-
-    Args:
-        values: (C, n).
-
-    Returns:
-        (C,): the cut nearest the row's middle; the value itself in a row of one value.
-    """
-    ordered = values.float().sort(dim=1).values
-    count = ordered.shape[1]
-    if count == 1:
-        return ordered[:, 0]
-    low, high = ordered[:, :-1], ordered[:, 1:]
-    distinct = high - low > _ROUNDING * ordered.abs().amax(1, keepdim=True)
-    distinct = torch.where(distinct.any(1, keepdim=True), distinct, high > low)
-    above = torch.arange(count - 1, 0, -1, dtype=torch.int32, device=values.device)
-    cut = torch.where(distinct, (2 * above - count).abs(), 2 * count).argmin(1, keepdim=True)
-    start, end = low.gather(1, cut).squeeze(1), high.gather(1, cut).squeeze(1)
-    middle = start + (end - start) / 2
-    return torch.where(middle > start, middle, end)
 
 
 class DistributionAdaptiveBinarizer(ActivationBinarizer):
@@ -72,7 +44,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
     def __init__(self, channels: int, act_scale: str = "per_tensor", dim: int = 1) -> None:
         super().__init__(channels, dim)
         if act_scale not in ("per_tensor", "per_channel", "none"):
-            raise ValueError(f"act_scale={act_scale!r} must be 'per_tensor', 'per_channel' or 'none'")
+            raise ConfigError(f"act_scale={act_scale!r} must be 'per_tensor', 'per_channel' or 'none'")
         self.act_scale = act_scale
         shape = (1, channels, 1, 1) if dim == 1 else (channels,)
         self.k = nn.Parameter(torch.randn(shape) * 1e-3)
@@ -176,17 +148,8 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
 
     def calibrate(self, x: Tensor) -> None:
         """Sets b so that each channel has +1 and -1 on what came in since calibration began, ``x`` included."""
-        moved = x.movedim(self.dim, 0).flatten(1)
-        rest = (self._shaped(self.k, x).float() * self._mean(x)).expand_as(x).movedim(self.dim, 0).flatten(1)
-        step = max(1, moved.shape[1] // _CALIBRATION_SAMPLES) * self._thinned
-        values = moved[:, ::step].float() - rest[:, ::step]
-        if self._samples is not None:
-            values = torch.cat([self._samples, values], 1)
-        while values.shape[1] > 2 * _CALIBRATION_SAMPLES:
-            # Later calls are thinned as much, so that each weighs the same.
-            values, self._thinned = values[:, ::2], 2 * self._thinned
-        self._samples = values
-        self.b.copy_(mixing_threshold(values).reshape(self.b.shape))
+        rest = self._shaped(self.k, x).float() * self._mean(x)
+        self.b.copy_(self._even_thresholds(x, rest).reshape(self.b.shape))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act_scale={self.act_scale!r}"

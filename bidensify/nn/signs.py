@@ -1,17 +1,18 @@
-"""The sign alone: Binarized Neural Networks (Hubara et al., NeurIPS 2016)."""
+"""Sign functions of the input itself: the sign alone, behind a learned threshold, behind a scale and a shift per channel."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bidensify.nn.contract import ActivationBinarizer
-from bidensify.nn.ste import Estimator, estimator, threshold_sign
+from bidensify.nn.ste import Estimator, estimator, straight_through, threshold_sign
 
-__all__ = ["SignBinarizer"]
+__all__ = ["AffineSign", "ShiftedSign", "SignBinarizer", "crossing"]
 
 
 class SignBinarizer(ActivationBinarizer):
-    """sign(x) with sign(0) = +1.
+    """sign(x) with sign(0) = +1: Binarized Neural Networks (Hubara et al., NeurIPS 2016) with the "clipped" estimator.
 
     Args:
         channels: C.
@@ -36,3 +37,94 @@ class SignBinarizer(ActivationBinarizer):
 
     def set_progress(self, fraction: float) -> None:
         self.ste.set_progress(fraction)
+
+
+class ShiftedSign(SignBinarizer):
+    """sign(x + b_c), b learned per channel: ReActNet's RSign (Liu et al., ECCV 2020) with the "polynomial" estimator.
+
+    ``b`` starts at 0; calibration sets it so that each channel has both signs.
+    """
+
+    def __init__(self, channels: int, dim: int = 1, *, ste: str | Estimator = "polynomial") -> None:
+        super().__init__(channels, dim, ste=ste)
+        self.b = nn.Parameter(torch.zeros(channels))
+
+    def _threshold(self, x: Tensor) -> Tensor:
+        return -self._shaped(self.b, x).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        one = x.new_ones(())
+        return self._threshold(x).detach(), -one, one
+
+    def stored(self) -> dict[str, Tensor] | None:
+        return {"b": -self.b}
+
+    def binarize(self, x: Tensor) -> Tensor:
+        return threshold_sign(x, self._threshold(x), x.new_ones(()), ste=self.ste)
+
+    def calibrate(self, x: Tensor) -> None:
+        self.b.copy_(-self._even_thresholds(x))
+
+
+def crossing(k: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Where k x + b changes its sign, as a comparison: flip * (x >= threshold ? 1 : -1) is +1 exactly where k x + b >= 0.
+
+    Args:
+        k, b: (C,).
+        dtype: of x and of the result.
+
+    Returns:
+        (C,) each: threshold, and flip: -1 where k < 0. Where k is 0 every x is above the threshold, and flip is the sign of b.
+    """
+    wide = torch.float32 if k.device.type == "mps" else torch.float64
+    k, b = k.detach().to(wide), b.detach().to(wide)
+    largest = torch.finfo(dtype).max
+    threshold = torch.where(k == 0, -largest, -b / k).clamp(-largest, largest).to(dtype)
+    # The first x of the side that the comparison is for: rounding may have left the threshold on the other, and with a negative
+    # k an x where k x + b is 0 belongs to the other.
+    side = k * threshold.to(wide) + b
+    behind = torch.where(k < 0, side < 0, side >= 0) | (k == 0)
+    above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf)).clamp(max=largest)
+    flip = torch.where((k < 0) | ((k == 0) & (b < 0)), -1.0, 1.0).to(dtype)
+    return torch.where(behind, threshold, above), flip
+
+
+class AffineSign(ActivationBinarizer):
+    """sign(k_c x + b_c) as a threshold -b / k per channel, and a flip where k is negative: base of those that say k and b.
+
+    A subclass gives ``affine`` and ``surrogate``.
+    """
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """k and b, (C,) each."""
+        raise NotImplementedError
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        """What the gradient goes through, in the shape of ``x``; its value does not matter unless ``moving``."""
+        raise NotImplementedError
+
+    @property
+    def moving(self) -> bool:
+        """Whether k and b are of this very input: then ``surrogate`` gives the binarized values too."""
+        return False
+
+    def _crossing(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        threshold, flip = crossing(*self.affine(), torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self._shaped(threshold, x).to(x.dtype), self._shaped(flip, x).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        one = x.new_ones(())
+        return self._crossing(x)[0], -one, one
+
+    def stored(self) -> dict[str, Tensor] | None:
+        return {"b": crossing(*self.affine())[0]}
+
+    def flips(self) -> Tensor | None:
+        return crossing(*self.affine())[1]
+
+    def binarize(self, x: Tensor) -> Tensor:
+        through = self.surrogate(x)
+        if self.moving:
+            return through
+        threshold, flip = self._crossing(x)
+        return straight_through(torch.where(x.detach() >= threshold, flip, -flip), through)

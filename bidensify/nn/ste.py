@@ -33,6 +33,7 @@ __all__ = [
     "estimator",
     "polynomial_sign",
     "sign",
+    "straight_through",
     "threshold_sign",
 ]
 
@@ -147,6 +148,29 @@ def polynomial_sign(x: Tensor) -> Tensor:
 def clipped_sign(x: Tensor) -> Tensor:
     """sign(x) with the clipped identity: gradient 1[|x| <= 1]. Shape: any, kept."""
     return threshold_sign(x, x.new_zeros(()), x.new_ones(()), ste="clipped")
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, through: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def straight_through(value: Tensor, through: Tensor) -> Tensor:
+    """``value`` to the bit, with the gradient of ``through``: any surrogate is then plain torch.
+
+    (The usual ``through + (value - through).detach()`` rounds, and two values become many.)
+
+    Args:
+        value: what comes out; takes no gradient.
+        through: of the same shape and dtype.
+    """
+    result: Tensor = _StraightThrough.apply(value.detach(), through)
+    return result
 
 
 class _BinarizeWeight(torch.autograd.Function):

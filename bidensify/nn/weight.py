@@ -1,4 +1,8 @@
-"""Weight binarizers: what a binary layer computes with in place of its latent weight; the base of all is the scaled sign."""
+"""Weight binarizers: what a binary layer computes with in place of its latent weight; the base of all is the scaled sign.
+
+Where an output channel is fed by one weight, or by equal ones, nothing is left of it less its mean: there no binarizer here
+centres (``WeightBinarizer.moments``), so that a depthwise 1x1 convolution keeps its weights' signs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from torch import Tensor, nn
 from bidensify.errors import ConfigError
 from bidensify.kernels import autograd, evaluation_ops
 from bidensify.kernels.dense import geometry, supports
-from bidensify.nn.ste import Estimator, binarize_weight, estimator, sign
+from bidensify.nn.ste import Estimator, binarize_weight, estimator, sign, straight_through, threshold_sign
 
-__all__ = ["WeightBinarizer"]
+__all__ = ["LearnedScaleWeight", "TransformedWeight", "WeightBinarizer"]
 
 
 class WeightBinarizer(nn.Module):
@@ -88,6 +92,26 @@ class WeightBinarizer(nn.Module):
         total: Tensor = torch.linalg.vector_norm(rows, 1, 1, dtype=wide)
         return (total / rows.shape[1]).to(dtype)
 
+    def moments(self, weight: Tensor, correction: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of the weights that feed each output channel, differentiable, and where there are any.
+
+        Args:
+            weight: as the layer holds it.
+            correction: 1 divides the sum of squares by one less than the number of weights.
+
+        Returns:
+            (C_out,) each: mean, deviation, and whether the weights differ; where they do not, mean 0 and deviation 1.
+        """
+        rows = self.rows(weight)
+        mean = rows.mean(1)
+        away = rows - mean[:, None]
+        with torch.no_grad():
+            # Equal weights differ from their mean by the mean's rounding.
+            differ = away.abs().amax(1) > 8 * torch.finfo(rows.dtype).eps * rows.abs().amax(1)
+        # The root of 0 has no gradient, also where it is not taken.
+        square = torch.where(differ, away.square().sum(1) / max(rows.shape[1] - correction, 1), torch.ones_like(mean))
+        return torch.where(differ, mean, torch.zeros_like(mean)), square.sqrt(), differ
+
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(signs of -1 and +1 in the shape of ``weight``, scale (C_out,), offset (C_out,) or None for 0); detached."""
         if self.native(weight):
@@ -123,6 +147,45 @@ class WeightBinarizer(nn.Module):
         said = [] if self.scaled else ["scaled=False"]
         said += [] if self.ste.name == "clipped" else [f"ste={self.ste.name!r}"]
         return ", ".join(said + ([] if self.ste_scaled else ["ste_scaled=False"]))
+
+
+class TransformedWeight(WeightBinarizer):
+    """w_b = scale_o * sign(u) + offset_o of a u that a subclass makes of the weight.
+
+    The gradient goes through the estimator at u (times scale_o, unless ``ste_scaled`` is False), and on through whatever
+    u, scale and offset are made of.
+    """
+
+    def transform(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(u in the shape of ``weight``, scale (C_out,), offset (C_out,) or None), differentiable where the method is."""
+        raise NotImplementedError
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.no_grad():
+            u, scale, offset = self.transform(weight.detach())
+        return sign(u), scale.detach(), None if offset is None else offset.detach()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        u, scale, offset = self.transform(weight)
+        signs = threshold_sign(u, u.new_zeros(()), u.new_ones(()), ste=self.ste)
+        factor = self.like(scale, weight).to(u.dtype)
+        binary = factor * signs if self.ste_scaled else straight_through(factor * signs, signs)
+        return (binary if offset is None else binary + self.like(offset, weight)).to(weight.dtype)
+
+
+class LearnedScaleWeight(TransformedWeight):
+    """Base of weight binarizers whose scale ``alpha`` (C_out,) is learned.
+
+    Args:
+        channels: C_out.
+        weight: alpha starts at its mean |w| per output channel; at 1 without one.
+        options: see ``WeightBinarizer``.
+    """
+
+    def __init__(self, channels: int, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        start = torch.ones(channels) if weight is None else self.channel_scale(weight).to(weight.dtype)
+        self.alpha = nn.Parameter(start)
 
 
 def _codes_of_forward(self: WeightBinarizer, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.methods import LayerParts, LayerSpec
-from bidensify.nn import ActivationBinarizer, Pointwise, SignBinarizer, WeightBinarizer, threshold_sign
+from bidensify.nn import ActivationBinarizer, AffineSign, Pointwise, SignBinarizer, WeightBinarizer, threshold_sign
 
 
 class CentredWeight(WeightBinarizer):
@@ -43,6 +43,23 @@ class ChannelThreshold(ActivationBinarizer):
 
     def stored(self) -> dict[str, Tensor] | None:
         return {"b": self.threshold}
+
+
+class Turned(AffineSign):
+    """sign(k_c x + b_c) with every third k negative and one 0: packed layers turn the weight bits of those channels."""
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__(channels, dim)
+        self.k = nn.Parameter(torch.where(torch.arange(channels) % 3 == 1, -0.7, 1.3))
+        self.b = nn.Parameter(torch.linspace(-0.5, 0.5, channels))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        # The suite adds noise: some of the negative ones become 0.
+        return torch.where(self.k.abs() < 0.65, torch.zeros_like(self.k), self.k), self.b
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        k, b = (self._shaped(parameter, x).to(x.dtype) for parameter in (self.k, self.b))
+        return (k * x + b).clamp(-1, 1)
 
 
 class SampleThreshold(ActivationBinarizer):
@@ -117,6 +134,10 @@ def register() -> list[str]:
     @bd.register_method("own-samples", bypass="all", norm="none", activation=lambda channels, dim: nn.GELU())
     def samples(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
         return LayerParts(SampleThreshold(spec.in_channels, spec.dim), weights(spec, OffsetWeight))
+
+    @bd.register_method("own-turned", bypass="all", activation=Maxout)
+    def turned(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+        return LayerParts(Turned(spec.in_channels, spec.dim), weights(spec))
 
     @bd.register_method("own-scheduled", bypass="all", norm="none", activation_first=True)
     def scheduled(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:

@@ -39,6 +39,7 @@ GEOMETRIES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "transposed": (lambda: nn.ConvTranspose2d(24, 16, 2, 2), (2, 24, 5, 6)),
     "transposed, groups": (lambda: nn.ConvTranspose2d(24, 32, 3, 2, 1, 1, groups=2), (1, 24, 5, 4)),
     "linear": (lambda: nn.Linear(40, 56), (2, 13, 40)),
+    "linear, qkv": (lambda: nn.Linear(24, 72), (2, 5, 24)),
 }
 
 
@@ -85,6 +86,14 @@ def layer_of(method: str, geometry: str, *, seed: int = 0) -> BinaryLayer:
 def input_of(geometry: str, dtype: torch.dtype = torch.float32, *, last: bool = False) -> Tensor:
     x = torch.randn(GEOMETRIES[geometry][1], generator=torch.Generator().manual_seed(1)).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x
+
+
+def of_codes(layer: BinaryLayer, x: Tensor) -> Tensor:
+    """What the binarizer's codes and flips say that it gives."""
+    threshold, low, high = layer.binarizer.codes(x)
+    flips = layer.binarizer.flips()
+    values = torch.where(x >= threshold, high, low).expand_as(x)
+    return values if flips is None else values * layer.binarizer._shaped(flips, x)
 
 
 def is_packable(layer: BinaryLayer) -> bool:
@@ -151,8 +160,7 @@ def test_two_values_per_output_channel_and_per_sample(method: str, geometry: str
     torch.testing.assert_close(again, layer.weight.detach(), rtol=1e-4, atol=1e-5)
     if layer.binarizer.packable:
         x = input_of(geometry)
-        threshold, low, high = layer.binarizer.codes(x)
-        torch.testing.assert_close(layer.binarizer(x), torch.where(x >= threshold, high, low).expand_as(x))
+        torch.testing.assert_close(layer.binarizer(x), of_codes(layer, x))
 
 
 @each_method
@@ -163,15 +171,14 @@ def test_a_value_on_the_threshold_is_the_high_one(method: str) -> None:
     x = input_of("3x3")
     for _ in range(2):
         # Statistics move with what is put on the threshold; a constant input's threshold may be itself.
-        threshold, low, high = layer.binarizer.codes(x)
+        threshold = layer.binarizer.codes(x)[0]
         on = threshold.expand_as(x)
         if torch.equal(layer.binarizer.codes(on.contiguous())[0].expand_as(x), on):
-            assert torch.equal(layer.binarizer(on.contiguous()), layer.binarizer.codes(on.contiguous())[2].expand_as(x))
+            assert torch.equal(layer.binarizer(on.contiguous()), of_codes(layer, on.contiguous()))
             return
     with torch.no_grad():
         zero = torch.zeros_like(x)
-        threshold, low, high = layer.binarizer.codes(zero)
-        assert torch.equal(layer.binarizer(zero), torch.where(zero >= threshold, high, low).expand_as(x))
+        assert torch.equal(layer.binarizer(zero), of_codes(layer, zero))
 
 
 @each_method
@@ -232,6 +239,8 @@ def test_autocast_and_compile(method: str) -> None:
         y.float().sum().backward()
     assert bool(torch.isfinite(layer.latent_weight.grad).all())
     trained = layer(x.clone().requires_grad_()).detach()
+    # Each method is another graph of the same forward.
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x.clone().requires_grad_()).detach(), trained, rtol=1e-4, atol=1e-4)
 

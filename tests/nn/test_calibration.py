@@ -11,7 +11,7 @@ from torch import nn
 
 from bidensify.errors import ConfigError
 from bidensify.nn import BiDenseConv2d, BiDenseLinear, calibrate
-from bidensify.nn.dab import mixing_threshold
+from bidensify.nn.contract import mixing_threshold
 
 
 def network() -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""BiDense: binarization for dense prediction (arXiv 2411.10346).
+"""BiDense: binarization for dense prediction (arXiv 2411.10346); the paper's two ablations are the files beside this one.
 
 A layer is y = BatchNorm(binary_conv(DAB(x))) + CFB(x), then RPReLU, with
 
@@ -11,18 +11,15 @@ Where this differs from the paper's code, and why, is said in ``bidensify.nn.dab
 
 from __future__ import annotations
 
-from torch import nn
-
 from bidensify.config import BidensifyConfig
+from bidensify.methods.around import rprelu
 from bidensify.methods.registry import LayerParts, LayerSpec, register_method
-from bidensify.nn import DistributionAdaptiveBinarizer, RPReLU, WeightBinarizer
+from bidensify.nn import DistributionAdaptiveBinarizer, WeightBinarizer
+
+__all__ = ["bidense"]
 
 
-def _activation(channels: int, dim: int) -> nn.Module:
-    return RPReLU(channels, dim)
-
-
-@register_method("bidense", activation=_activation, bypass=True, citation="BiDense, arXiv 2411.10346")
+@register_method("bidense", activation=rprelu, bypass=True, citation="BiDense, arXiv 2411.10346")
 def bidense(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """DAB on activations, channel-scaled sign on weights."""
     return LayerParts(

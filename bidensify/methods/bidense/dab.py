@@ -1,0 +1,13 @@
+"""BiDense without its bypass: the ablation that has the distribution-adaptive binarizer alone (arXiv 2411.10346, ablation study).
+
+A layer is y = BatchNorm(binary_conv(DAB(x))), then RPReLU: ``bidense``'s parts, no CFB. The network's own residual adds stay
+where they are, since no bypass carries what they carry.
+"""
+
+from __future__ import annotations
+
+from bidensify.methods.around import rprelu
+from bidensify.methods.bidense import bidense
+from bidensify.methods.registry import register_method
+
+register_method("bidense-dab", activation=rprelu, bypass="none", citation="BiDense, arXiv 2411.10346")(bidense)
