@@ -63,8 +63,6 @@ class Loss(BaseModel):
         Raises:
             ConfigError: the term has none, whatever the student gives, so it would train nothing.
         """
-        if float(self.count(target, task)) <= 0:
-            return
         leaves: list[Tensor] = []
 
         def moved(value: Any) -> Any:
@@ -83,7 +81,8 @@ class Loss(BaseModel):
             features = {path: moved(tensor) for path, tensor in outputs.student_features.items()}
             value = self.value(replace(outputs, student=student, student_features=features), target, task)
             grads = torch.autograd.grad(value, leaves, allow_unused=True) if leaves and value.requires_grad else ()
-        if leaves and not any(grad is not None and bool(grad.any()) for grad in grads):
+        counts = float(self.count(target, task)) > 0
+        if counts and leaves and not any(grad is not None and bool(grad.any()) for grad in grads):
             shapes = [tuple(leaf.shape) for leaf in leaves[:3]]
             raise ConfigError(
                 f"it is {float(value.detach()):.4g} with a gradient of 0, whatever the student gives (tensors of {shapes}), so "
