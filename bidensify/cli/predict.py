@@ -17,7 +17,7 @@ from bidensify.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ENDINGS = (".png", ".labels.png", ".depth.png", ".depth.tiff")
+_ENDINGS = (".png", ".values.npy", ".labels.png", ".depth.png", ".depth.tiff")
 _MILLIMETRES = 65535  # What a pixel of a 16-bit PNG can say.
 
 
@@ -46,12 +46,13 @@ def predict(
 ) -> None:
     """Run a model on image files. Writes NAME.png (a picture) and the values beside it, at the image's own size.
 
-    Labels go to NAME.labels.png: class indices, in 16 bits where there are more than 256 classes. Depths go to
-    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond 65 m.
-    """
-    import torch
+    The image is brought to the network as evaluate.resize of the recipe says, and the prediction back.
 
-    from bidensify.data import ImageReader
+    Labels go to NAME.labels.png: class indices, in 16 bits where there are more than 256 classes. Depths go to
+    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond 65 m;
+    what has several values a pixel (labels that do not exclude one another, flow, restored images) goes to NAME.values.npy.
+    """
+    from bidensify.tasks import predict_image
 
     place = arguments.parse_device(device)
     named = named_images(images)
@@ -59,11 +60,7 @@ def predict(
     loaded = load_source(source, recipe, settings or [])
     chosen = loaded.need_recipe()
     task: Any = chosen.build_task()
-    mean, std = chosen.data.mean, chosen.data.std
-    if mean is None or std is None:
-        info = chosen.build_dataset("val").info
-        mean, std = mean or info.mean, std or info.std
-    reader = ImageReader(len(mean))
+    reader, transforms = chosen.image_input()
     model = loaded.model.to(place)
     skipped: list[Path] = []
     for name, path in named.items():
@@ -74,11 +71,8 @@ def predict(
                 raise DataError(f"{error}. Or leave such files out with --skip-bad") from error
             skipped.append(path)
             continue
-        batch = normalized(image, chosen.image_size, mean, std)
-        with torch.inference_mode():
-            result = model(batch.to(place))
-        values = task.predict(result, (image.shape[1], image.shape[2]))[0].cpu()
-        write_values(out, name, values, classes_of(task, result), getattr(task, "max_depth", None))
+        values = predict_image(model, task, image, transforms)
+        write_values(out, name, values, getattr(task, "num_classes", None), getattr(task, "max_depth", None))
         write_picture(out, name, task.picture(image, values, **({"blend": blend} if blend else {})))
     done = len(named) - len(skipped)
     screen = console()
@@ -125,25 +119,10 @@ def refuse_overwriting(named: dict[str, Path], out: Path) -> None:
             written[target] = name
 
 
-def normalized(image: Tensor, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Resizes uint8 (C, H, W) to ``size`` and normalizes it, as evaluation does: float32 (1, C, *size)."""
-    from torchvision import tv_tensors
-
-    from bidensify.data import build_transforms
-
-    transforms = build_transforms(train=False, size=size, mean=mean, std=std)
-    result: Tensor = transforms({"image": tv_tensors.Image(image)})["image"][None]
-    return result
-
-
-def classes_of(task: Any, output: Any) -> int:
-    """Returns how many classes a prediction may have: the task's, or the channels of the network's output."""
-    known = getattr(task, "num_classes", None)
-    return int(known) if known else int(task.logits(output).shape[1])
-
-
-def write_values(out: Path, name: str, values: Tensor, classes: int, farthest: float | None) -> None:
+def write_values(out: Path, name: str, values: Tensor, classes: int | None, farthest: float | None) -> None:
     """Writes values (H, W): class indices as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres.
+
+    Values (C, H, W) become a NumPy file. ``classes`` is how many there may be; None: as many as there are.
 
     Raises:
         DataError: more classes than 16 bits can tell.
@@ -154,7 +133,12 @@ def write_values(out: Path, name: str, values: Tensor, classes: int, farthest: f
     from bidensify._util.files import atomic_write
 
     array = values.numpy()
+    if values.ndim == 3:
+        with atomic_write(out / f"{name}.values.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+        return
     if not values.is_floating_point():
+        classes = classes if classes is not None else int(array.max(initial=0)) + 1
         if classes > 1 << 16:
             raise DataError(f"{classes} classes do not fit a PNG's 16 bits; predict with the model in Python")
         kind, array = "labels.png", array.astype(np.uint8 if classes <= 256 else np.uint16)

@@ -150,7 +150,9 @@ class KlLoss(_OnLogits):
     def check(self, outputs: Outputs, target: Sample, task: Task) -> None:
         """Asks for two classes or more, which exclude one another."""
         student, _ = self.logits(outputs, task)
-        if student.shape[1] < 2:
+        if student.shape[1] >= 2:
+            _asks_for(task, "classes", "a distribution over classes that exclude one another", "bce, kd_l1 or l1")
+        else:
             raise ConfigError(
                 f"the prediction has one channel (shape {tuple(student.shape)}), and a distribution over one class is 1 "
                 "everywhere, so its KL divergence is 0; use bce for one logit (foreground or not), kd_l1 for a depth map, "
@@ -176,6 +178,11 @@ class BceLoss(_OnLogits):
         share = teacher.sigmoid()
         cross = F.binary_cross_entropy_with_logits(student, share)
         return (cross - F.binary_cross_entropy_with_logits(teacher, share)) * self.temperature**2
+
+    def check(self, outputs: Outputs, target: Sample, task: Task) -> None:
+        """Asks for labels that do not exclude one another."""
+        _asks_for(task, "labels", "a probability per channel", "kl, kd_l1 or l1")
+        super().check(outputs, target, task)
 
 
 @register_loss("l1")
@@ -215,9 +222,10 @@ class CwdLoss(_OnLayers):
 
     def check(self, outputs: Outputs, target: Sample, task: Task) -> None:
         """Asks for scores per class, unless layers are named."""
-        if not self.layers and callable(getattr(task, "log_depth", None)):
+        if not self.layers and getattr(task, "outputs", "classes") == "values":
             raise ConfigError(
-                "a depth map is no score per class; name the layers to compare (cwd.layers), or use kd_l1"
+                f"what the task {task.name!r} gives is no score per class; name the layers to compare (cwd.layers), or use "
+                "kd_l1 or l1"
             )
         super().check(outputs, target, task)
 
@@ -255,6 +263,12 @@ class KdL1Loss(_OnLogits):
         if not callable(getattr(task, "log_depth", None)):
             raise ConfigError(f"it compares depths, and the task is {task.name!r}; use kl, bce or l1")
         super().check(outputs, target, task)
+
+
+def _asks_for(task: Task, kind: str, what: str, instead: str) -> None:
+    found = getattr(task, "outputs", kind)
+    if found != kind:
+        raise ConfigError(f"it compares {what}, and the task {task.name!r} gives {found}; use {instead}")
 
 
 def _labelled(task: Task, target: Sample, size: tuple[int, int] | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bidensify.errors import BidensifyError
 from bidensify.recipe.schema import Recipe
+from bidensify.tasks import known_options
 
 __all__ = ["portable"]
 
@@ -29,14 +30,13 @@ def portable(recipe: Recipe) -> dict[str, Any]:
         data["data"]["val"].pop("root", None)
     data["stages"] = data["stages"][-1:]
     try:
-        info = recipe.build_dataset("val").info
+        info = recipe.data_info()
     except (BidensifyError, OSError):
         return data
     data["data"]["mean"] = list(recipe.data.mean or info.mean)
     data["data"]["std"] = list(recipe.data.std or info.std)
-    if recipe.task.name == "segmentation":
-        for key in ("num_classes", "ignore_index", "class_names", "palette"):
-            data["task"].setdefault(key, _plain(getattr(info, key)))
+    for key, value in known_options(recipe.task.name, info).items():
+        data["task"].setdefault(key, _plain(value))
     return data
 
 

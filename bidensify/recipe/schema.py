@@ -7,6 +7,7 @@ that of the second.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -32,7 +33,7 @@ from bidensify.recipe.sections import (
 if TYPE_CHECKING:
     import torch
 
-    from bidensify.data import DataInfo, DenseDataset
+    from bidensify.data import DataInfo, DenseDataset, ImageReader, Transforms
     from bidensify.tasks import Task
 
 Value = TypeVar("Value")
@@ -161,21 +162,45 @@ class Recipe(Section):
         data = self.data
         # The transforms need what the data set says about itself, so they come second.
         dataset = self._dataset(which)
-        info = dataset.info
-        options: dict[str, Any] = {"mean": data.mean or info.mean, "std": data.std or info.std}
-        if which == "train":
-            options |= {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter", "rotate")}
-        else:
-            options |= {"resize": self.evaluate.resize, "multiple": self.evaluate.multiple}
-        size = data.train_size if which == "train" and data.train_size is not None else self.image_size
-        dataset.transforms = build_transforms(which == "train", size, ignore_index=info.ignore_index, **options)
+        mean, std = data.mean or dataset.info.mean, data.std or dataset.info.std
+        if which == "val":
+            dataset.transforms = self._fit(mean, std)
+            return dataset
+        options = {key: getattr(data.augment, key) for key in ("hflip", "scale", "color_jitter", "rotate")}
+        size, ignore_index = data.train_size or self.image_size, dataset.info.ignore_index
+        dataset.transforms = build_transforms(True, size, mean, std, ignore_index=ignore_index, **options)
         return dataset
 
-    def _dataset(self, which: Literal["train", "val"]) -> DenseDataset:
+    def _fit(self, mean: Sequence[float], std: Sequence[float]) -> Transforms:
+        from bidensify.data import build_transforms
+
+        how = self.evaluate
+        return build_transforms(False, self.image_size, mean, std, resize=how.resize, multiple=how.multiple)
+
+    def image_input(self) -> tuple[ImageReader, Transforms]:
+        """Returns what reads an image file, and what brings it to the network as evaluation does.
+
+        The validation data set is asked where the recipe does not give mean and std.
+        """
+        from bidensify.data import ImageReader
+
+        data = self.data
+        if data.mean and data.std:
+            image_max = data.val.options.get("image_max") if data.val is not None else None
+            return ImageReader(data.in_channels or len(data.mean), image_max), self._fit(data.mean, data.std)
+        info = self.data_info()
+        return ImageReader(info.channels, info.image_max), self._fit(data.mean or info.mean, data.std or info.std)
+
+    def data_info(self) -> DataInfo:
+        """Returns what the validation data set says about itself; no sample is read."""
+        return self._dataset("val", cache=False).info
+
+    def _dataset(self, which: Literal["train", "val"], **changes: Any) -> DenseDataset:
         from bidensify.data import build_dataset, dataset_options
 
         section = self.needed(getattr(self.data, which), f"data.{which}")
-        options, known = section.options, dataset_options(section.name)
+        known = dataset_options(section.name)
+        options = section.options | {key: value for key, value in changes.items() if key in known}
         channels = self.data.in_channels or len(self.data.mean or ()) or None
         shared: dict[str, Any] = {"root": self.data.root, "channels": channels}
         if section.name == "scenes":
@@ -194,5 +219,5 @@ class Recipe(Section):
         name, options = self.task.name, self.task.options
         if info is None and (missing := missing_options(name, options)):
             self.needed(self.data.val, f"task.{missing[0]}")
-            info = self._dataset("val").info
+            info = self.data_info()
         return build_task(name, info, **options)

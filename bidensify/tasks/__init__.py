@@ -8,7 +8,14 @@ from bidensify.tasks.labels import BinaryTask, MultiLabelTask
 from bidensify.tasks.metrics import DepthMetrics, FlowMetrics, LabelMetrics, RestorationMetrics, SegmentationMetrics
 from bidensify.tasks.outputs import predict_image, restore
 from bidensify.tasks.pictures import colour_depth, colour_mask, default_palette
-from bidensify.tasks.registry import available_tasks, build_task, missing_options, register_task, task_options
+from bidensify.tasks.registry import (
+    available_tasks,
+    build_task,
+    known_options,
+    missing_options,
+    register_task,
+    task_options,
+)
 from bidensify.tasks.segmentation import SegmentationTask
 from bidensify.tasks.values import FlowTask, RestorationTask
 
@@ -34,6 +41,7 @@ __all__ = [
     "colour_depth",
     "colour_mask",
     "default_palette",
+    "known_options",
     "missing_options",
     "predict_image",
     "register_task",

@@ -15,7 +15,7 @@ from bidensify.tasks.base import DenseTask, Sample
 from bidensify.tasks.metrics import LabelMetrics
 from bidensify.tasks.outputs import target_of
 from bidensify.tasks.registry import register_task
-from bidensify.tasks.segmentation import check_labels, check_lists, check_weights
+from bidensify.tasks.segmentation import check_labels, check_lists, check_weights, class_options
 
 
 @register_task("multilabel")
@@ -90,7 +90,7 @@ class MultiLabelTask(DenseTask):
     @classmethod
     def options_from(cls, info: DataInfo) -> dict[str, Any]:
         """Labels, their names and colours, and the ignored value are the data set's."""
-        return {key: getattr(info, key) for key in ("num_classes", "ignore_index", "class_names", "palette")}
+        return class_options(info)
 
     def truth(self, target: Sample, batch: int) -> Tensor:
         """Returns the target's planes of 0, 1 and ``ignore_index``, int64 (N, labels, H, W).
@@ -197,6 +197,8 @@ class BinaryTask(MultiLabelTask):
         Raises:
             ConfigError: the data has another number of classes.
         """
+        if not info.num_classes:
+            return {}
         if info.num_classes != 2:
             raise ConfigError(
                 f"the task 'binary' is for data of 2 classes, this has {info.num_classes}; use 'segmentation'"

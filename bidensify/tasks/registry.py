@@ -45,6 +45,13 @@ def missing_options(name: str, options: Collection[str]) -> list[str]:
     return [key for key, p in TASKS.options(name).items() if p.default is p.empty and key not in options]
 
 
+def known_options(name: str, info: DataInfo | None) -> dict[str, Any]:
+    """Returns the options of a task that a data set answers."""
+    answers = getattr(TASKS[name], "options_from", None)
+    known: dict[str, Any] = answers(info) if info is not None and callable(answers) else {}
+    return known
+
+
 def build_task(name: str, info: DataInfo | None = None, **options: Any) -> Task:
     """Builds a task by name.
 
@@ -56,9 +63,7 @@ def build_task(name: str, info: DataInfo | None = None, **options: Any) -> Task:
     Raises:
         ConfigError: there is no such task or option, an option is missing, or a value is out of range.
     """
-    answers = getattr(TASKS[name], "options_from", None)
-    if info is not None and callable(answers):
-        options = {**answers(info), **options}
+    options = {**known_options(name, info), **options}
     try:
         task: Task = TASKS.make(name, options)
     except TypeError as error:

@@ -86,7 +86,7 @@ class SegmentationTask(DenseTask):
     @classmethod
     def options_from(cls, info: DataInfo) -> dict[str, Any]:
         """Classes, their names and colours, and the ignored label are the data set's."""
-        return {key: getattr(info, key) for key in ("num_classes", "ignore_index", "class_names", "palette")}
+        return class_options(info)
 
     def truth(self, target: Sample, batch: int) -> Tensor:
         """Returns the target's class indices, int64 (N, H, W).
@@ -147,6 +147,12 @@ class SegmentationTask(DenseTask):
             size = None if image is None else (image.shape[-2], image.shape[-1])
             mask = self.predict(found, size)[0]
         return pictures.finish(pictures.colour_mask(mask, self.palette, self.ignore_index), image, blend)
+
+
+def class_options(info: DataInfo) -> dict[str, Any]:
+    """Returns what a data set with masks says about its classes."""
+    keys = ("num_classes", "ignore_index", "class_names", "palette") if info.num_classes else ()
+    return {key: getattr(info, key) for key in keys}
 
 
 def check_labels(mask: Tensor, classes: int, ignore_index: int) -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 from typer.testing import CliRunner
 
 from bidensify.cli.app import app
 from bidensify.cli.predict import named_images, refuse_overwriting, write_values
 from bidensify.errors import ConfigError, DataError
+from bidensify.tasks import predict_image
+from bidensify.train import load_run
 
 
 def save(path: Path, width: int = 24, height: int = 20) -> Path:
@@ -99,3 +102,30 @@ def test_depths_are_written_whole(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(tmp_path / "far.depth.tiff")), far.numpy())
     with pytest.raises(DataError, match="do not fit"):
         write_values(tmp_path, "x", torch.zeros(2, 2, dtype=torch.int64), 70000, None)
+
+
+def test_several_values_a_pixel_become_a_numpy_file(tmp_path: Path) -> None:
+    values = torch.randint(0, 2, (3, 4, 5), dtype=torch.uint8)
+    write_values(tmp_path, "a", values, None, None)
+    assert np.array_equal(np.load(tmp_path / "a.values.npy"), values.numpy())
+    write_values(tmp_path, "b", torch.tensor([[290, 7]]), None, None)
+    assert np.array(Image.open(tmp_path / "b.labels.png")).tolist() == [[290, 7]]
+
+
+def test_a_photograph_is_seen_upright_and_unsquashed(work: Path, tmp_path: Path) -> None:
+    """The prediction on a turned file is that on the upright one, and it is the image's that evaluation would measure."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(colours))).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(colours).save(tmp_path / "upright.png")
+    code, text = predict(work / "run", tmp_path / "turned.png", tmp_path / "upright.png", "--out", tmp_path / "out")
+    assert code == 0, text
+    turned, upright = (np.array(Image.open(tmp_path / "out" / f"{n}.labels.png")) for n in ("turned", "upright"))
+    assert np.array_equal(turned, upright)
+    model, recipe = load_run(work / "run")
+    reader, transforms = recipe.image_input()
+    image = reader.tensor(tmp_path / "upright.png")
+    assert np.array_equal(upright, predict_image(model, recipe.build_task(), image, transforms).numpy())
+    extent = transforms({"image": tv_tensors.Image(image)})["extent"].tolist()
+    assert extent[0] / extent[1] == pytest.approx(20 / 60, rel=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.regression import MeanAbsolutePercentageError, MeanSquaredError
 
@@ -14,6 +14,7 @@ from bidensify.data import DataInfo, DenseDataset, Sample, build_transforms
 from bidensify.errors import ConfigError, DataError
 from bidensify.recipe import load_recipe
 from bidensify.tasks import DepthTask, FlowTask, RestorationTask, available_tasks, build_task, predict_image
+from bidensify.train import evaluate
 
 
 def test_flow_metrics_equal_numpy() -> None:
@@ -175,3 +176,75 @@ def test_tasks_register_themselves() -> None:
     with pytest.warns(UserWarning, match="task 'heights_of_this_test' is registered again"):
         bd.register_task("heights_of_this_test")(FlowTask)
     assert isinstance(build_task("heights_of_this_test"), FlowTask)
+
+
+class Frames(Noisy):
+    """Pairs of frames without a label in training: the teacher's flow is all there is."""
+
+    def __init__(self, labelled: bool) -> None:
+        super().__init__()
+        self.labelled = labelled
+
+    def load(self, index: int) -> Sample:
+        image = super().load(index)["image"].as_subclass(Tensor)
+        pair = torch.cat([image, image.roll(1, -1)])
+        return {"image": pair, "flow": Frames.teacher()(pair[None])[0].detach()} if self.labelled else {"image": pair}
+
+    @staticmethod
+    def teacher() -> nn.Conv2d:
+        conv = nn.Conv2d(6, 2, 3, padding=1)
+        with torch.no_grad():
+            conv.weight.copy_(torch.linspace(-1, 1, conv.weight.numel()).view_as(conv.weight))
+        return conv
+
+
+@pytest.mark.parametrize("name", ["flow", "restoration"])
+def test_distilling_to_the_teachers_output_alone(name: str, tmp_path: object) -> None:
+    recipe = load_recipe({
+        "name": name, "data": {"batch_size": 4}, "task": {"name": name}, "log": {"tensorboard": False},
+        "stages": [{"name": "a", "binarize": "none", "epochs": 25, "lr": 0.05, "losses": {"task": None, "l1": 1}}],
+        "calibrate": {"batches": 0},
+    })  # fmt: skip
+    torch.manual_seed(0)
+    if name == "flow":
+        train, val, teacher, student = Frames(False), Frames(True), Frames.teacher(), nn.Conv2d(6, 2, 3, padding=1)
+    else:
+        fit = build_transforms(False, (16, 24), (0, 0, 0), (1, 1, 1))
+        train, val, teacher, student = Noisy(fit), Noisy(fit), nn.AvgPool2d(3, 1, 1), nn.Conv2d(3, 3, 3, padding=1)
+    task = build_task(name)
+    start = evaluate(student, task, val)
+    result = bd.finetune(
+        student, teacher=teacher, recipe=recipe, train=train, val=val, run_dir=f"{tmp_path}/run", quiet=True
+    )
+    if name == "flow":
+        assert result.metrics["epe"] < 0.3 * start["epe"]
+    else:
+        assert result.metrics["psnr"] > start["psnr"] + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "quoted"),
+    [
+        ("flow", "kl", "distribution over classes.*'flow' gives values; use bce, kd_l1 or l1"),
+        ("multilabel", "kl", "'multilabel' gives labels"),
+        ("flow", "bce", "probability per channel.*use kl"),
+        ("flow", "cwd", "no score per class; name the layers"),
+        ("flow", "kd_l1", "compares depths, and the task is 'flow'"),
+        ("binary", "kl", "one channel"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused_at_the_start(
+    name: str, loss: str, quoted: str, tmp_path: object
+) -> None:
+    options = {"num_classes": 2} if name == "multilabel" else {}
+    recipe = load_recipe({
+        "name": name, "data": {"batch_size": 4}, "task": {"name": name, **options}, "calibrate": {"batches": 0},
+        "stages": [{"name": "a", "binarize": "none", "epochs": 1, "lr": 0.05, "losses": {"task": None, loss: 1}}],
+        "log": {"tensorboard": False},
+    })  # fmt: skip
+    channels = 1 if name == "binary" else 2
+    nets = [nn.Conv2d(6, channels, 3, padding=1) for _ in range(2)]
+    with pytest.raises(ConfigError, match=quoted):
+        bd.finetune(
+            nets[0], teacher=nets[1], recipe=recipe, train=Frames(True), val=Frames(True), run_dir=f"{tmp_path}/run", quiet=True
+        )  # fmt: skip

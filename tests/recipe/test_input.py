@@ -1,0 +1,72 @@
+"""What a recipe says about images: how files are read, how they come to the network, what goes along with a packed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from bidensify.errors import ConfigError
+from bidensify.recipe import Recipe, load_recipe
+from bidensify.recipe.portable import portable
+
+
+def recipe(root: Path, **data: Any) -> Recipe:
+    folder = {"name": "image_mask_folder", "class_names": ["ground", "leaf"], "image_max": 4095, "cache": True}
+    return load_recipe({
+        "name": "deep", "task": {"name": "binary"}, "evaluate": {"resize": "native", "multiple": 8},
+        "data": {"val": {**folder, "split": "val"}, "root": str(root), "size": [16, 16], "in_channels": 1, **data},
+        "stages": [{"name": "a", "binarize": "none", "epochs": 1, "lr": 0.1}],
+    })  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for kind, values in (("images", np.full((9, 17), 2048, np.uint16)), ("labels", np.ones((9, 17), np.uint8))):
+        (tmp_path / "val" / kind).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "val" / kind / "a.png")
+    return tmp_path
+
+
+def test_files_are_read_as_the_data_set_reads_them(root: Path) -> None:
+    loaded = recipe(root)
+    reader, transforms = loaded.image_input()
+    image = reader.tensor(root / "val" / "images" / "a.png")
+    assert torch.allclose(image, torch.full((1, 9, 17), 2048 / 4095))
+    sample, own = transforms({"image": tv_tensors.Image(image)}), loaded.build_dataset("val")[0]
+    assert torch.equal(sample["image"], own["image"])
+    assert sample["extent"].tolist() == own["extent"].tolist() == [9, 17, 16, 24]
+
+
+def test_a_network_on_its_own_knows_its_input_and_its_task(root: Path, tmp_path: Path) -> None:
+    kept = load_recipe(portable(recipe(root)))
+    assert kept.data.root is None
+    reader, transforms = kept.image_input()
+    image = reader.tensor(root / "val" / "images" / "a.png")
+    wanted = recipe(root).build_dataset("val")[0]["image"]
+    assert torch.equal(transforms({"image": tv_tensors.Image(image)})["image"], wanted)
+    assert kept.build_task().class_names == ("leaf",)  # type: ignore[attr-defined]
+
+
+def test_mean_says_how_many_channels(root: Path) -> None:
+    loaded = recipe(root, in_channels=None, mean=[0.5], std=[0.2])
+    assert loaded.build_dataset("val")[0]["image"].shape == (1, 16, 24)
+    assert loaded.image_input()[0].channels == 1
+
+
+def test_recipes_from_before_metrics_at_the_labels_own_size() -> None:
+    data = {
+        "name": "old",
+        "task": {"name": "depth"},
+        "stages": [{"name": "a", "binarize": "none", "epochs": 1, "lr": 0.1}],
+    }
+    assert load_recipe({**data, "data": {"keep_target_size": True}}).evaluate.resize == "letterbox"
+    with pytest.warns(UserWarning, match="keep_target_size is gone.*evaluate.resize is squash"):
+        load_recipe({**data, "data": {"keep_target_size": False}})
+    with pytest.raises(ConfigError, match="evaluate.resize"):
+        load_recipe({**data, "evaluate": {"resize": "stretch"}})
