@@ -10,14 +10,17 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder
+from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder, Trust
 from bidensify.cli.sources import load_source
 from bidensify.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ENDINGS = (".png", ".labels.png", ".depth.png", ".depth.tiff")
+    from bidensify.data import ImageReader, Transforms
+    from bidensify.recipe import Recipe
+
+_ENDINGS = (".png", ".labels.png", ".depth.png", ".depth.tiff", ".values.npy")
 _MILLIMETRES = 65535  # What a pixel of a 16-bit PNG can say.
 
 
@@ -42,42 +45,36 @@ def predict(
         bool, typer.Option("--skip-bad", help="Go on after an image that cannot be read; their names come at the end.")
     ] = False,
     device: Device = "cpu",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Run a model on image files. Writes NAME.png (a picture) and the values beside it, at the image's own size.
 
     Labels go to NAME.labels.png: class indices, in 16 bits where there are more than 256 classes. Depths go to
-    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond 65 m.
+    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond
+    65 m. What is neither goes to NAME.values.npy.
     """
-    import torch
-
-    from bidensify.data.files import read_rgb
+    from bidensify.tasks import predict_image
 
     place = arguments.parse_device(device)
     named = named_images(images)
     refuse_overwriting(named, out)
-    loaded = load_source(source, recipe, settings or [])
+    loaded = load_source(source, recipe, settings or [], trust)
     chosen = loaded.need_recipe()
     task: Any = chosen.build_task()
-    mean, std = chosen.data.mean, chosen.data.std
-    if mean is None or std is None:
-        info = chosen.build_dataset("val").info
-        mean, std = mean or info.mean, std or info.std
+    read, transforms = reading(chosen)
     model = loaded.model.to(place)
     skipped: list[Path] = []
     for name, path in named.items():
         try:
-            image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
+            image = read.tensor(path)
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error}. Or leave such files out with --skip-bad") from error
             skipped.append(path)
             continue
-        batch = normalized(image, chosen.image_size, mean, std)
-        with torch.inference_mode():
-            result = model(batch.to(place))
-        values = task.predict(result, (image.shape[1], image.shape[2]))[0].cpu()
-        write_values(out, name, values, classes_of(task, result), getattr(task, "max_depth", None))
+        values = predict_image(model, task, image, transforms)
+        write_values(out, name, values, task)
         write_picture(out, name, task.picture(image, values, **({"blend": blend} if blend else {})))
     done = len(named) - len(skipped)
     screen = console()
@@ -124,25 +121,23 @@ def refuse_overwriting(named: dict[str, Path], out: Path) -> None:
             written[target] = name
 
 
-def normalized(image: Tensor, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Resizes uint8 (C, H, W) to ``size`` and normalizes it, as evaluation does: float32 (1, C, *size)."""
-    from torchvision import tv_tensors
+def reading(recipe: Recipe) -> tuple[ImageReader, Transforms]:
+    """Returns how images are read and brought to the network, as evaluation does; asks the data only for what is not said."""
+    from bidensify.data import ImageReader, build_transforms
 
-    from bidensify.data import build_transforms
-
-    transforms = build_transforms(train=False, size=size, mean=mean, std=std)
-    result: Tensor = transforms({"image": tv_tensors.Image(image)})["image"][None]
-    return result
-
-
-def classes_of(task: Any, output: Any) -> int:
-    """Returns how many classes a prediction may have: the task's, or the channels of the network's output."""
-    known = getattr(task, "num_classes", None)
-    return int(known) if known else int(task.logits(output).shape[1])
+    data, resize = recipe.data, {"resize": recipe.evaluate.resize, "multiple": recipe.evaluate.multiple}
+    mean, std = data.mean, data.std
+    largest = data.val.options.get("image_max") if data.val is not None else None
+    if mean is None or std is None:
+        info = recipe.build_dataset("val").info
+        mean, std, largest = mean or info.mean, std or info.std, info.image_max
+    transforms = build_transforms(False, recipe.image_size, mean, std, **resize)  # type: ignore[arg-type]
+    return ImageReader(len(mean), largest), transforms
 
 
-def write_values(out: Path, name: str, values: Tensor, classes: int, farthest: float | None) -> None:
-    """Writes values (H, W): class indices as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres.
+def write_values(out: Path, name: str, values: Tensor, task: Any) -> None:
+    """Writes a prediction: classes (H, W) as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres; all
+    else as a NumPy array.
 
     Raises:
         DataError: more classes than 16 bits can tell.
@@ -153,16 +148,23 @@ def write_values(out: Path, name: str, values: Tensor, classes: int, farthest: f
     from bidensify._util.files import atomic_write
 
     array = values.numpy()
-    if not values.is_floating_point():
+    if values.ndim == 2 and not values.is_floating_point():
+        classes = getattr(task, "num_classes", 0) or int(values.max()) + 1
         if classes > 1 << 16:
             raise DataError(f"{classes} classes do not fit a PNG's 16 bits; predict with the model in Python")
         kind, array = "labels.png", array.astype(np.uint8 if classes <= 256 else np.uint16)
-    elif farthest is not None and 1000 * farthest <= _MILLIMETRES:
+    elif values.ndim == 2 and task.name == "depth" and 1000 * task.max_depth <= _MILLIMETRES:
         kind, array = "depth.png", np.rint(array * 1000).astype(np.uint16)
-    else:
+    elif values.ndim == 2 and task.name == "depth":
         kind, array = "depth.tiff", array.astype(np.float32)
+    else:
+        kind = "values.npy"
     with atomic_write(out / f"{name}.{kind}") as temporary:
-        Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
+        if kind == "values.npy":
+            with temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+        else:
+            Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
 
 
 def write_picture(out: Path, name: str, picture: Tensor) -> None:

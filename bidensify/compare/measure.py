@@ -18,8 +18,8 @@ from bidensify.bench.timing import threads as torch_threads
 from bidensify.compare.matrix import Matrix
 from bidensify.compare.results import Cell, Point
 from bidensify.costs.summary import summary
-from bidensify.errors import BidensifyError
 from bidensify.deploy.pack import pack, set_float_dtype
+from bidensify.errors import BidensifyError
 
 if TYPE_CHECKING:
     from bidensify.data import DenseDataset

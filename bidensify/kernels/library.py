@@ -62,10 +62,8 @@ def _warn(reason: str) -> None:
 
 def _find() -> Path | None:
     """The library beside this file, or beside any other place that the package is made of (an editable install)."""
-    import bidensify
-
     name = f"libbidensify_kernels{'.dylib' if sys.platform == 'darwin' else '.so'}"
-    folders = [Path(__file__).parent, *(Path(place) / "kernels" for place in bidensify.__path__)]
+    folders = [Path(__file__).parent, *(Path(place) / "kernels" for place in sys.modules["bidensify"].__path__)]
     # An editable install leaves what it compiled in site-packages, and the Python files where they are.
     folders += [Path(place) / "bidensify" / "kernels" for place in sys.path if place]
     return next((folder / name for folder in folders if (folder / name).is_file()), None)

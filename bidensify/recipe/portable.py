@@ -30,13 +30,13 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     data["stages"] = data["stages"][-1:]
     try:
         info = recipe.build_dataset("val").info
+        task = recipe.build_task(info)
     except (BidensifyError, OSError):
         return data
-    data["data"]["mean"] = list(recipe.data.mean or info.mean)
-    data["data"]["std"] = list(recipe.data.std or info.std)
-    if recipe.task.name == "segmentation":
-        for key in ("num_classes", "ignore_index", "class_names", "palette"):
-            data["task"].setdefault(key, _plain(getattr(info, key)))
+    data["data"].update(mean=list(recipe.data.mean or info.mean), std=list(recipe.data.std or info.std))
+    asked = getattr(task, "options_from", None)
+    for key, value in (asked(info) if asked is not None else {}).items():
+        data["task"].setdefault(key, _plain(value))
     return data
 
 

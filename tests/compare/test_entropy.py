@@ -10,8 +10,8 @@ from torch import nn
 
 import bidensify as bd
 from bidensify.compare.entropy import channel_entropy, first_binarization
-from bidensify.models.unet import unet
 from bidensify.errors import PlanError
+from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d, BiDenseLinear
 
 
