@@ -20,11 +20,11 @@ from bidensify.cli.demo import demo
 from bidensify.cli.deploy import export, pack
 from bidensify.cli.models import convert, plan, summary
 from bidensify.cli.predict import predict
-from bidensify.cli.runs import evaluate, finetune
+from bidensify.cli.runs import check, evaluate, finetune
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (plan, summary, convert, finetune, evaluate, predict, compare, pack, bench, export, demo)
+COMMANDS = (plan, summary, convert, check, finetune, evaluate, predict, compare, pack, bench, export, demo)
 
 app = typer.Typer(
     name="bidensify",

@@ -11,7 +11,7 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import AsJson, Debug, Options
+from bidensify.cli.options import AsJson, Debug, Options, Trust
 from bidensify.cli.sources import float_network, load_source
 from bidensify.errors import ConfigError
 
@@ -60,6 +60,7 @@ def bench(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write JSON here.", show_default=False)] = None,
     as_json: AsJson = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Time float against packed in interleaved runs: single layers, or a whole network."""
@@ -75,8 +76,8 @@ def bench(
     if model is not None and Path(model).is_dir():
         if options:
             raise ConfigError(f"{model!r} is trained already: it takes no --option")
-        source = load_source(Path(model))
-        network, student = float_network(source), source.model
+        source = load_source(Path(model), trust=trust)
+        network, student = float_network(source, trust), source.model
         made_of: Any = student.bidensify_source
         spec, options = made_of["spec"], dict(made_of["options"])
         if size is None and source.recipe is not None and source.recipe.data.size is not None:

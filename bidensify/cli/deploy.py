@@ -10,7 +10,7 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import Debug, Input, RecipeFile, SourceFolder
+from bidensify.cli.options import Debug, Input, RecipeFile, SourceFolder, Trust
 from bidensify.cli.sources import load_source
 from bidensify.errors import ConfigError
 
@@ -29,6 +29,7 @@ def pack(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Type of everything that is not binary."),
     ] = "float32",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Freeze a trained student to packed bits and save it: one bit per binary weight.
@@ -43,7 +44,7 @@ def pack(
     from bidensify.recipe.portable import portable
 
     arguments.refuse_existing(out)
-    loaded = load_source(source, recipe)
+    loaded = load_source(source, recipe, trust=trust)
     latent = sum(4 * parameter.numel() for parameter in loaded.model.parameters())
     packed = bidensify.pack(loaded.model, float_dtype=None if float_dtype == "float32" else getattr(torch, float_dtype))
     extra = {} if loaded.recipe is None else {"recipe": portable(loaded.recipe)}
@@ -67,6 +68,7 @@ def export(
         bool, typer.Option(help="Export latent float weights; by default they are packed first.")
     ] = False,
     static: Annotated[bool, typer.Option(help="Fix batch and image size to those of the example input.")] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Write a network for other runtimes: ONNX, or a torch.export program. The file is run once and compared.
@@ -79,7 +81,7 @@ def export(
 
     if out.exists():
         raise ConfigError(f"{str(out)!r} exists; give another name, or remove it first")
-    loaded = load_source(source, recipe)
+    loaded = load_source(source, recipe, trust=trust)
     model = loaded.model
     if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
         model = bidensify.pack(model)

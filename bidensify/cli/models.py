@@ -10,7 +10,7 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import AsJson, Config, Debug, Input, Keep, Method, Options, Spec, Weights
+from bidensify.cli.options import AsJson, Config, Debug, Input, Keep, Method, Options, Spec, Trust, Weights
 
 
 @command(
@@ -61,6 +61,7 @@ def summary(
     input_shape: Input = None,
     form: Annotated[Literal["table", "markdown", "json"], typer.Option("--format", help="How to print it.")] = "table",
     as_json: AsJson = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Count parameters, bytes, multiply-accumulates and operations of every layer, and what the file will weigh."""
@@ -74,7 +75,7 @@ def summary(
     if Path(model).is_dir():
         if option or rewritten:
             raise ConfigError(f"{model!r} is trained already: it takes no --option, --method, --keep or --config")
-        source = load_source(Path(model))
+        source = load_source(Path(model), trust=trust)
         network = source.model
         if shape is None and source.recipe is not None and source.recipe.data.size is not None:
             shape = (image_channels(network), *source.recipe.image_size)

@@ -61,4 +61,10 @@ RecipeFile = Annotated[
         "--recipe", "-r", exists=True, dir_okay=False, help="The recipe; needed where SOURCE does not hold one."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="The folder is yours: run the code that its recipe names (imports, a network of your own)."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]

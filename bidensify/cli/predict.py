@@ -10,7 +10,7 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder
+from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder, Trust
 from bidensify.cli.sources import load_source
 from bidensify.errors import ConfigError, DataError
 
@@ -42,6 +42,7 @@ def predict(
         bool, typer.Option("--skip-bad", help="Go on after an image that cannot be read; their names come at the end.")
     ] = False,
     device: Device = "cpu",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Run a model on image files. Writes NAME.png (a picture) and the values beside it, at the image's own size.
@@ -57,7 +58,7 @@ def predict(
     place = arguments.parse_device(device)
     named = named_images(images)
     refuse_overwriting(named, out)
-    loaded = load_source(source, recipe, settings or [])
+    loaded = load_source(source, recipe, settings or [], trust)
     chosen = loaded.need_recipe()
     task: Any = chosen.build_task()
     reader, transforms = chosen.image_input()
@@ -72,7 +73,7 @@ def predict(
             skipped.append(path)
             continue
         values = predict_image(model, task, image, transforms)
-        write_values(out, name, values, getattr(task, "num_classes", None), getattr(task, "max_depth", None))
+        write_values(out, name, values, task)
         write_picture(out, name, task.picture(image, values, **({"blend": blend} if blend else {})))
     done = len(named) - len(skipped)
     screen = console()
@@ -119,10 +120,9 @@ def refuse_overwriting(named: dict[str, Path], out: Path) -> None:
             written[target] = name
 
 
-def write_values(out: Path, name: str, values: Tensor, classes: int | None, farthest: float | None) -> None:
-    """Writes values (H, W): class indices as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres.
-
-    Values (C, H, W) become a NumPy file. ``classes`` is how many there may be; None: as many as there are.
+def write_values(out: Path, name: str, values: Tensor, task: Any) -> None:
+    """Writes a prediction: classes (H, W) as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres; all
+    else as a NumPy array.
 
     Raises:
         DataError: more classes than 16 bits can tell.
@@ -133,21 +133,23 @@ def write_values(out: Path, name: str, values: Tensor, classes: int | None, fart
     from bidensify._util.files import atomic_write
 
     array = values.numpy()
-    if values.ndim == 3:
-        with atomic_write(out / f"{name}.values.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, array)
-        return
-    if not values.is_floating_point():
-        classes = classes if classes is not None else int(array.max(initial=0)) + 1
+    if values.ndim == 2 and not values.is_floating_point():
+        classes = getattr(task, "num_classes", 0) or int(values.max()) + 1
         if classes > 1 << 16:
             raise DataError(f"{classes} classes do not fit a PNG's 16 bits; predict with the model in Python")
         kind, array = "labels.png", array.astype(np.uint8 if classes <= 256 else np.uint16)
-    elif farthest is not None and 1000 * farthest <= _MILLIMETRES:
+    elif values.ndim == 2 and task.name == "depth" and 1000 * task.max_depth <= _MILLIMETRES:
         kind, array = "depth.png", np.rint(array * 1000).astype(np.uint16)
-    else:
+    elif values.ndim == 2 and task.name == "depth":
         kind, array = "depth.tiff", array.astype(np.float32)
+    else:
+        kind = "values.npy"
     with atomic_write(out / f"{name}.{kind}") as temporary:
-        Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
+        if kind == "values.npy":
+            with temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+        else:
+            Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
 
 
 def write_picture(out: Path, name: str, picture: Tensor) -> None:

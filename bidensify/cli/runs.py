@@ -1,4 +1,4 @@
-"""``finetune`` and ``evaluate``: training a student and measuring it."""
+"""``finetune``, ``check`` and ``evaluate``: training a student, what that will need, and measuring it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import typer
 from bidensify._util.terminal import console, shell
 from bidensify.cli import arguments
 from bidensify.cli.command import STOPPED, command
-from bidensify.cli.options import AsJson, Debug, Device, RecipeFile, Set, SourceFolder
+from bidensify.cli.options import AsJson, Debug, Device, RecipeFile, Set, SourceFolder, Trust
 from bidensify.cli.sources import load_source
 
 if TYPE_CHECKING:
-    from bidensify.recipe import Recipe
     from bidensify.train import RunResult
+
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A recipe (YAML).", show_default=False)
+]
+Role = Annotated[Literal["student", "teacher"], typer.Option(help="Which of the recipe's two networks to train.")]
+Teacher = Annotated[
+    Path | None,
+    typer.Option("--teacher", "-t", exists=True, help="The teacher's run folder or weights' file.", show_default=False),
+]
 
 
 @command(
@@ -26,19 +35,10 @@ if TYPE_CHECKING:
     "accelerate launch -m bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
 )
 def finetune(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A recipe (YAML).", show_default=False)
-    ],
+    recipe: RecipeArgument,
     run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="The run's folder.", show_default=False)],
-    role: Annotated[
-        Literal["student", "teacher"], typer.Option(help="Which of the recipe's two networks to train.")
-    ] = "student",
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            "--teacher", "-t", exists=True, help="The teacher's run folder or .safetensors file.", show_default=False
-        ),
-    ] = None,
+    role: Role = "student",
+    teacher: Teacher = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     settings: Set = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")] = False,
@@ -50,10 +50,13 @@ def finetune(
     beside the run's (RUN_DIR_teacher).
     """
     from bidensify.recipe import load_recipe
+    from bidensify.train import run_recipe
 
     loaded = load_recipe(recipe, settings or [])
     try:
-        result = train(loaded, run_dir, role, teacher, resume, quiet)
+        result = run_recipe(
+            loaded, run_dir, role=role, teacher_weights=teacher, train_teacher=True, resume=resume, quiet=quiet
+        )
     except KeyboardInterrupt:
         console().print("Stopped. The same command with --resume goes on from the last checkpoint.")
         raise typer.Exit(STOPPED) from None
@@ -61,26 +64,6 @@ def finetune(
     if os.environ.get("RANK", "0") == "0":
         show_metrics(f"{run_dir}, epoch {result.best_epoch + 1}", result.metrics)
         tell_next(result, role)
-
-
-def train(
-    loaded: Recipe, run_dir: Path, role: Literal["student", "teacher"], teacher: Path | None, resume: bool, quiet: bool
-) -> RunResult:
-    """Trains one network of a recipe, and before a student its teacher if there is none; see ``finetune``."""
-    from bidensify.train import run_recipe
-    from bidensify.train.rundir.folder import RunFolder
-
-    # A folder that cannot be the student's is told before the teacher is trained.
-    RunFolder(run_dir).inspect(loaded if role == "student" else loaded.for_teacher(), resume)
-    weights = teacher
-    section = loaded.teacher
-    if role == "student" and weights is None and section is not None and section.weights is None and section.stages:
-        weights = run_dir.with_name(f"{run_dir.name}_teacher")
-        if not quiet:
-            text = f"No teacher's weights given: the recipe's teacher comes first, in {weights}"
-            console().print(text, soft_wrap=True)
-        run_recipe(loaded, weights, role="teacher", resume=weights.exists(), quiet=quiet)
-    return run_recipe(loaded, run_dir, role=role, teacher_weights=weights, resume=resume, quiet=quiet)
 
 
 def tell_next(result: RunResult, role: str) -> None:
@@ -106,6 +89,48 @@ def show_metrics(title: str, metrics: dict[str, float]) -> None:
 
 
 @command(
+    "bidensify check recipes/scenes_segmentation.yaml",
+    "bidensify check recipes/scenes_segmentation.yaml -s data.size=[96,128] --json",
+)
+def check(
+    recipe: RecipeArgument,
+    role: Role = "student",
+    teacher: Teacher = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", "-d", help="Where the run's folder will be.", show_default=False)
+    ] = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Look at everything that a run will need: labels, sizes, weights, options, disk space, time per epoch. Trains nothing.
+
+    Ends with exit code 1 if the run would be refused.
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from bidensify.recipe import load_recipe
+    from bidensify.train import check_run
+
+    found = check_run(load_recipe(recipe, settings or []), role=role, teacher_weights=teacher, run_dir=run_dir)
+    if as_json:
+        print(arguments.to_json(asdict(found)))
+    else:
+        table = Table("what", "found", title=str(recipe), title_justify="left")
+        for row in found.rows:
+            table.add_row(*row)
+        screen = console()
+        screen.print(table)
+        for title, lines in (("warning", found.warnings), ("problem", found.problems)):
+            for line in lines:
+                screen.print(f"{title}: {line}", soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@command(
     "bidensify evaluate runs/scenes",
     "bidensify evaluate runs/scenes/packed --json",
 )
@@ -114,6 +139,7 @@ def evaluate(
     recipe: RecipeFile = None,
     settings: Set = None,
     device: Device = "cpu",
+    trust: Trust = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -121,7 +147,7 @@ def evaluate(
     from bidensify.train import evaluate as measure
 
     place = arguments.parse_device(device)
-    loaded = load_source(source, recipe, settings or [])
+    loaded = load_source(source, recipe, settings or [], trust)
     chosen = loaded.need_recipe()
     val = chosen.build_dataset("val")
     metrics = measure(

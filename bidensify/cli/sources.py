@@ -59,13 +59,14 @@ def is_saved(folder: Path) -> bool:
     return (folder / "bidensify.json").is_file()
 
 
-def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[str] = ()) -> Source:
+def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[str] = (), trust: bool = False) -> Source:
     """Loads a run folder or a saved directory.
 
     Args:
         folder: the run folder or saved directory.
         recipe: a recipe's file; it replaces the folder's own.
         overrides: ``path=value`` changes to the recipe.
+        trust: run the code that the folder's own recipe names; without, none is run.
 
     Raises:
         ConfigError: an override is of the network itself, the folder is neither, or a saved directory's base model is not known.
@@ -81,8 +82,8 @@ def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[st
         )
     chosen = None if recipe is None else load_recipe(recipe, overrides)
     if is_run(folder):
-        model, own = load_run(folder)
-        return Source(folder, model.eval(), chosen if chosen is not None else load_recipe(own, overrides))
+        model, own = load_run(folder, trust=trust)
+        return Source(folder, model.eval(), chosen if chosen is not None else load_recipe(own, overrides, trust=trust))
     if not is_saved(folder):
         raise ConfigError(
             f"{str(folder)!r} is neither a run folder (it has no recipe.yaml) nor a saved model (it has no "
@@ -95,17 +96,17 @@ def load_source(folder: Path, recipe: Path | None = None, overrides: Sequence[st
     if chosen is None:
         # The file was checked when its weights were read.
         kept = json.loads((folder / "bidensify.json").read_text(encoding="utf-8"))["extra"].get("recipe")
-        chosen = load_recipe(kept, overrides) if isinstance(kept, dict) else None
+        chosen = load_recipe(kept, overrides, trust=trust) if isinstance(kept, dict) else None
     return Source(folder, model, chosen)
 
 
-def float_network(source: Source) -> nn.Module:
+def float_network(source: Source, trust: bool = False) -> nn.Module:
     """Builds the full-precision network that the source was made from, with fresh weights (as fast as trained ones).
 
     Raises:
         ConfigError: the source does not say how.
     """
-    from bidensify.models import build_model
+    from bidensify.models import rebuild_model
 
     made_of = getattr(source.model, "bidensify_source", None)
     if not isinstance(made_of, dict):
@@ -113,4 +114,4 @@ def float_network(source: Source) -> nn.Module:
             f"{str(source.folder)!r} does not say how its full-precision network is built (it was not made by name), so "
             "there is nothing to time it against"
         )
-    return build_model(made_of["spec"], **made_of["options"]).eval()
+    return rebuild_model(made_of["spec"], made_of["options"], str(source.folder), trust=trust).eval()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bidensify.cli.app import app
 from bidensify.cli.predict import named_images, refuse_overwriting, write_values
 from bidensify.errors import ConfigError, DataError
-from bidensify.tasks import predict_image
+from bidensify.tasks import DepthTask, SegmentationTask, predict_image
 from bidensify.train import load_run
 
 
@@ -47,6 +47,17 @@ def test_a_packed_folder_predicts_where_its_data_is_not(
     monkeypatch.setattr("bidensify.data.build_dataset", gone)
     code, text = predict(work / "packed", save(tmp_path / "photo.png"), "--out", tmp_path / "out")
     assert code == 0, text
+
+
+def test_photos_are_upright_and_sixteen_bits_are_read(work: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # people see it turned by a quarter
+    Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    Image.fromarray(np.full((20, 24), 30000, np.uint16)).save(tmp_path / "deep.png")
+    code, text = predict(work / "run", tmp_path / "photo.jpg", tmp_path / "deep.png", "--out", tmp_path / "out")
+    assert code == 0, text
+    assert Image.open(tmp_path / "out" / "photo.labels.png").size == (60, 40)
+    assert Image.open(tmp_path / "out" / "deep.labels.png").size == (24, 20)
 
 
 def test_a_folder_and_what_cannot_be_read(work: Path, tmp_path: Path) -> None:
@@ -87,7 +98,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 )
 def test_class_indices_do_not_wrap(tmp_path: Path, classes: int, highest: int, mode: str) -> None:
     values = torch.tensor([[0, 1], [highest, highest - 1]])
-    write_values(tmp_path, "x", values, classes, None)
+    write_values(tmp_path, "x", values, SegmentationTask(classes))
     image = Image.open(tmp_path / "x.labels.png")
     assert image.mode == mode
     assert np.array_equal(np.asarray(image).astype(np.int64), values.numpy())
@@ -95,21 +106,16 @@ def test_class_indices_do_not_wrap(tmp_path: Path, classes: int, highest: int, m
 
 def test_depths_are_written_whole(tmp_path: Path) -> None:
     near = torch.tensor([[0.5, 1.2345], [9.9999, 0.001]])
-    write_values(tmp_path, "near", near, 1, 10.0)
+    write_values(tmp_path, "near", near, DepthTask(max_depth=10.0))
     assert np.asarray(Image.open(tmp_path / "near.depth.png")).tolist() == [[500, 1234], [10000, 1]]
     far = torch.tensor([[0.5, 79.5], [65.6, 80.0]])
-    write_values(tmp_path, "far", far, 1, 80.0)
+    write_values(tmp_path, "far", far, DepthTask(max_depth=80.0))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "far.depth.tiff")), far.numpy())
     with pytest.raises(DataError, match="do not fit"):
-        write_values(tmp_path, "x", torch.zeros(2, 2, dtype=torch.int64), 70000, None)
-
-
-def test_several_values_a_pixel_become_a_numpy_file(tmp_path: Path) -> None:
-    values = torch.randint(0, 2, (3, 4, 5), dtype=torch.uint8)
-    write_values(tmp_path, "a", values, None, None)
-    assert np.array_equal(np.load(tmp_path / "a.values.npy"), values.numpy())
-    write_values(tmp_path, "b", torch.tensor([[290, 7]]), None, None)
-    assert np.array(Image.open(tmp_path / "b.labels.png")).tolist() == [[290, 7]]
+        write_values(tmp_path, "x", torch.zeros(2, 2, dtype=torch.int64), SegmentationTask(70000))
+    flow = torch.randn(2, 3, 4)
+    write_values(tmp_path, "flow", flow, DepthTask())
+    assert np.array_equal(np.load(tmp_path / "flow.values.npy"), flow.numpy())
 
 
 def test_a_photograph_is_seen_upright_and_unsquashed(work: Path, tmp_path: Path) -> None:
