@@ -59,7 +59,7 @@ def test_every_mistake_is_reported_with_its_path(tiny: ModuleType) -> None:
         ("task.name=segmentatoin", "task.name: there is no task 'segmentatoin'; did you mean 'segmentation'?"),
         ("task.dise=1", "task.dise: unknown key; did you mean 'dice'?"),
         ("binarize.metod=bnn", "binarize.metod: unknown key; did you mean 'method'?"),
-        ("binarize.method=bidens", "binarize.method: there is no method 'bidens'; did you mean 'bidense'?"),
+        ("binarize.method=bidens", "binarize.method: there is no method 'bidens'; did you mean 'bidense'"),
         ("binarize.act_scale=tensor", "binarize: "),
         ("stages[0].losses.kll=1", "stages[0].losses.kll: unknown key; did you mean 'kl'?"),
         ("stages[0].losses.kl.temperature=0", "stages[0].losses.kl.temperature: input should be greater than 0, got 0"),
