@@ -204,49 +204,26 @@ def _post_backward(
     return grad_x, grad_bypass, parameters
 
 
+def _weight_into(y: Tensor, w: Tensor, scale: Tensor, measure: bool) -> Tensor:
+    rows = w.shape[0]
+    pointers = w.data_ptr(), measure, scale.data_ptr(), y.data_ptr()
+    call("bdt_weight_forward", rows, w.numel() // rows, torch.get_num_threads(), *pointers)
+    return y
+
+
 def _weight(w: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
-    y, rows = torch.empty_like(w), w.shape[0]
-    scale = w.new_empty(rows) if measure else w.new_ones(rows)
-    call(
-        "bdt_weight_forward",
-        rows,
-        w.numel() // rows,
-        torch.get_num_threads(),
-        w.data_ptr(),
-        measure,
-        scale.data_ptr(),
-        y.data_ptr(),
-    )
-    return y, scale
+    scale = w.new_empty(w.shape[0]) if measure else w.new_ones(w.shape[0])
+    return _weight_into(torch.empty_like(w), w, scale, measure), scale
 
 
 def _weight_again(w: Tensor, scale: Tensor) -> Tensor:
-    y, rows = torch.empty_like(w), w.shape[0]
-    call(
-        "bdt_weight_forward",
-        rows,
-        w.numel() // rows,
-        torch.get_num_threads(),
-        w.data_ptr(),
-        False,
-        scale.data_ptr(),
-        y.data_ptr(),
-    )
-    return y
+    return _weight_into(torch.empty_like(w), w, scale, False)
 
 
 def _weight_backward(grad: Tensor, w: Tensor, scale: Tensor, out: Tensor) -> None:
     rows = w.shape[0]
-    call(
-        "bdt_weight_backward",
-        rows,
-        w.numel() // rows,
-        torch.get_num_threads(),
-        w.data_ptr(),
-        scale.data_ptr(),
-        grad.data_ptr(),
-        out.data_ptr(),
-    )
+    pointers = w.data_ptr(), scale.data_ptr(), grad.data_ptr(), out.data_ptr()
+    call("bdt_weight_backward", rows, w.numel() // rows, torch.get_num_threads(), *pointers)
 
 
 def _fake_dab(x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int) -> tuple[Tensor, ...]:
