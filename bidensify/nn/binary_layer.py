@@ -113,8 +113,7 @@ class BinaryLayer(nn.Module):
         binary, scale = autograd.binarize_rows(
             weight, scaled=binarizer.scaled, ste_scaled=binarizer.ste_scaled, owned=self._torch_forward()
         )
-        source = weight.detach()
-        recomputed.add(binary, source, lambda: ops.weight_again(source, scale))
+        recomputed.add(binary, source := weight.detach(), lambda: ops.weight_again(source, scale))
         return binary
 
     def _set_weight(self, value: Tensor | None) -> None:
@@ -229,7 +228,7 @@ class BinaryLayer(nn.Module):
         return _rebuild, (base,), self.__dict__ if getstate is None else getstate()
 
 
-_any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 _TORCH_FORWARDS = (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
 
 
