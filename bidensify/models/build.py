@@ -18,7 +18,7 @@ from bidensify._util.registry import Registry
 from bidensify.errors import BidensifyError, ConfigError
 from bidensify.models.weights import load_weights
 
-__all__ = ["build_model", "check_options", "model_sources", "rebuild_model", "register_source"]
+__all__ = ["build_model", "check_options", "code_of", "model_sources", "rebuild_model", "register_source"]
 
 SourceFunction = Callable[..., nn.Module]
 _SOURCES: Registry[SourceFunction] = Registry("model source", "bidensify.register_source", given=("name",))
@@ -77,6 +77,15 @@ def check_options(
     for option in options:
         if option not in names and option not in known:
             raise ConfigError(f"model {spec!r} has no option {option!r}{near(option, [*names, *known])}")
+
+
+def code_of(spec: str) -> str | None:
+    """Returns the module or file whose factory ``spec`` names; None where its source is registered, or it names nothing."""
+    try:
+        source, _ = _split(spec)
+    except ConfigError:
+        return None
+    return None if source in _SOURCES else source
 
 
 def _split(spec: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bidensify._util.names import near
 from bidensify._util.yamltext import LONGEST, parse_yaml
 from bidensify.errors import ConfigError
 from bidensify.losses import LOSSES
+from bidensify.models import code_of
 from bidensify.recipe.check import check_recipe
 from bidensify.recipe.schema import Recipe
 
@@ -49,7 +51,7 @@ def load_recipe(
         data, title = _read(Path(source), mistakes), f"recipe {os.fspath(source)!r}"
     for override in overrides:
         _override(data, override, mistakes)
-    _import(data.get("imports"), title, trust)
+    _import(data, title, trust)
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(data)
@@ -64,8 +66,14 @@ def load_recipe(
     return recipe
 
 
-def _import(names: Any, title: str, trust: bool) -> None:
-    """Imports a user's own modules before the names that they register are looked up."""
+def _import(data: Mapping[str, Any], title: str, trust: bool) -> None:
+    """Imports a user's own modules, and that of the network's factory, before the names that they register are looked up."""
+    names, model = data.get("imports"), data.get("model")
+    source = model.get("source") if isinstance(model, Mapping) else None
+    code = code_of(source) if isinstance(source, str) and trust else None
+    if code is not None:
+        with suppress(ConfigError):  # what builds the network says what is wrong with it
+            import_own(code)
     for name in names if isinstance(names, list) else ():
         if not isinstance(name, str):
             continue  # the schema says what is wrong with it

@@ -134,6 +134,11 @@ class Recipe(Section):
         """
         return self.needed(self.data.size, "data.size")
 
+    @property
+    def in_channels(self) -> int | None:
+        """``data.in_channels``, else as many as ``data.mean`` has entries; None where neither is given."""
+        return self.data.in_channels or (len(self.data.mean) if self.data.mean else None)
+
     def build_model(self, *, weights: bool = True) -> torch.nn.Module:
         """Builds the full-precision network; its fresh weights depend on ``seed`` alone.
 
@@ -201,8 +206,7 @@ class Recipe(Section):
         section = self.needed(getattr(self.data, which), f"data.{which}")
         known = dataset_options(section.name)
         options = section.options | {key: value for key, value in changes.items() if key in known}
-        channels = self.data.in_channels or len(self.data.mean or ()) or None
-        shared: dict[str, Any] = {"root": self.data.root, "channels": channels}
+        shared: dict[str, Any] = {"root": self.data.root, "channels": self.in_channels}
         if section.name == "scenes":
             shared["size"] = self.image_size
         options = {**{key: value for key, value in shared.items() if value is not None and key in known}, **options}

@@ -13,6 +13,7 @@ from torch import nn
 
 from bidensify._util.seeding import seeded
 from bidensify._util.wrappers import unwrap
+from bidensify.data import check_dataset
 from bidensify.errors import ConfigError, FormatError
 from bidensify.models import load_weights
 from bidensify.nn import binary_layers
@@ -58,13 +59,13 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None, *, in_channe
         recipe: a student's recipe; section ``binarize`` configures the rewrite.
         teacher: the network whose weights the student starts from; not changed. Without it the student starts from a
             freshly built model.
-        in_channels: channels of an image; by default ``data.in_channels``, as many as ``data.mean`` has, or 3.
+        in_channels: channels of an image; by default the recipe's, or 3.
     """
     from bidensify.rewrite import bidensify
 
     base = recipe.build_model() if teacher is None else teacher
     with seeded(recipe.seed):
-        channels = in_channels or recipe.data.in_channels or len(recipe.data.mean or (0, 0, 0))
+        channels = in_channels or recipe.in_channels or 3
         example = None if recipe.data.size is None else torch.zeros(2, channels, *recipe.data.size)
         return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
 
@@ -110,7 +111,7 @@ def run_recipe(
     if resume and teacher_weights is None:
         teacher_weights = folder.teacher_weights()
     train, val = loaded.build_datasets()
-    channels = len(train.info.mean)
+    channels = train.info.channels
     section = loaded.teacher
     weights = teacher_weights or (section.weights if section is not None else None)
     if weights is None and train_teacher and section is not None and section.stages:
@@ -164,7 +165,9 @@ def check_run(
     with check.look("data"):
         data = loaded.build_datasets()
         for name, dataset in zip(("data.train", "data.val"), data, strict=True):
-            check.add(name, f"{len(dataset)} samples of {dataset.info.num_classes} classes")
+            with check.look(name):
+                report = check_dataset(dataset, name)
+                check.add(name, report.summary if report is not None else f"{len(dataset)} samples")
     with check.look("network"):
         model = loaded.build_model()
         count = sum(p.numel() for p in model.parameters())
@@ -178,7 +181,7 @@ def check_run(
             check.add("teacher", "no weights given; trained first" if section.stages else "no weights given")
         networks = (model, None)
         if role == "student":
-            student = build_student(loaded, model, in_channels=len(data[0].info.mean) if data is not None else None)
+            student = build_student(loaded, model, in_channels=data[0].info.channels if data is not None else None)
             layers = sum(1 for _ in binary_layers(student))
             check.add("rewrite", f"{layers} binary layers, method {loaded.config().method}")
             networks = (student, model)
