@@ -13,7 +13,7 @@ from bidensify.costs import work
 from bidensify.costs.rows import LayerSummary, Summary
 from bidensify.errors import ConfigError, PlanError
 from bidensify.nn import BinaryLayer, FrozenLayer, RPReLU
-from bidensify.rewrite.plan.kinds import macs_of
+from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorder import record
 

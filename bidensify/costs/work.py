@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bidensify.nn import RPReLU
-from bidensify.rewrite.plan.kinds import is_norm_module, macs_of
+from bidensify.rewrite.kinds import is_norm, is_pass
+from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.record.recorded import Record, TensorSpec, plain_name, scope_of
 
 __all__ = ["LayerCall", "calls_of", "functions_of", "layer_work", "numel", "per_element"]
@@ -34,7 +35,7 @@ _MULTIPLIES_TEXT = (
     "inner outer"
 )
 _MOVES, _MULTIPLIES = frozenset(_MOVES_TEXT.split()), frozenset(_MULTIPLIES_TEXT.split())
-_STILL = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+_STILL = (nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ def calls_of(record: Record) -> dict[str, list[LayerCall]]:
 
 def per_element(module: nn.Module) -> int:
     """Elementwise operations per element of a layer that is no convolution."""
-    if isinstance(module, _STILL) or type(module).__name__.startswith(("DropPath", "StochasticDepth")):
+    if isinstance(module, _STILL) or is_pass(module):
         return 0
     if isinstance(module, RPReLU):
         return 3
-    return 2 if is_norm_module(module) else 1
+    return 2 if is_norm(module) else 1
 
 
 def layer_work(module: nn.Module, call: LayerCall) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bidensify.rewrite.api import bidensify, plan
 from bidensify.rewrite.apply.model import apply_plan
+from bidensify.rewrite.kinds import register_kind
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorded import Record
@@ -19,4 +20,5 @@ __all__ = [
     "bidensify",
     "plan",
     "record",
+    "register_kind",
 ]

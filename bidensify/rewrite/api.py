@@ -15,7 +15,7 @@ from bidensify.nn import BinaryLayer, FrozenLayer
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.apply.model import apply_plan
 from bidensify.rewrite.check import check, second_size
-from bidensify.rewrite.plan.planner import make_plan
+from bidensify.rewrite.plan.make import make_plan
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorder import record
 

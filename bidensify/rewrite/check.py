@@ -16,7 +16,7 @@ from bidensify.nn.modes import evaluation_flags
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorded import Record, specs, tensors_in
-from bidensify.rewrite.record.untouched import same_random_state, untouched
+from bidensify.rewrite.record.restore import restored, same_random_state
 
 __all__ = ["check"]
 
@@ -46,7 +46,7 @@ class _Counting:
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Any:
-    with torch.no_grad(), untouched(model, fake=fake), evaluation_flags(model), same_random_state(model):
+    with torch.no_grad(), restored(model, fake=fake), evaluation_flags(model), same_random_state(model):
         if not fake:
             return specs(model(*args, **kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

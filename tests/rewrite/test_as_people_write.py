@@ -329,7 +329,7 @@ def test_a_convolution_with_its_own_forward() -> None:
     assert isinstance(student.a, Padded)
     assert isinstance(student.a, BinaryLayer)
     a = torch.where(torch.randn(1, 8, 6, 6) >= 0, 1.0, -1.0)
-    signs, scale = student.a.binary_weight()
+    signs, scale, _ = student.a.binary_weight()
     want = F.conv2d(F.pad(a, (1, 1, 1, 1), mode="reflect"), signs * scale.view(-1, 1, 1, 1))
     assert torch.allclose(student.a.conv_only(a), want, atol=1e-4)
     assert binary(layers) == {"a", "b"}

@@ -160,7 +160,8 @@ def test_the_made_weight_is_binarized_exactly(kind: str) -> None:
             want = F.conv2d(a, binary, layer.bias, layer.stride, layer.padding)
         got = layer.conv_only(a)
     assert torch.allclose(got, want, atol=1e-4)
-    signs, own = layer.binary_weight()
+    signs, own, offset = layer.binary_weight()
+    assert offset is None
     assert torch.equal(signs, binary.sign())
     assert torch.allclose(own, scale, rtol=1e-5)
 

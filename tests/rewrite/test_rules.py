@@ -91,9 +91,9 @@ def test_counts_are_shown_and_rules_of_one_pattern_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (bd.Rule("basic.0.conv3"), r"'basic\.0\.conv3' matches no .* Near names: .*basic\.0\.conv"),
-        (bd.Rule("class:Conv2D"), r"'class:Conv2D' matches no .* Near names: .*Conv2d"),
-        (bd.Rule(r"re:basic\.9.*"), "Near names"),
+        (bd.Rule("basic.0.conv3"), r"'basic\.0\.conv3' matches no .*; did you mean .*basic\.0\.conv"),
+        (bd.Rule("class:Conv2D"), r"'class:Conv2D' matches no .*; did you mean .*Conv2d"),
+        (bd.Rule(r"re:basic\.9.*"), "did you mean 'basic.1"),
         (bd.Rule("re:(", "keep"), "not a regular expression"),
         (
             bd.Rule("basic.*", where={"stride": (2, None)}),

@@ -11,14 +11,14 @@ from torch import nn
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer
-from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
-from bidensify.rewrite.plan.kinds import (
+from bidensify.rewrite.kinds import (
     fused_activation,
     is_absorbable_norm,
-    is_activation_module,
-    is_layer_scale_module,
-    is_norm_module,
+    is_activation,
+    is_layer_scale,
+    is_norm,
 )
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
 from bidensify.rewrite.plan.schema import Plan
 
 __all__ = ["activation_of", "check_fit"]
@@ -37,7 +37,7 @@ def activation_of(method: str, path: str) -> Any:
     return make
 
 
-def _facts(module: nn.Module) -> tuple[Any, ...]:
+def _geometry(module: nn.Module) -> tuple[Any, ...]:
     if isinstance(module, nn.Linear):
         return "linear", module.in_features, module.out_features, (1,), (1,), 1
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -52,10 +52,10 @@ def _check_layer(layer: LayerPlan, model: nn.Module, modules: Mapping[str, nn.Mo
     module = modules[layer.path]
     if isinstance(module, BinaryLayer):
         raise PlanError(f"{layer.path}: is binary already; rewrite the full-precision network")
-    facts = _facts(module)
+    found = _geometry(module)
     wanted = layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.groups
-    if facts != wanted:
-        raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {facts}; it is of another model")
+    if found != wanted:
+        raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {found}; it is of another model")
     get_method(layer.method)
     if layer.activation:
         activation_of(layer.method, layer.path)
@@ -84,10 +84,10 @@ def _check_activation(item: ActivationPlan, module: nn.Module) -> None:
     if item.action == "norm":
         fits = fused_activation(module) is not None
     elif item.action == "absorbed":
-        fits = is_activation_module(module) or is_norm_module(module) or is_layer_scale_module(module)
+        fits = is_activation(module) or is_norm(module) or is_layer_scale(module)
     else:
         activation_of(item.method, item.path)
-        fits = is_activation_module(module)
+        fits = is_activation(module)
     if not fits:
         raise PlanError(
             f"{item.path}: the plan's {item.action!r} does not go with a {type(module).__name__}; it is of another model: "

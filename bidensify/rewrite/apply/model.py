@@ -21,10 +21,10 @@ from bidensify.rewrite.apply.norms import centre, new_norm, taken_norm
 from bidensify.rewrite.blocks.edit import EditedBlock, edited
 from bidensify.rewrite.blocks.generated import become, without_hooks
 from bidensify.rewrite.blocks.signature import fit
+from bidensify.rewrite.kinds import fused_activation
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
-from bidensify.rewrite.plan.kinds import fused_activation
 from bidensify.rewrite.plan.schema import Plan
-from bidensify.rewrite.record.untouched import forget_unreal
+from bidensify.rewrite.record.restore import clear_fake_caches
 
 __all__ = ["StateDictAdapter", "apply_plan"]
 
@@ -175,7 +175,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         for item in plan.activations:
             _apply_activation(item, modules[item.path], reference)
     if plan.blocks:
-        forget_unreal()
+        clear_fake_caches()
     _adapt_state_dict(model, plan, before)
     model.bidensify_plan = plan  # type: ignore[assignment]
     announce(model)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bidensify.nn import BatchNormLast, RPReLU
 from bidensify.nn.used_weight import pretrained_spread
+from bidensify.rewrite.kinds import is_frozen_norm
 from bidensify.rewrite.plan.entries import LayerPlan
-from bidensify.rewrite.plan.kinds import is_frozen_norm
 
 __all__ = ["centre", "new_norm", "taken_norm"]
 

@@ -23,7 +23,7 @@ from bidensify.rewrite.blocks.signature import bind
 from bidensify.rewrite.blocks.surroundings import Attribute, recorded_attributes
 from bidensify.rewrite.blocks.trace import trace_once
 from bidensify.rewrite.record.recorded import Call, TensorSpec, plain_name
-from bidensify.rewrite.record.untouched import same_random_state, untouched
+from bidensify.rewrite.record.restore import restored, same_random_state
 
 __all__ = ["Traced", "editable_event", "operation_of", "trace_block", "written"]
 
@@ -156,7 +156,7 @@ def _replay(
         return function(*arguments.values(bound))
 
     replay = _Replay(fx.GraphModule(block, graph), names)
-    with torch.no_grad(), untouched(block), evaluation_flags(block), same_random_state(block):
+    with torch.no_grad(), restored(block), evaluation_flags(block), same_random_state(block):
         args, kwargs = _values(call, block)
         containers = _containers([args, kwargs])
         # Hooks of the block itself run around either forward.

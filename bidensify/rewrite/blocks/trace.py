@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
 from bidensify.rewrite.blocks.surroundings import attributes_read
-from bidensify.rewrite.record.untouched import untouched
+from bidensify.rewrite.record.restore import restored
 
 __all__ = ["trace_once"]
 
@@ -63,7 +63,7 @@ def trace_once(block: nn.Module, training: bool, arguments: Arguments) -> tuple[
     # Before the snapshot, so that the mode does not count as a change of the block's own.
     block.training = training
     try:
-        with untouched(block) as changed:
+        with restored(block) as changed:
             tracer = _BlockTracer(arguments)
             with attributes_read(block) as read:
                 graph = tracer.trace(block)

@@ -8,15 +8,11 @@ from typing import cast
 
 from torch import fx, nn
 
-from bidensify.rewrite.plan.kinds import drops, is_gate, is_layer_scale_module, is_norm_module, is_relu_like
+from bidensify.rewrite import kinds
 from bidensify.rewrite.record.recorded import Record, Scope, TensorSpec, plain_name, scope_of
 
 __all__ = ["Flow"]
 
-_PASS_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_PASS_FUNCTIONS = {
-    "dropout", "dropout1d", "dropout2d", "contiguous", "clone", "alias", "detach", "float", "to", "type_as", "identity",
-}  # fmt: skip
 _SHAPE_FUNCTIONS = {
     "permute", "transpose", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "movedim", "T", "mT",
 }  # fmt: skip
@@ -27,6 +23,7 @@ class Flow:
 
     def __init__(self, record: Record) -> None:
         self.record = record
+        self.calls = record.module_nodes()
         self.order = {node: number for number, node in enumerate(record.graph.nodes)}
         self._behind_layer: dict[fx.Node, bool] = {}
         self._reads_input: dict[fx.Node, bool] = {}
@@ -49,51 +46,34 @@ class Flow:
         spec = node.meta.get("spec")
         return spec.shape if isinstance(spec, TensorSpec) else None
 
+    def _what(self, node: fx.Node) -> nn.Module | str:
+        """What ``kinds`` is asked about: the module, or the function's name."""
+        module = self.module(node)
+        return module if module is not None else self.name(node) if node.op == "call_function" else ""
+
     def is_layer(self, node: fx.Node) -> bool:
         """Whether a node is a convolution or a linear layer."""
-        module = self.module(node)
-        if module is not None:
-            return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-        return node.op == "call_function" and self.name(node) in (
-            "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose1d", "conv_transpose3d", "linear",
-            "deform_conv2d",
-        )  # fmt: skip
+        return kinds.is_layer(self._what(node))
 
     def is_norm(self, node: fx.Node) -> bool:
         """Whether a node normalises."""
-        module = self.module(node)
-        if module is not None:
-            return is_norm_module(module)
-        return self.name(node) in ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
+        return kinds.is_norm(self._what(node))
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation of the ReLU family."""
-        return any(is_relu_like(name) for name in self._names(node))
+        return kinds.is_activation(self._what(node))
 
     def is_gate(self, node: fx.Node) -> bool:
         """Whether a node is a sigmoid, softmax or the like."""
-        return any(is_gate(name) for name in self._names(node))
-
-    def _names(self, node: fx.Node) -> list[str]:
-        """What a node goes by: the names of its module's class and bases, or the function's."""
-        module = self.module(node)
-        if module is not None:
-            return [cls.__name__ for cls in type(module).__mro__]
-        return [self.name(node)] if node.op == "call_function" else []
+        return kinds.is_gate(self._what(node))
 
     def is_pass(self, node: fx.Node) -> bool:
         """Whether a node hands its (single) tensor through in evaluation mode."""
-        module = self.module(node)
-        if module is not None:
-            name = type(module).__name__
-            return isinstance(module, _PASS_MODULES) or "DropPath" in name or name.startswith("StochasticDepth")
-        if node.op != "call_function":
-            return False
-        return self.name(node) in _PASS_FUNCTIONS or self.name(node) in ("drop_path", "stochastic_depth")
+        return kinds.is_pass(self._what(node))
 
     def drops(self, node: fx.Node) -> bool:
         """Whether a node drops values in training: in front of it a signal must not be the only one."""
-        return drops(self.module(node))
+        return kinds.drops(self.module(node))
 
     def is_scaling(self, node: fx.Node) -> bool:
         """Whether a node multiplies its one tensor by a number or a parameter of one value, or adds one (``sum`` begins at 0)."""
@@ -134,7 +114,7 @@ class Flow:
         """The path of the per-channel parameter that a node multiplies by (LayerScale), or None."""
         module = self.module(node)
         if module is not None:
-            if not is_layer_scale_module(module):
+            if not kinds.is_layer_scale(module):
                 return None
             names = [name for name, value in module._parameters.items() if value is not None]
             return f"{node.target}.{names[0]}" if len(names) == 1 else None
@@ -197,6 +177,12 @@ class Flow:
         """The node's single user, or None."""
         users = list(node.users)
         return users[0] if len(users) == 1 else None
+
+    def siblings(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of the same step in every recorded call of the same block."""
+        path, event = scope_of(node)[-1][0], int(node.meta["event"])
+        found = [call.events[event].node for call in self.record.calls[path] if event < len(call.events)]
+        return [each for each in found if each is not None]
 
     def within(self, node: fx.Node, scope: Scope) -> bool:
         """Whether a node ran inside this call of a block (or of its children)."""

@@ -12,9 +12,9 @@ from torch import fx, nn
 from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import PlanError
 from bidensify.methods import get_method, in_frame
+from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
-from bidensify.rewrite.plan.kinds import macs_of
 from bidensify.rewrite.plan.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.plan.rules import matches_layer, rule_labels, without_match
 from bidensify.rewrite.record.recorded import scope_of

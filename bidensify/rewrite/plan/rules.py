@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from bidensify._util.names import near
 from bidensify.config import Rule
 from bidensify.errors import PlanError
 from bidensify.rewrite.plan.entries import LayerPlan
@@ -79,8 +79,7 @@ def without_match(rule: Rule, layers: Sequence[LayerPlan], modules: Mapping[str,
         )
     if rule.match.startswith("class:"):
         known = dict.fromkeys(cls.__name__ for module in modules.values() for cls in type(module).__mro__[:-2])
-        near = difflib.get_close_matches(rule.match[6:], list(known), n=4, cutoff=0.3) or list(known)[:6]
     else:
-        pattern = rule.match.removeprefix("re:")
-        near = difflib.get_close_matches(pattern, list(modules), n=4, cutoff=0.3) or [*list(modules)[:6], "..."]
-    return f"rule {rule.match!r} matches no convolution or linear layer of the network. Near names: {', '.join(near)}"
+        known = dict.fromkeys(modules)
+    name = rule.match.removeprefix("re:").removeprefix("class:")
+    return f"rule {rule.match!r} matches no convolution or linear layer of the network{near(name, known)}"

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
-from bidensify.nn import FrozenLayer
-from bidensify.rewrite.plan.kinds import is_frozen_norm
+from bidensify.nn import FrozenLayer, RPReLU
+from bidensify.rewrite.kinds import is_activation, is_gate, is_layer, is_layer_scale, is_norm, is_pass
 
 __all__ = ["is_leaf"]
-
-_ACTIVATION_NAMES = re.compile(
-    r"^(?:Fast|Quick|New|ClippedG|GELUT|)"
-    r"(ReLU6?|LeakyReLU|PReLU|RReLU|SiLU|Swish|GELU|Hardswish|HardSwish|Mish|HardMish|ELU|CELU|SELU|Softplus|"
-    r"Sigmoid|Hardsigmoid|HardSigmoid|Tanh|Hardtanh|Softmax|Softmax2d)"
-    r"(?:Me|Jit|JitMe|Activation|Tanh)*$",
-    re.IGNORECASE,
-)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -31,24 +21,14 @@ def is_leaf(module: nn.Module) -> bool:
         return not isinstance(module, (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)) or bool(
             module._parameters
         )
-    leaf_bases = (
-        nn.modules.conv._ConvNd,
-        nn.Linear,
-        nn.modules.batchnorm._NormBase,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.Embedding,
-        nn.Identity,
-    )
-    # A packed layer counts itself.
-    if isinstance(module, (*leaf_bases, FrozenLayer)):
+    # A packed layer counts itself; RPReLU's functions are fused operators, which say less than its name.
+    if (
+        isinstance(module, (FrozenLayer, RPReLU, nn.Embedding))
+        or is_layer(module)
+        or is_norm(module)
+        or is_pass(module)
+    ):
         return True
-    if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__):
+    if any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__) or is_layer_scale(module):
         return True
-    name = type(module).__name__
-    if is_frozen_norm(module):
-        return True
-    # RPReLU: its functions are fused operators, which say less than its name.
-    if name.startswith(("RPReLU", "DropPath", "StochasticDepth", "LayerScale")) or name.endswith("DropPath"):
-        return True
-    return _ACTIVATION_NAMES.match(name) is not None and not any(True for _ in module.parameters())
+    return (is_activation(module) or is_gate(module)) and not any(True for _ in module.parameters())

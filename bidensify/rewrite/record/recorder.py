@@ -21,7 +21,7 @@ from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
-from bidensify.rewrite.record.untouched import same_random_state, untouched
+from bidensify.rewrite.record.restore import restored, same_random_state
 
 __all__ = ["record"]
 
@@ -206,7 +206,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
-                with torch.no_grad(), untouched(model, fake=fake), evaluation_flags(model), same_random_state(model):
+                with torch.no_grad(), restored(model, fake=fake), evaluation_flags(model), same_random_state(model):
                     if fake:
                         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                             fake_args = _copy_to(args, mode.from_tensor)

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["forget_unreal", "same_random_state", "untouched"]
+__all__ = ["clear_fake_caches", "restored", "same_random_state"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -42,7 +42,7 @@ def _unreal(value: Any, depth: int = 3) -> bool:
     return any(_unreal(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
-def forget_unreal() -> None:
+def clear_fake_caches() -> None:
     """Clears each ``functools.lru_cache`` (of anybody's code but torch's) that holds a fake tensor or a trace's proxy."""
     # A cache behind a decorator of a library's own is reachable by no name; the collector knows all of them.
     caches = [item for item in gc.get_objects() if type(item) is functools._lru_cache_wrapper]
@@ -62,7 +62,7 @@ def same_random_state(model: nn.Module) -> contextlib.AbstractContextManager[Non
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], list[str]]]:
+def restored(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], list[str]]]:
     """Puts back every attribute of every module, the containers among them and the buffers, when the run is over.
 
     Args:
@@ -109,4 +109,4 @@ def untouched(model: nn.Module, *, fake: bool = False) -> Iterator[Callable[[], 
                 with torch.no_grad():
                     buffer.copy_(values)
         if fake:
-            forget_unreal()
+            clear_fake_caches()

@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import fx
 
+from bidensify.rewrite.plan.code import Site, place_of
+from bidensify.rewrite.plan.draft import Draft
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.record.recorded import Scope, scope_of
-
-if TYPE_CHECKING:
-    from bidensify.rewrite.plan.planner import Planner
 
 __all__ = ["Residual", "find_residuals"]
 
@@ -126,13 +124,13 @@ def _only_pooled(flow: Flow, node: fx.Node, fork: fx.Node) -> bool:
     return (flow.shape(fork) or ())[2:] != (1, 1)
 
 
-def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, list[fx.Node], bool] | None:
+def _last_layer(draft: Draft, main: fx.Node, add: fx.Node) -> tuple[str, list[fx.Node], bool] | None:
     """The binary layer whose output, at most normalised, scaled, activated or moved, is the add's operand.
 
     Returns:
         Its path, the layer scales behind it, and whether a norm of its own stands between it and the add.
     """
-    flow = planner.flow
+    flow = draft.flow
     current: fx.Node | None = main
     child = add
     normed = False
@@ -142,7 +140,7 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
         # What computes a gate reads the signal that the gate multiplies; anything else that reads it is a fork.
         if any(user is not child and user not in readers for user in current.users):
             return None
-        layer = planner.binary(current)
+        layer = draft.binary(current)
         if layer is not None:
             return layer.path, scales, normed
         gated = flow.gated(current)
@@ -158,7 +156,7 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
         elif flow.layer_scale(current) is not None:
             scales.append(current)
         elif flow.is_norm(current):
-            normed = normed or not planner.is_absorbed_norm(current)
+            normed = normed or not draft.is_absorbed_norm(current)
         elif not (
             flow.is_pass(current)
             or flow.is_scaling(current)
@@ -171,9 +169,9 @@ def _last_layer(planner: Planner, main: fx.Node, add: fx.Node) -> tuple[str, lis
     return None
 
 
-def _carried(planner: Planner, main: fx.Node, fork: fx.Node, scales: list[fx.Node]) -> bool:
+def _carried(draft: Draft, main: fx.Node, fork: fx.Node, scales: list[fx.Node]) -> bool:
     """Whether the chain from ``fork`` to ``main`` loses nothing: its bypasses, and nothing else, carry the signal."""
-    flow = planner.flow
+    flow = draft.flow
     shape = flow.shape(fork)
     if shape is None:
         return False
@@ -182,14 +180,14 @@ def _carried(planner: Planner, main: fx.Node, fork: fx.Node, scales: list[fx.Nod
     pixels = flow.spatial(fork, -1 if last_dim else 1)
     current: fx.Node | None = main
     while current is not None and current is not fork:
-        layer = planner.binary(current)
+        layer = draft.binary(current)
         if layer is not None:
             sizes = flow.spatial(current, -1 if layer.kind == "linear" else 1)
             if not layer.bypass or layer.out_channels < channels or max(layer.stride) > 1 or sizes != pixels:
                 return False
         elif not (
             current in scales
-            or current in planner.removed
+            or current in draft.removed
             or flow.is_norm(current)
             or flow.is_activation(current)
             or (flow.is_pass(current) and not flow.drops(current))
@@ -197,34 +195,35 @@ def _carried(planner: Planner, main: fx.Node, fork: fx.Node, scales: list[fx.Nod
         ):
             return False
         child = current
-        current = planner.removed.get(current) or flow.data_input(current)
+        current = draft.removed.get(current) or flow.data_input(current)
         if current is not None and current is not fork:
-            readers = [user for user in current.users if user is not child and user not in planner.removed]
+            readers = [user for user in current.users if user is not child and user not in draft.removed]
             if readers:
                 return False
     return current is fork
 
 
-def find_residuals(planner: Planner) -> Iterator[Residual]:
+def find_residuals(draft: Draft) -> Iterator[Residual]:
     """Yields each residual add whose chain ends in a binary layer, in the order of the run."""
-    flow = planner.flow
-    seen: set[tuple[str, int]] = set()
-    for node in list(planner.record.graph.nodes):
+    flow = draft.flow
+    seen: set[Site] = set()
+    for node in list(flow.record.graph.nodes):
         if not flow.is_add(node, ("add", "sub")):
             continue
-        place = (scope_of(node)[-1][0] if scope_of(node) else "", int(node.meta.get("event", -1)))
-        if place in seen and place[1] >= 0:
+        place = place_of(node)
+        if place in seen:
             continue
-        seen.add(place)
+        if place is not None:
+            seen.add(place)
         split = _split(flow, node)
         if split is None:
             continue
         main, fork, identity = split
-        last = _last_layer(planner, main, node)
+        last = _last_layer(draft, main, node)
         if last is None and not identity:
             # The chain ends in a layer that stays (or a concatenation): it is the projection that has a bypass too many.
             main = next(item for item in flow.tensors(node) if item is not main)
-            last = _last_layer(planner, main, node)
+            last = _last_layer(draft, main, node)
         if last is None:
             continue
         path, scales, normed = last
@@ -234,6 +233,6 @@ def find_residuals(planner: Planner) -> Iterator[Residual]:
             and flow.is_add(node)
             and not (weighted or normed)
             and len(scales) <= 1
-            and _carried(planner, main, fork, scales)
+            and _carried(draft, main, fork, scales)
         )
         yield Residual(node, main, path, removable, scales)

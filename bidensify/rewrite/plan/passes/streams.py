@@ -10,14 +10,11 @@ sides of a sum carry the same stream, and it would double with every sum.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-if TYPE_CHECKING:
-    from bidensify.rewrite.plan.planner import Planner
+from bidensify.rewrite.plan.draft import Draft
 
 __all__ = ["drop_doubled"]
 
@@ -30,52 +27,55 @@ _HANDS_ON = re.compile(
 )
 
 
-def drop_doubled(planner: Planner) -> None:
-    """Takes the bypass from layers whose sum carries their full-precision stream already, in the order of the run."""
-    if planner.residual == "double":
-        return
-    found: dict[fx.Node, Streams] = {}
-    for node in planner.record.graph.nodes:
-        found[node] = _streams(planner, node, found)
+def drop_doubled(draft: Draft) -> Draft:
+    """Third pass: takes the bypass from layers whose sum carries their full-precision stream already, in the order of the run.
+
+    Reads which residual adds are removed; sets ``bypass`` of layers.
+    """
+    if draft.residual != "double":
+        found: dict[fx.Node, Streams] = {}
+        for node in draft.flow.record.graph.nodes:
+            found[node] = _streams(draft, node, found)
+    return draft
 
 
-def _positions(planner: Planner, node: fx.Node) -> int:
-    return prod(planner.flow.spatial(node, -1 if planner.flow.channels_last(node) else 1))
+def _positions(draft: Draft, node: fx.Node) -> int:
+    return prod(draft.flow.spatial(node, -1 if draft.flow.channels_last(node) else 1))
 
 
-def _computed(planner: Planner, node: fx.Node) -> list[fx.Node]:
+def _computed(draft: Draft, node: fx.Node) -> list[fx.Node]:
     """The tensor arguments that are not parameters or constants."""
     return [
         item
-        for item in planner.flow.tensors(node)
+        for item in draft.flow.tensors(node)
         if item.op != "get_attr" and not (item.op == "placeholder" and item.target == "constant")
     ]
 
 
-def _handed_on(planner: Planner, source: fx.Node, node: fx.Node, streams: Streams) -> Streams:
-    before, after = _positions(planner, source), _positions(planner, node)
-    if planner.flow.is_reorder(node) or after >= before:
+def _handed_on(draft: Draft, source: fx.Node, node: fx.Node, streams: Streams) -> Streams:
+    before, after = _positions(draft, source), _positions(draft, node)
+    if draft.flow.is_reorder(node) or after >= before:
         return streams
     return frozenset((origin, after) for origin, _ in streams)
 
 
-def _streams(planner: Planner, node: fx.Node, found: dict[fx.Node, Streams]) -> Streams:
-    flow = planner.flow
-    sources = _computed(planner, node)
+def _streams(draft: Draft, node: fx.Node, found: dict[fx.Node, Streams]) -> Streams:
+    flow = draft.flow
+    sources = _computed(draft, node)
     if node.op in ("get_attr", "output") or (node.op == "placeholder" and node.target == "constant"):
         return _NONE
-    fresh: Streams = frozenset({(node, _positions(planner, node))})
-    if node in planner.removed:
-        return found[planner.removed[node]]
-    layer = planner.binary(node)
+    fresh: Streams = frozenset({(node, _positions(draft, node))})
+    if node in draft.removed:
+        return found[draft.removed[node]]
+    layer = draft.binary(node)
     if layer is not None:
         # What a layer reads is full-precision, wherever it came from.
-        read = found[sources[0]] or frozenset({(sources[0], _positions(planner, sources[0]))})
-        return _handed_on(planner, sources[0], node, read) if layer.bypass else _NONE
+        read = found[sources[0]] or frozenset({(sources[0], _positions(draft, sources[0]))})
+        return _handed_on(draft, sources[0], node, read) if layer.bypass else _NONE
     if flow.is_layer(node) or not sources:
         return fresh
     if flow.is_add(node) and len(sources) == 2:
-        return _joined(planner, node, sources, found)
+        return _joined(draft, node, sources, found)
     name = flow.name(node)
     if name == "sub" and len(sources) == 2:
         return found[sources[0]] ^ found[sources[1]]
@@ -83,16 +83,14 @@ def _streams(planner: Planner, node: fx.Node, found: dict[fx.Node, Streams]) -> 
         return frozenset().union(*(found[item] for item in sources))
     gated = flow.gated(node)
     if gated is not None:
-        return _handed_on(planner, gated[0], node, found[gated[0]])
-    if len(sources) == 1 and (
-        _is_transparent(planner, node) or name in ("add", "sub", "rsub", "mul", "div", "truediv")
-    ):
-        return _handed_on(planner, sources[0], node, found[sources[0]])
+        return _handed_on(draft, gated[0], node, found[gated[0]])
+    if len(sources) == 1 and (_is_transparent(draft, node) or name in ("add", "sub", "rsub", "mul", "div", "truediv")):
+        return _handed_on(draft, sources[0], node, found[sources[0]])
     return fresh
 
 
-def _is_transparent(planner: Planner, node: fx.Node) -> bool:
-    flow = planner.flow
+def _is_transparent(draft: Draft, node: fx.Node) -> bool:
+    flow = draft.flow
     return (
         flow.is_norm(node)
         or flow.is_activation(node)
@@ -103,36 +101,33 @@ def _is_transparent(planner: Planner, node: fx.Node) -> bool:
     )
 
 
-def _joined(planner: Planner, add: fx.Node, sources: list[fx.Node], found: dict[fx.Node, Streams]) -> Streams:
+def _joined(draft: Draft, add: fx.Node, sources: list[fx.Node], found: dict[fx.Node, Streams]) -> Streams:
     first, second = sources
     if found[first] & found[second]:
         # The side that ends in binary layers gives way to one that hands on what it read.
-        sides = [(_bypasses(planner, side, add), side) for side in (second, first)]
+        sides = [(_bypasses(draft, side, add), side) for side in (second, first)]
         sides = [(paths, side) for paths, side in sides if paths]
         if sides:
             paths, side = sides[0]
             for path in paths or ():
-                layer = planner.layers[path]
-                planner.layers[path] = replace(
-                    layer, bypass=False, reason=f"{layer.reason}; the sum carries its full-precision signal already"
-                )
+                draft.change(path, "the sum carries its full-precision signal already", bypass=False)
             return found[first if side is second else second]
     return found[first] | found[second]
 
 
-def _bypasses(planner: Planner, node: fx.Node, child: fx.Node) -> list[str] | None:
+def _bypasses(draft: Draft, node: fx.Node, child: fx.Node) -> list[str] | None:
     """Layers whose bypasses are all of the stream that a value carries; None if there is more, or if others read it."""
-    flow = planner.flow
+    flow = draft.flow
     readers: set[fx.Node] = set()
     while True:
         if any(user is not child and user not in readers for user in node.users):
             return None
-        layer = planner.binary(node)
+        layer = draft.binary(node)
         if layer is not None:
             return [layer.path] if layer.bypass else []
-        sources = _computed(planner, node)
-        if flow.is_add(node) and len(sources) == 2 and node not in planner.removed:
-            sides = [_bypasses(planner, item, node) for item in sources]
+        sources = _computed(draft, node)
+        if flow.is_add(node) and len(sources) == 2 and node not in draft.removed:
+            sides = [_bypasses(draft, item, node) for item in sources]
             return None if None in sides else [path for side in sides for path in side or ()]
         gated = flow.gated(node)
         if gated is not None:
@@ -140,6 +135,6 @@ def _bypasses(planner: Planner, node: fx.Node, child: fx.Node) -> list[str] | No
             child, node = node, gated[0]
             continue
         hands_on = len(sources) == 1 and not flow.is_layer(node) and node.op != "placeholder"
-        if not hands_on or not (_is_transparent(planner, node) or flow.is_scaling(node)):
+        if not hands_on or not (_is_transparent(draft, node) or flow.is_scaling(node)):
             return None
         child, node = node, sources[0]

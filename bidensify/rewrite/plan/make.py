@@ -1,0 +1,66 @@
+"""From a record and a configuration to a plan: the passes in their order.
+
+The rule behind all of them: a full-precision signal reaches every point exactly once, never lost, never doubled.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bidensify._util.fingerprint import fingerprint
+from bidensify.config import BidensifyConfig
+from bidensify.errors import PlanError
+from bidensify.rewrite.plan.code import CodeChanges
+from bidensify.rewrite.plan.draft import Draft
+from bidensify.rewrite.plan.flow import Flow
+from bidensify.rewrite.plan.layers import plan_layers
+from bidensify.rewrite.plan.passes.activations import place_activations
+from bidensify.rewrite.plan.passes.adds import settle_adds
+from bidensify.rewrite.plan.passes.nonnegative import mark_nonnegative
+from bidensify.rewrite.plan.passes.norms import absorb_norms
+from bidensify.rewrite.plan.passes.notes import note_layers
+from bidensify.rewrite.plan.passes.streams import drop_doubled
+from bidensify.rewrite.plan.schema import Plan
+from bidensify.rewrite.record.recorded import Record
+from bidensify.rewrite.record.restore import clear_fake_caches
+
+__all__ = ["make_plan"]
+
+_PASSES = (absorb_norms, settle_adds, drop_doubled, place_activations, mark_nonnegative, note_layers)
+
+
+def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan:
+    """The plan for ``model``, as recorded, under ``config``.
+
+    Raises:
+        PlanError: no layer would become binary, or a rule matches none.
+        ConfigError: an unknown method.
+    """
+    flow = Flow(record)
+    layers, rule_matches = plan_layers(flow, config)
+    if not any(layer.action == "binary" for layer in layers):
+        reasons = sorted({layer.reason for layer in layers})
+        raise PlanError(
+            "the rewrite would change nothing: every layer stays in full precision "
+            f"({'; '.join(reasons)}). Add a rule with action 'binarize', or change keep_first / keep_last"
+        )
+    called = {layer.path: layer for layer in layers if layer.kind != "function"}
+    draft = Draft(flow, config, called, CodeChanges(record))
+    try:
+        for step in _PASSES:
+            draft = step(draft)
+        blocks = draft.code.entries()
+    finally:
+        if draft.code.any_traced:
+            clear_fake_caches()
+    return Plan(
+        model_class=type(model).__name__,
+        config=config,
+        layers=[*draft.layers.values(), *(layer for layer in layers if layer.kind == "function")],
+        activations=list(draft.activations.values()),
+        blocks=blocks,
+        notes=draft.notes,
+        rule_matches=rule_matches,
+        inputs=record.inputs_text,
+        fingerprint=fingerprint(model),
+    )
