@@ -27,6 +27,13 @@ def test_the_method_of_ones_own_runs() -> None:
         registry._METHODS.update(before)
 
 
+def test_the_table_of_methods_has_every_method() -> None:
+    table = (DOCS / "methods.md").read_text(encoding="utf-8").split("## A method of your own")[0]
+    first = re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE)
+    named = {name for cell in first for name in re.findall(r"`([a-z-]+)`", cell)}
+    assert named == {name for name in bd.available_methods() if not name.startswith("own-")}
+
+
 def test_the_table_of_options_is_that_of_the_class() -> None:
     text = (DOCS / "rewrite.md").read_text(encoding="utf-8")
     table = text[text.index("| `BidensifyConfig` |") :]

@@ -19,19 +19,19 @@ from bidensify.config import BidensifyConfig
 from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import ActivationBinarizer, WeightBinarizer, straight_through
 
+# From 0.5 to the next float32.
+_NEXT = 2.0**-24
+
 
 class ZeroOne(ActivationBinarizer):
     """{0, 1} with a threshold just above 0.5."""
 
-    def _threshold(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.nextafter(torch.tensor(0.5, dtype=dtype), torch.tensor(1.0, dtype=dtype))
-
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        threshold = self._threshold(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return threshold.to(x), x.new_zeros(()), x.new_ones(())
+        threshold = 0.5 + (2.0**-53 if x.dtype == torch.float64 else _NEXT)
+        return x.new_full((), threshold), x.new_zeros(()), x.new_ones(())
 
     def stored(self) -> dict[str, Tensor] | None:
-        return {"b": self._threshold().expand(self.channels), "levels": torch.tensor([0.0, 1.0])}
+        return {"b": torch.full((self.channels,), 0.5 + _NEXT), "levels": torch.tensor([0.0, 1.0])}
 
     def binarize(self, x: Tensor) -> Tensor:
         threshold, low, high = self.codes(x)

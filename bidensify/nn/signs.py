@@ -74,18 +74,20 @@ def crossing(k: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> tuple[
         dtype: of x and of the result.
 
     Returns:
-        (C,) each: threshold, and flip: -1 where k < 0. Where k is 0 every x is above the threshold, and flip is the sign of b.
+        (C,) each: threshold, and flip: -1 where k < 0. Where k is 0 every x is above the threshold, and flip is b's sign.
     """
     wide = torch.float32 if k.device.type == "mps" else torch.float64
     k, b = k.detach().to(wide), b.detach().to(wide)
     largest = torch.finfo(dtype).max
-    threshold = torch.where(k == 0, -largest, -b / k).clamp(-largest, largest).to(dtype)
+    # Where no x changes the sign, b's sign is that of every x.
+    constant = (k == 0) | ((b / k).abs() > largest)
+    threshold = torch.where(constant, -largest, -b / k).to(dtype)
     # The first x of the side that the comparison is for: rounding may have left the threshold on the other, and with a negative
     # k an x where k x + b is 0 belongs to the other.
     side = k * threshold.to(wide) + b
-    behind = torch.where(k < 0, side < 0, side >= 0) | (k == 0)
+    behind = torch.where(k < 0, side < 0, side >= 0) | constant
     above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf)).clamp(max=largest)
-    flip = torch.where((k < 0) | ((k == 0) & (b < 0)), -1.0, 1.0).to(dtype)
+    flip = torch.where(torch.where(constant, b < 0, k < 0), -1.0, 1.0).to(dtype)
     return torch.where(behind, threshold, above), flip
 
 
