@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bidensify._util.yamltext import parse_yaml
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,16 +24,14 @@ def parse_assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
     Raises:
         ConfigError: a text without ``=``, an empty name, or a value that is not YAML.
     """
-    import yaml
-
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"{option} {text!r} is not NAME=VALUE; write for example {option} width=16")
         try:
-            values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            values[name.strip()], _ = parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(f"{option} {text!r}: {value!r} is not a YAML value ({error}); quote texts") from None
     return values
 
@@ -43,12 +42,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not YAML, or not a mapping.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content, twice = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{str(path)!r} is not YAML: {error}") from None
+    if twice:
+        raise ConfigError(f"{str(path)!r}: {'; '.join(twice)}")
     if not isinstance(content, dict):
         given = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigError(f"{str(path)!r} {given}; write names and values, for example method: bidense")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bidensify._util.yamltext import parse_yaml
 from bidensify.compare.plots import Panel, colour_of, curves
 from bidensify.compare.report import Figure, Report, Table
 from bidensify.errors import ConfigError, FormatError
@@ -64,15 +65,13 @@ def read_run(folder: str | Path) -> RunRecord:
         ConfigError: the folder is not that of a finished run.
         FormatError: its files are damaged.
     """
-    import yaml
-
     path = Path(folder)
     if not (path / "recipe.yaml").is_file():
         raise ConfigError(f"{str(path)!r} is not a run folder (it has no recipe.yaml); give one that finetune wrote")
     if not (path / "result.json").is_file():
         raise ConfigError(f"the run in {str(path)!r} is not finished (it has no result.json); resume it first")
     try:
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe, _ = parse_yaml((path / "recipe.yaml").read_text(encoding="utf-8"))
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         binary = recipe["stages"][-1]["binarize"] != "none"
         return RunRecord(
@@ -85,7 +84,7 @@ def read_run(folder: str | Path) -> RunRecord:
             history=list(result["history"]),
             recipe=dict(recipe),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(
             f"the run in {str(path)!r} is damaged ({type(error).__name__}: {error}); train it again"
         ) from error

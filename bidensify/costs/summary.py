@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bidensify._util.wrappers import unwrap
 from bidensify.costs import work
 from bidensify.costs.rows import LayerSummary, Summary
 from bidensify.errors import ConfigError, PlanError
@@ -40,6 +41,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"summary: {type(model).__name__} is no nn.Module; give the network")
+    model = unwrap(model)
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if len(size) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in size):
         raise ConfigError(

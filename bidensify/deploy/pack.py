@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify._util.listeners import announce
+from bidensify._util.wrappers import unwrap
 from bidensify.deploy.backends import check_kernel
 from bidensify.deploy.between.deferred import defer_concatenations
 from bidensify.deploy.freeze import freeze
@@ -42,6 +43,7 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
     _check_dtype(float_dtype)
     if not isinstance(model, nn.Module):
         raise PackError(f"{type(model).__name__} is no nn.Module; give the network that bidensify() returned")
+    model = unwrap(model)
     layers = dict(binary_layers(model))
     if not layers:
         packed_already = len(packed_layers(model))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import fingerprint
 from bidensify._util.listeners import announce
+from bidensify._util.wrappers import unwrap
 from bidensify.errors import FormatError, PlanError
 from bidensify.nn import BinaryLayer, FrozenLayer
 from bidensify.nn.used_weight import copy_model
@@ -66,6 +67,7 @@ def save_pretrained(
     from bidensify.deploy.format import write_packed
     from bidensify.deploy.layers import packed_layers
 
+    model = unwrap(model)
     plan = _plan_of(model)
     source = _jsonable(getattr(model, "bidensify_source", None))
     extra = {**(extra or {}), "fingerprint": plan.fingerprint, "source": source}
@@ -128,6 +130,7 @@ def _base(header: Mapping[str, Any], model: nn.Module | None, where: Path) -> nn
             raise FormatError(
                 f"{where}: the given base model is a {type(model).__name__}, no nn.Module; give the network"
             )
+        model = unwrap(model)
         for path, module in model.named_modules():
             if isinstance(module, BinaryLayer | FrozenLayer):
                 state = "packed" if isinstance(module, FrozenLayer) else "binary"

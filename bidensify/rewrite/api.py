@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bidensify._util.wrappers import unwrap
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method
@@ -74,6 +75,7 @@ def plan(model: nn.Module, config: BidensifyConfig | None = None, *, example_inp
     """
     config = _config(config, None)
     _refuse(model)
+    model = unwrap(model)
     return make_plan(record(model, example_inputs), model, config)
 
 
@@ -92,7 +94,7 @@ def bidensify(
     training, ``bidensify.calibrate`` (``finetune`` calls it) sets thresholds and BatchNorm statistics.
 
     Args:
-        model: the full-precision network.
+        model: the full-precision network; of DataParallel and of a moving average what is inside.
         config: what to do; defaults to ``BidensifyConfig()``.
         method: overrides ``config.method``.
         example_inputs: a tensor, a tuple or a dict; by default derived from the model.
@@ -107,6 +109,7 @@ def bidensify(
     """
     config = _config(config, method)
     _refuse(model)
+    model = unwrap(model)
     recorded = record(model, example_inputs)
     planned = make_plan(recorded, model, config)
     expected = second_size(model, recorded) if verify else None

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import bidensify as bd
 from bidensify._util.wrappers import unwrap
 from bidensify.errors import ConfigError
 
@@ -44,3 +46,21 @@ def test_what_changes_the_parameters_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="is a FSDPModule: .*before fully_shard"):
         unwrap(FSDPConv2d(3, 4, 1))
+
+
+def test_a_wrapped_network_is_the_network_all_the_way(tmp_path: Path) -> None:
+    net = nn.Sequential(*[nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 8), (8, 8), (8, 2))]).eval()
+    wrapped = nn.DataParallel(net)
+    student, plain = bd.bidensify(wrapped), bd.bidensify(net)
+    assert list(student.state_dict()) == list(plain.state_dict())
+    assert [layer.path for layer in bd.plan(wrapped).layers] == [layer.path for layer in bd.plan(net).layers]
+    counts = [str(bd.summary(model, (3, 8, 8)).to_dict()) for model in (nn.DataParallel(plain), plain)]
+    assert counts[0] == counts[1]
+    x = torch.randn(2, 3, 8, 8)
+    for model in (student, bd.pack(torch.compile(student, backend="eager"))):
+        bd.save_pretrained(nn.DataParallel(model), tmp_path)
+        for base in (net, wrapped):
+            again = bd.from_pretrained(tmp_path, base)
+            assert not isinstance(again, nn.DataParallel)
+            with torch.no_grad():
+                assert torch.equal(again(x), model.eval()(x))

@@ -457,11 +457,13 @@ def test_a_wrapped_network() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.b(F.relu(self.a(self.stem(x)))))
 
-    student, layers = convert(nn.DataParallel(Net()))
-    assert isinstance(student, nn.DataParallel)
-    assert binary(layers) == {"module.a", "module.b"}
-    inner = student.module
-    same(student, lambda s, x: inner.head(inner.b(inner.a(inner.stem(x)))))
+    net = Net()
+    student, layers = convert(nn.DataParallel(net))
+    assert isinstance(student, Net)
+    assert binary(layers) == {"a", "b"}
+    same(student, lambda s, x: s.head(s.b(s.a(s.stem(x)))))
+    average, _ = convert(torch.optim.swa_utils.AveragedModel(net))
+    assert isinstance(average, Net)
 
 
 def test_residual_with_an_in_place_add() -> None:
