@@ -149,7 +149,11 @@ def write_values(out: Path, name: str, values: Tensor, task: Any) -> None:
             with temporary.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
         else:
-            Image.fromarray(array).save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
+            image = Image.fromarray(array)
+            if array.dtype == np.uint8 and (colours := list(getattr(task, "palette", ()))):
+                # One colour alone is the foreground's; its pixels stay indices, with colours for whoever looks at them.
+                image.putpalette([part for colour in ([(0, 0, 0)] * (len(colours) == 1) + colours) for part in colour])
+            image.save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
 
 
 def write_picture(out: Path, name: str, picture: Tensor) -> None:

@@ -40,7 +40,10 @@ class Count:
 
     @classmethod
     def of(cls, size: tuple[int, int], parts: Mapping[str, Tensor]) -> Count:
-        """Counts one sample: the image's (height, width), and ``mask`` and ``depth`` where they are."""
+        """Counts one sample: the image's (height, width), and ``mask`` and ``depth`` where they are (then theirs counts)."""
+        size = next(
+            ((int(p.shape[-2]), int(p.shape[-1])) for key, p in parts.items() if key in ("mask", "depth")), size
+        )
         count = cls(images=1, sizes=Counter([size]))
         if "mask" in parts:
             mask = parts["mask"]

@@ -133,12 +133,16 @@ class FileDataset(DenseDataset):
         return self.prepare(parts)
 
     def count(self, index: int) -> Count:
-        """Counts what the labels of sample ``index`` hold; the image's pixels are not decoded.
+        """Counts what the labels of sample ``index`` hold; of the image only header and end are read.
 
         Raises:
-            DataError: a label file cannot be read, or is not of the image's size. Labels outside the classes are counted.
+            DataError: a file cannot be read or was cut off, or is not of the image's size. Labels outside the classes are
+                counted.
         """
         size = self.size_of(index)
+        for path in (self.items[index].image, self.items[index].target):
+            if path is not None:
+                files.check_whole(path, "image")
         return Count.of(size, self.prepare(self.labels_of(index, size, check=False)))
 
 

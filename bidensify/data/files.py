@@ -97,6 +97,24 @@ def open_image(path: Path, kind: str) -> Image.Image:
     return image
 
 
+def check_whole(path: Path, kind: str) -> None:
+    """Finds files that were cut off, as downloads are; JPEG and PNG say at their end that they are whole.
+
+    Raises:
+        DataError: as :func:`open_image`.
+    """
+    marks = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
+    suffix = path.suffix.lower()
+    if suffix == ".npy" or suffix not in SUFFIXES:
+        return  # a NumPy file's header says how long it is, and image_size has looked
+    with named(path, kind), path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), 2)
+        ending = file.read()
+    # Some cameras write on behind the end: what looks cut off is read to be sure, and so are the other formats.
+    if suffix not in marks or marks[suffix] not in ending:
+        open_image(path, kind)
+
+
 def image_size(path: Path, kind: str, bands: int = 3) -> tuple[int, int]:
     """Returns (height, width) of an upright image from its header alone, where the format has one.
 

@@ -20,6 +20,7 @@ from bidensify._util.files import atomic_write
 from bidensify.data.base import DataInfo, DenseDataset
 from bidensify.data.count import Count
 from bidensify.data.readers import label_remedy
+from bidensify.data.transforms import Fit
 from bidensify.errors import DataError
 
 __all__ = ["Report", "check_dataset", "survey"]
@@ -134,8 +135,9 @@ def check_dataset(dataset: Any, name: str = "data") -> Report | None:
         What was found; None for a data set of another kind, which cannot be asked.
 
     Raises:
-        DataError: a file cannot be used, a label is outside the classes, no pixel is labelled, no depth is valid, or one
-            of two classes never occurs while labels are ignored (masks of 0 and 255).
+        DataError: a file cannot be used or was cut off, a label is outside the classes, no pixel is labelled, no depth is
+            valid, one of two classes never occurs while labels are ignored (masks of 0 and 255), or evaluation would
+            refuse an image's size.
     """
     while not isinstance(dataset, DenseDataset) and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
@@ -149,6 +151,9 @@ def check_dataset(dataset: Any, name: str = "data") -> Report | None:
     looked = "" if count.images == len(dataset) else f" ({count.images} of them looked at)"
     lines = [f"{name}: {len(dataset)} images{looked} of {sizes}"]
     warnings = [f"{name}: {note}" for note in dataset.notes]
+    if isinstance(dataset.transforms, Fit):  # what evaluation would refuse is refused now
+        for size in count.sizes:
+            dataset.transforms.sizes(*size)
     if count.pixels:
         _check_masks(count, info, name, lines, warnings, partly=bool(looked))
     if count.depth_pixels:

@@ -210,7 +210,7 @@ class Recipe(Section):
         if section.name == "scenes":
             shared["size"] = self.image_size
         options = {**{key: value for key, value in shared.items() if value is not None and key in known}, **options}
-        if section.name == "image_mask_folder" and "root" not in options:
+        if "root" in known and "root" not in options:
             raise ConfigError(
                 f"recipe {self.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER"
             )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bidensify.cli.app import app
 from bidensify.cli.predict import named_images, refuse_overwriting, write_values
 from bidensify.errors import ConfigError, DataError
-from bidensify.tasks import DepthTask, SegmentationTask, predict_image
+from bidensify.tasks import BinaryTask, DepthTask, SegmentationTask, predict_image
 from bidensify.train import load_run
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "highest", "mode"), [(2, 1, "L"), (256, 255, "L"), (257, 256, "I;16"), (300, 290, "I;16")]
+    ("classes", "highest", "mode"), [(2, 1, "P"), (256, 255, "P"), (257, 256, "I;16"), (300, 290, "I;16")]
 )
 def test_class_indices_do_not_wrap(tmp_path: Path, classes: int, highest: int, mode: str) -> None:
     values = torch.tensor([[0, 1], [highest, highest - 1]])
@@ -102,6 +102,16 @@ def test_class_indices_do_not_wrap(tmp_path: Path, classes: int, highest: int, m
     image = Image.open(tmp_path / "x.labels.png")
     assert image.mode == mode
     assert np.array_equal(np.asarray(image).astype(np.int64), values.numpy())
+
+
+@pytest.mark.parametrize(
+    "task", [SegmentationTask(2, palette=[[0, 0, 0], [255, 9, 0]]), BinaryTask(colour=(255, 9, 0))], ids=["two", "one"]
+)
+def test_class_indices_show_in_the_palettes_colours(task: object, tmp_path: Path) -> None:
+    write_values(tmp_path, "c", torch.tensor([[1, 0]]), task)
+    coloured = Image.open(tmp_path / "c.labels.png")
+    assert np.array(coloured).tolist() == [[1, 0]]
+    assert np.array(coloured.convert("RGB")).tolist() == [[[255, 9, 0], [0, 0, 0]]]
 
 
 def test_depths_are_written_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bidensify.data import Scenes, Seeded, build_dataset, check_dataset, survey
+from bidensify.data import Scenes, Seeded, build_dataset, build_transforms, check_dataset, survey
 from bidensify.data.base import DenseDataset
 from bidensify.errors import DataError
 
@@ -94,6 +94,32 @@ def test_every_broken_file_is_counted(tmp_path: Path) -> None:
         (root / "train" / "labels" / f"{number}.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(DataError, match=r"(?s)7 of 9 samples cannot be used:.*0\.png.*and 2 more"):
         check_dataset(folder(root, classes=2))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tiff", ".npy"])
+def test_an_image_that_was_cut_off_is_found_before_training(tmp_path: Path, suffix: str) -> None:
+    root = write(tmp_path, [split(0, 1, (40, 50)) for _ in range(3)])
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    victim = root / "train" / "images" / f"1{suffix}"
+    (root / "train" / "images" / "1.png").unlink()
+    if suffix == ".npy":
+        np.save(victim, noise)
+    else:
+        Image.fromarray(noise).save(victim)
+    whole = victim.read_bytes()
+    assert check_dataset(folder(root, classes=2)) is not None
+    victim.write_bytes(whole + b"written by the camera" * 9)  # behind the end
+    assert check_dataset(folder(root, classes=2)) is not None
+    victim.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(DataError, match=rf"data: .*1{suffix}' is (truncated|not an image)"):
+        check_dataset(folder(root, classes=2))
+
+
+def test_a_size_that_evaluation_refuses(tmp_path: Path) -> None:
+    data = folder(write(tmp_path, [split(0, 1), split(0, 1, (9, 6))]), classes=2)
+    data.transforms = build_transforms(False, (8, 8), resize="pad")
+    with pytest.raises(DataError, match="an image is 9x6, larger than the size 8x8"):
+        check_dataset(data)
 
 
 def test_the_result_is_remembered_until_a_file_or_an_option_changes(
