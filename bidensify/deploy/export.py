@@ -26,9 +26,7 @@ from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 __all__ = ["Exported", "export"]
 
 _SUFFIXES = (".onnx", ".pt2")
-_NEEDS = (
-    "A network packed by bidensify: `import bidensify.runtime` before torch.export.load, which needs its operators."
-)
+_NEEDS = "A network packed by bidensify: `import bidensify.deploy` before torch.export.load, which needs its operators."
 _LARGEST_ONNX = 2_000_000_000
 # A rounding difference may flip single signs, so that a few values differ a lot; a wrong graph differs everywhere.
 _TOLERANCE = 1e-2

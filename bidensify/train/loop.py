@@ -247,5 +247,7 @@ class Loop:
             save_weights(self.student, self.folder.weights, single=recipe.precision == "fp64")
             self.folder.write_result(recipe.name, result)
         self.accelerator.wait_for_everyone()
-        self.log.say(f"{recipe.name}: {self.task.primary} {metrics[self.task.primary]:.4f} (epoch {state.best_epoch})")
+        self.log.say(
+            f"{recipe.name}: {self.task.primary} {metrics[self.task.primary]:.4f} (epoch {state.best_epoch + 1})"
+        )
         return result

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,36 @@ def test_a_packed_folder_knows_what_it_is_for(cli: CliRunner, work: Path, tmp_pa
     refused = cli.invoke(app, ["evaluate", packed, "--set", "model.options.width=16"])
     assert refused.exit_code == 2
     assert "has no effect" in text_of(refused)
+
+
+def test_check_says_what_a_run_would_be_refused_for(cli: CliRunner, work: Path, tmp_path: Path) -> None:
+    result = cli.invoke(app, ["check", str(work / "tiny.yaml"), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["problems"] == []
+    assert {"recipe", "data.train", "network"} <= {what for what, _ in found["rows"]}
+    recipe = tmp_path / "none.yaml"
+    folder = "{name: image_mask_folder, split: train, classes: 2}"
+    recipe.write_text((work / "tiny.yaml").read_text().replace("{name: scenes, split: train, length: 8}", folder))
+    result = cli.invoke(app, ["check", str(recipe), "-s", f"data.root={tmp_path}"])
+    assert result.exit_code == 1
+    assert "problem: data: " in result.output
+
+
+def test_code_that_only_a_folder_names_is_not_run(cli: CliRunner, work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(work / "run", run)
+    module = tmp_path / "evil_module.py"
+    module.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("imports: []", f"imports: [{module}]"))
+    for name in ("evaluate", "summary", "bench"):
+        result = cli.invoke(app, [name, str(run)])
+        assert result.exit_code == 2
+        assert "--trust" in result.output
+        assert not (tmp_path / "ran").exists()
+    assert cli.invoke(app, ["summary", str(run), "--trust"]).exit_code == 0
+    assert (tmp_path / "ran").exists()
 
 
 def test_summary_in_three_forms(cli: CliRunner) -> None:

@@ -35,6 +35,8 @@ def browser() -> Iterator[Any]:
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    # A machine that is busy with other things may take minutes for a click.
+    driver.command_executor.client_config.timeout = 600
     yield driver
     driver.quit()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,20 @@ def test_a_latent_network_goes_to_onnx(method: str, tmp_path: Path) -> None:
     with torch.no_grad():
         close = torch.isclose(torch.from_numpy(y), student(x), rtol=1e-3, atol=1e-3)
     assert close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["net.pt2", "net.onnx"])
+def test_files_hold_no_path_of_this_machine(packed: nn.Module, tmp_path: Path, name: str) -> None:
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxscript")
+    done = export(packed, tmp_path / name, example_inputs=torch.randn(2, 3, 64, 64))
+    parts = [done.path.read_bytes()]
+    if zipfile.is_zipfile(done.path):
+        with zipfile.ZipFile(done.path) as file:
+            parts = [file.read(part) for part in file.namelist()]
+            assert any(b"import bidensify.deploy" in part for part in parts)
+    for place in (bd.__path__[0], torch.__path__[0], str(Path(__file__).parent), sys.prefix, str(Path.home()), ".py"):
+        assert not any(place.encode() in part for part in parts), place
 
 
 def test_torch_program_loads_again(packed: nn.Module, tmp_path: Path) -> None:
