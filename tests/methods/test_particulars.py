@@ -14,12 +14,13 @@ import bidensify as bd
 from bidensify.deploy import available_kernels
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError, PackError
-from bidensify.methods import LayerParts, LayerSpec, framed, get_method
+from bidensify.methods import LayerParts, LayerSpec, get_method, in_frame
 from bidensify.nn import BinaryLayer, RPReLU, SignBinarizer, make_binary, set_progress
 
 METHODS = [name for name in bd.available_methods() if not name.startswith("own-")]
 each_method = pytest.mark.parametrize("method", METHODS)
 CONFIG = bd.BidensifyConfig()
+IN_BIDENSE = bd.BidensifyConfig(frame="bidense")
 
 
 def parts_of(method: str, spec: LayerSpec, act_scale: str = "per_tensor") -> LayerParts:
@@ -80,8 +81,8 @@ def test_no_weights_are_lost_or_not_a_number(method: str, base: nn.Module, kind:
 def test_frames() -> None:
     for name in METHODS:
         method = get_method(name)
-        assert framed(method, CONFIG) is method
-        there = framed(method, bd.BidensifyConfig(frame="bidense"))
+        assert in_frame(name, CONFIG) == name
+        there = get_method(in_frame(name, IN_BIDENSE))
         assert (there.bypass, there.norm, there.activation_first, there.residual) == ("all", "after", False, None)
         assert there.activation is not None
         assert isinstance(there.activation(4, 1), RPReLU)
@@ -93,9 +94,11 @@ def test_frames() -> None:
         assert "downsampling shortcut" in method.keeps(shortcut)
         assert not method.keeps(LayerSpec("conv2d", 8, 16, kernel_size=(3, 3), stride=(2, 2)))
         assert not method.keeps(LayerSpec("conv2d", 8, 16))
-        assert framed(method, bd.BidensifyConfig(frame="bidense")).keeps is None
+        there = get_method(in_frame(name, IN_BIDENSE))
+        assert there.keeps is not None
+        assert not there.keeps(shortcut)
     for name in ("bibert", "bit", "bivit"):
-        keeps = framed(get_method(name), bd.BidensifyConfig(frame="bidense")).keeps
+        keeps = get_method(in_frame(name, IN_BIDENSE)).keeps
         assert keeps is not None
         assert "linear layers" in keeps(shortcut)
         assert not keeps(LayerSpec("linear", 8, 8, dim=-1))
