@@ -120,11 +120,12 @@ def compare_methods(
     from bidensify.compare.page import main_table
     from bidensify.compare.study import run_comparison
     from bidensify.compare.tables import to_rich
-    from bidensify.methods import available_methods
+    from bidensify.methods import available_methods, get_method
     from bidensify.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings)
-    names = listed(methods, "--methods") if methods is not None else list(available_methods())
+    every = [name for name in available_methods() if get_method(name).takes("conv2d")]
+    names = listed(methods, "--methods") if methods is not None else every
     try:
         numbers = [int(text) for text in listed(seeds, "--seeds")]
     except ValueError:

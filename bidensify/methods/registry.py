@@ -94,6 +94,12 @@ class Method:
     keeps: Callable[[LayerSpec], str] | None = None
     citation: str = ""
 
+    def takes(self, kind: str) -> bool:
+        """Whether the method binarizes layers of a kind ("conv2d", "conv_transpose2d" or "linear") at all."""
+        size = (1, 1) if kind == "linear" else (3, 3)
+        spec = LayerSpec(kind, 8, 8, dim=-1 if kind == "linear" else 1, kernel_size=size)
+        return self.keeps is None or not self.keeps(spec)
+
     def has_bypass(self, spec: LayerSpec) -> bool:
         """Whether a layer has a bypass of its own."""
         return self.bypass == "all" or (self.bypass == "same" and spec.keeps_shape)

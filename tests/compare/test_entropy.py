@@ -11,8 +11,11 @@ from torch import nn
 import bidensify as bd
 from bidensify.compare.entropy import channel_entropy, first_binarization
 from bidensify.errors import PlanError
+from bidensify.methods import get_method
 from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d, BiDenseLinear
+
+CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 
 
 def test_entropy_by_hand() -> None:
@@ -36,7 +39,7 @@ def test_a_binarizer_whose_threshold_does_not_fit_loses_the_channel() -> None:
     assert min(found.before) > 7
 
 
-@pytest.mark.parametrize("method", bd.available_methods())
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_the_layer_that_is_called_first(method: str) -> None:
     student = bd.bidensify(unet(width=8), method=method).eval()
     found = first_binarization(student, [torch.randn(2, 3, 32, 32)])

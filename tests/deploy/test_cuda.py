@@ -24,11 +24,14 @@ from bidensify.deploy import PackedConv2d, PackedLayer, PackedLinear, PackedSpec
 from bidensify.deploy.bits import bits_from_signs
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError
+from bidensify.methods import get_method
 from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear, BinaryLayer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import LAYERS, network, relative, settle
+
+CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -351,7 +354,7 @@ def test_a_model_on_cuda_is_rewritten_there() -> None:
         assert torch.allclose(state[name].cpu(), value, rtol=1e-6), name
 
 
-@pytest.mark.parametrize("method", bd.available_methods())
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_packed_is_latent_on_cuda_bit_for_bit(method: str) -> None:
     _, made, x = student(method)
     made, x = made.cuda().to(memory_format=torch.channels_last), x.cuda().contiguous(memory_format=torch.channels_last)
@@ -365,7 +368,7 @@ def test_packed_is_latent_on_cuda_bit_for_bit(method: str) -> None:
     assert packed_layers(packed)
 
 
-@pytest.mark.parametrize("method", bd.available_methods())
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_cpu_and_cuda_see_the_same_classes(method: str, record_property: Callable[[str, object], None]) -> None:
     _, made, x = student(method)
     packed = pack(made)

@@ -20,6 +20,7 @@ from bidensify.errors import ConfigError
 from bidensify.exact import latent, own_codes
 from bidensify.kernels import dense as training
 from bidensify.kernels import evaluation_ops
+from bidensify.methods import get_method
 from bidensify.models.unet import unet
 from bidensify.nn import (
     ActivationBinarizer,
@@ -35,6 +36,8 @@ from bidensify.nn import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import settle
+
+CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 
 KERNELS = available_kernels()
 CHANNELS = st.sampled_from([1, 3, 8, 16, 20, 31, 33, 48, 64, 70])
@@ -173,7 +176,7 @@ class Net(nn.Module):
         return self.head(self.fuse(torch.cat([a, self.up(b)], 1)))
 
 
-@pytest.mark.parametrize("method", bd.available_methods())
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_whole_networks_give_the_same_bits(method: str) -> None:
     torch.manual_seed(0)
     student = bd.bidensify(Net(), method=method)
