@@ -23,8 +23,7 @@ _INSIDE = {
     "ModelEmaV3": "module",
 }
 _REFUSED = {
-    "FullyShardedDataParallel": "its parameters are flattened and spread over processes; give the network before it was "
-    "wrapped (accelerate wraps it for the run)",
+    "FullyShardedDataParallel": "its parameters are flattened and spread over processes; give the network before that",
     "FSDPModule": "its parameters are spread over processes; give the network before fully_shard was called",
     "ScriptModule": "a scripted network has no Python forward left; give the network that it was scripted from",
 }

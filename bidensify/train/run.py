@@ -116,7 +116,7 @@ def run_recipe(
     weights = teacher_weights or (section.weights if section is not None else None)
     if weights is None and train_teacher and section is not None and section.stages:
         weights = folder.path.with_name(f"{folder.path.name}_teacher")
-        if not quiet:
+        if not quiet and os.environ.get("RANK", "0") == "0":
             print(f"No teacher's weights given: the recipe's teacher comes first, in {weights}")
         if not weights.exists():
             # Neither has its weights yet; all else that could stop the student after its teacher's hours is seen now.
