@@ -105,7 +105,7 @@ def _progress(results: Iterator[Any], total: int, name: str) -> Iterator[Any]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("BIDENSIFY_CACHE") or Path(base) / "bidensify")
 
 

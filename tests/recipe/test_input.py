@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from bidensify.errors import ConfigError
 from bidensify.recipe import Recipe, load_recipe
 from bidensify.recipe.portable import portable
+from bidensify.train import run_recipe
 
 
 def recipe(root: Path, **data: Any) -> Recipe:
@@ -70,3 +71,29 @@ def test_recipes_from_before_metrics_at_the_labels_own_size() -> None:
         load_recipe({**data, "data": {"keep_target_size": False}})
     with pytest.raises(ConfigError, match="evaluate.resize"):
         load_recipe({**data, "evaluate": {"resize": "stretch"}})
+
+
+@pytest.mark.parametrize("bands", [1, 5])
+def test_networks_of_other_channels_train_from_a_recipe(bands: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for split, sizes in (("train", [(20, 30)] * 4), ("val", [(20, 30), (31, 17)])):
+        for kind in ("images", "labels"):
+            (tmp_path / split / kind).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            values = random.integers(0, 4096, (*size, bands), dtype=np.uint16)
+            np.save(tmp_path / split / "images" / f"{number}.npy", values)
+            Image.fromarray((values[..., 0] > 2000).astype(np.uint8)).save(
+                tmp_path / split / "labels" / f"{number}.png"
+            )
+    folder = {"name": "image_mask_folder", "classes": 2, "image_max": 4095}
+    loaded = load_recipe({
+        "name": "bands", "model": {"source": "demo:unet", "options": {"num_classes": 2, "width": 4, "in_channels": bands}},
+        "data": {"train": {**folder, "split": "train"}, "val": {**folder, "split": "val"}, "root": str(tmp_path)}
+        | {"size": [16, 16], "batch_size": 2, "in_channels": bands},
+        "teacher": {"stages": [{"name": "t", "binarize": "none", "epochs": 1, "lr": 1e-3}]},
+        "task": {"name": "segmentation"}, "log": {"tensorboard": False}, "calibrate": {"batches": 1},
+        "stages": [{"name": "s", "binarize": "all", "epochs": 1, "lr": 1e-3, "losses": {"task": 1, "kl": 1}}],
+    })  # fmt: skip
+    run_recipe(loaded, tmp_path / "teacher", role="teacher", quiet=True)
+    result = run_recipe(loaded, tmp_path / "student", teacher_weights=tmp_path / "teacher", quiet=True)
+    assert 0 <= result.metrics["miou"] <= 1
