@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bidensify.compare.images import png
 from bidensify.compare.report import Shot
 from bidensify.data import denormalise
+from bidensify.tasks import predict_restored
 
 if TYPE_CHECKING:
     from bidensify.data import DenseDataset
@@ -81,7 +82,8 @@ def shots(
     found = []
     for index in pick(val, number):
         sample = val[index]
-        image = denormalise(sample["image"].as_subclass(Tensor), *normalisation)
+        height, width = sample["extent"][:2].tolist() if "extent" in sample else sample["image"].shape[-2:]
+        image = denormalise(sample["image"].as_subclass(Tensor), *normalisation)[:, :height, :width]
         truth = {key: value for key, value in sample.items() if key in ("mask", "depth")}
         size = _size(truth, image)
         options: dict[str, Any] = {}
@@ -95,7 +97,7 @@ def shots(
         for name, model in models.items():
             with torch.no_grad():
                 output = model(sample["image"][None].as_subclass(Tensor))
-            values = task.predict(output, size)[0].cpu()
+            values = predict_restored(task, output, sample.get("extent"), size)[0].cpu()
             pictures[name] = png(task.picture(_rgb(image), values, **options))
             wrong = error_map(task, values, truth)
             if wrong is not None:

@@ -6,7 +6,7 @@ from bidensify.tasks.base import DenseTask, Outputs, Sample, Task, TaskMetrics
 from bidensify.tasks.depth import DepthTask
 from bidensify.tasks.labels import BinaryTask, MultiLabelTask
 from bidensify.tasks.metrics import DepthMetrics, FlowMetrics, LabelMetrics, RestorationMetrics, SegmentationMetrics
-from bidensify.tasks.outputs import predict_image, restore
+from bidensify.tasks.outputs import predict_image, predict_restored, restore
 from bidensify.tasks.pictures import colour_depth, colour_mask, default_palette
 from bidensify.tasks.registry import (
     available_tasks,
@@ -44,6 +44,7 @@ __all__ = [
     "known_options",
     "missing_options",
     "predict_image",
+    "predict_restored",
     "register_task",
     "restore",
     "task_options",

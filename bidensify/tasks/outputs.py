@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from bidensify.data.base import Sample, Transforms
 from bidensify.errors import ConfigError
 
-__all__ = ["auxiliary_outputs", "predict_image", "raw_output", "resize", "restore", "target_of"]
+__all__ = ["auxiliary_outputs", "predict_image", "predict_restored", "raw_output", "resize", "restore", "target_of"]
 
 # transformers' ModelOutput, torchvision's dict, flow and image models.
 _KEYS = ("logits", "predicted_depth", "out", "reconstruction", "flow")
@@ -149,9 +149,21 @@ def predict_image(model: nn.Module, task: Any, image: Tensor, transforms: Transf
     """
     sample = transforms({"image": tv_tensors.Image(image)})
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    raw = task.logits(model(sample["image"][None].to(place)))
+    output = model(sample["image"][None].to(place))
+    return predict_restored(task, output, sample.get("extent"), (image.shape[-2], image.shape[-1]))[0].cpu()
+
+
+def predict_restored(task: Any, output: Any, extent: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Returns a task's prediction (N, ...) at the image's own size, of what a model returned for a fitted image.
+
+    Args:
+        task: reads the output; a task of another class than those here is given the raw prediction at that size.
+        output: what the model returned.
+        extent: of the sample; see :func:`restore`.
+        size: the image's own (height, width).
+    """
     back = getattr(task, "restore", restore)
-    prediction: Tensor = task.predict(back(raw, sample.get("extent"), (image.shape[-2], image.shape[-1])))[0].cpu()
+    prediction: Tensor = task.predict(back(task.logits(output), extent, size))
     return prediction
 
 

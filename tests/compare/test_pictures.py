@@ -1,0 +1,55 @@
+"""Pictures of a report lie on their images, also where evaluation pads."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from bidensify.compare.pictures import shots
+from bidensify.data import DataInfo, DenseDataset, Sample, build_transforms
+from bidensify.tasks import SegmentationTask
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class Halves(DenseDataset):
+    """The right half is class 1, and white."""
+
+    info = DataInfo(2, ("left", "right"), ((0, 0, 0), (255, 255, 255)), mean=HALF, std=HALF)
+
+    def __len__(self) -> int:
+        return 1
+
+    def load(self, index: int) -> Sample:
+        mask = torch.zeros(40, 20, dtype=torch.int64)
+        mask[:, 10:] = 1
+        return {
+            "image": tv_tensors.Image((mask * 255).to(torch.uint8).expand(3, -1, -1)),
+            "mask": tv_tensors.Mask(mask),
+        }
+
+
+class Bright(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([-x[:, :1], x[:, :1]], 1)
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "native", "pad", "squash"])
+def test_image_truth_and_prediction_agree(resize: str) -> None:
+    val = Halves(build_transforms(False, (48, 48), HALF, HALF, resize=resize))  # type: ignore[arg-type]
+    shot = shots(SegmentationTask(2, palette=Halves.info.palette), val, {"net": Bright()}, 1, (HALF, HALF))[0]
+    pictures = {name: np.array(Image.open(io.BytesIO(data)).convert("L")) > 127 for name, data in shot.pictures.items()}
+    sizes = {name: picture.shape for name, picture in pictures.items()}
+    assert len(set(sizes.values())) == 1, sizes
+    truth = pictures["net"]
+    for name, picture in pictures.items():
+        assert (picture == truth).mean() > 0.95, name
+    assert 0.4 < truth.mean() < 0.6
+    wrong = np.array(Image.open(io.BytesIO(shot.errors["net"])))
+    assert len(np.unique(wrong.reshape(-1, 3), axis=0)) <= 2
