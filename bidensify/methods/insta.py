@@ -46,6 +46,10 @@ class InstanceSign(ActivationBinarizer):
     @torch.no_grad()
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and third moment, summed in one order for every memory format."""
+        if torch.compiler.is_compiling():
+            # A graph for other runtimes has an order of its own.
+            wide, space = x.to(statistics_dtype(x)), self._spatial(x)
+            return wide.mean(space, keepdim=True), wide.pow(3).mean(space, keepdim=True)
         flat = x.movedim(self.dim, 1).reshape(x.shape[0], self.channels, -1).to(statistics_dtype(x))
         found = [(block_sums(each) / flat.shape[2]).to(flat.dtype) for each in (flat, flat.pow(3))]
         ones = [1] * (x.dim() - 2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.nn.contract import ActivationBinarizer
-from bidensify.nn.ste import Estimator, estimator, straight_through, threshold_sign
+from bidensify.nn.ste import Estimator, estimator, just_above, straight_through, threshold_sign
 
 __all__ = ["AffineSign", "ShiftedSign", "SignBinarizer", "crossing"]
 
@@ -76,7 +76,9 @@ def crossing(k: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> tuple[
     Returns:
         (C,) each: threshold, and flip: -1 where k < 0. Where k is 0 every x is above the threshold, and flip is b's sign.
     """
-    wide = torch.float32 if k.device.type == "mps" else torch.float64
+    # Other runtimes that a graph is written for choose among float32 numbers alone.
+    narrow = k.device.type == "mps" or torch.compiler.is_compiling()
+    wide = torch.float32 if narrow else torch.float64
     k, b = k.detach().to(wide), b.detach().to(wide)
     largest = torch.finfo(dtype).max
     # Where no x changes the sign, b's sign is that of every x.
@@ -85,9 +87,10 @@ def crossing(k: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> tuple[
     # The first x of the side that the comparison is for: rounding may have left the threshold on the other, and with a negative
     # k an x where k x + b is 0 belongs to the other.
     side = k * threshold.to(wide) + b
-    behind = torch.where(k < 0, side < 0, side >= 0) | constant
-    above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf)).clamp(max=largest)
-    flip = torch.where(torch.where(constant, b < 0, k < 0), -1.0, 1.0).to(dtype)
+    behind = constant | ((k < 0) & (side < 0)) | ((k >= 0) & (side >= 0))
+    above = just_above(threshold).clamp(max=largest)
+    turned = (constant & (b < 0)) | (~constant & (k < 0))
+    flip = torch.where(turned, -1.0, 1.0).to(dtype)
     return torch.where(behind, threshold, above), flip
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "binarize_weight",
     "clipped_sign",
     "estimator",
+    "just_above",
     "polynomial_sign",
     "sign",
     "straight_through",
@@ -79,6 +80,16 @@ def estimator(ste: str | Estimator) -> Estimator:
     made = Estimator(ste)
     made.set_progress(0.0)
     return made
+
+
+def just_above(threshold: Tensor) -> Tensor:
+    """The next larger number, so that x >= it says x > ``threshold``. Shape: any, kept.
+
+    In a graph for other runtimes it is the threshold itself, which differs on that one value: they have no such operator.
+    """
+    if torch.compiler.is_compiling():
+        return threshold
+    return torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
 
 
 def sign(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bidensify.config import BidensifyConfig
 from bidensify.methods.around import linear_alone
 from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import ActivationBinarizer, WeightBinarizer, sign, straight_through
+from bidensify.nn.ste import just_above
 
 _LEAST = 1e-5
 
@@ -43,7 +44,7 @@ class ElasticBinarizer(ActivationBinarizer):
         b, alpha = self.b.detach().to(dtype), self.alpha.detach().to(dtype).clamp(min=_LEAST)
         if not self.nonnegative:
             return -b, -alpha, alpha
-        return torch.nextafter(alpha / 2 - b, torch.full_like(b, torch.inf)), torch.zeros_like(alpha), alpha
+        return just_above(alpha / 2 - b), torch.zeros_like(alpha), alpha
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         threshold, low, high = self._values(torch.float64 if x.dtype == torch.float64 else torch.float32)
