@@ -254,9 +254,9 @@ def made(method: str, spec: LayerSpec, progress: float) -> LayerParts:
         with torch.no_grad():
             for parameter in part.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.4)
-        if method == "bit":
-            # Its step is positive: the part takes no smaller one than a floor.
-            parts.binarizer.alpha.abs_().add_(1e-3)
+    if method == "bit":
+        # Its step is positive: the part takes no smaller one than a floor.
+        parts.binarizer.alpha.data.abs_().add_(1e-3)
     return parts
 
 
