@@ -22,6 +22,7 @@ from bidensify.errors import ConfigError, FormatError
 from bidensify.exact import own_codes
 from bidensify.exact.latent import own_signal
 from bidensify.nn import FrozenLayer
+from bidensify.nn.torch_tools import one_step, traced
 
 __all__ = ["PackedConv2d", "PackedConvTranspose2d", "PackedLayer", "PackedLinear", "packed_layers"]
 
@@ -214,6 +215,8 @@ class PackedConv2d(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C_in, H, W), float32, bfloat16 or float16; the result has its dtype."""
+        if traced(x):
+            return one_step(self, x)
         self._check_input(x, (4,), 1)
         return self._run(x, self.spec)
 
@@ -225,6 +228,8 @@ class PackedConvTranspose2d(PackedLayer):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x: (N, C_in, H, W); ``output_size`` = (H', W') picks among the sizes that the stride allows, as in torch."""
+        if traced(x):
+            return one_step(self, x, output_size=output_size)
         self._check_input(x, (4,), 1)
         if output_size is None:
             return self._run(x, self.spec)
@@ -255,6 +260,8 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, tokens..., C_in); the result has its dtype."""
+        if traced(x):
+            return one_step(self, x)
         self._check_input(x, tuple(range(2, 9)), -1)
         shape = x.shape
         tokens = x.reshape(shape[0], -1, 1, shape[-1]).permute(0, 3, 1, 2)

@@ -29,7 +29,8 @@ _TENSORS = "model.safetensors"
 
 
 def _plan_of(model: nn.Module) -> Plan:
-    plan = getattr(model, "bidensify_plan", None)
+    # A copy of an fx.GraphModule has what is in its ``meta``, not its attributes.
+    plan = getattr(model, "bidensify_plan", None) or getattr(model, "meta", {}).get("bidensify_plan")
     if not isinstance(plan, Plan):
         raise PlanError(
             f"{type(model).__name__} carries no plan (.bidensify_plan), so it could not be rebuilt from its base model; "

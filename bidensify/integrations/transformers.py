@@ -21,11 +21,11 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bidensify._util.listeners import listen
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, FormatError
+from bidensify.integrations.stored import NAME, StoredBidensify
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,82 +33,6 @@ if TYPE_CHECKING:
     from bidensify.rewrite.plan.schema import Plan
 
 __all__ = ["NAME", "BidensifyQuantizer", "StoredBidensify"]
-
-NAME = "bidensify"
-STORED_VERSION = 1
-_STORED = ("plan", "layers", "float_dtype")
-FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-
-
-class StoredBidensify(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``config.json`` holds as "quantization_config".
-
-    Attributes:
-        config: how to rewrite a float checkpoint; what the plan was made under where there is one.
-        plan: ``Plan.to_dict()`` without default values, or None before the model is rewritten.
-        layers: path -> meta data of each packed layer, or None while the model is latent.
-        float_dtype: name of the dtype in which a packed model runs what is not binary, or None.
-    """
-
-    def __init__(
-        self,
-        config: BidensifyConfig | None = None,
-        plan: Mapping[str, Any] | None = None,
-        layers: Mapping[str, Any] | None = None,
-        float_dtype: str | None = None,
-    ) -> None:
-        self.quant_method = NAME
-        self.config = BidensifyConfig() if config is None else config
-        self.plan = plan
-        self.layers = layers
-        self.float_dtype = float_dtype
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From ``config.json``, or from a dictionary with ``BidensifyConfig``'s fields beside "quant_method".
-
-        Raises:
-            FormatError: a stored version that this release does not read, or a part of another kind.
-            ConfigError: an unknown field of the configuration.
-        """
-        data = dict(config_dict)
-        data.pop("quant_method", None)
-        version = data.pop("stored_version", STORED_VERSION)
-        if version != STORED_VERSION:
-            raise FormatError(
-                f"config.json: quantization_config has stored_version={version!r}; this release reads {STORED_VERSION}: "
-                "update bidensify"
-            )
-        stored = {key: data.pop(key) for key in _STORED if data.get(key) is not None}
-        for key in ("plan", "layers"):
-            if not isinstance(stored.get(key, {}), Mapping):
-                raise FormatError(
-                    f"config.json: quantization_config's {key!r} is a {type(stored[key]).__name__}, not an object; save "
-                    "the model again"
-                )
-        if stored.get("float_dtype") not in (None, *FLOAT_DTYPES):
-            raise FormatError(
-                f"config.json: quantization_config has float_dtype={str(stored['float_dtype'])[:40]!r}, must be one of "
-                f"{', '.join(FLOAT_DTYPES)}; save the model again"
-            )
-        fields = data.pop("config", data if "plan" not in stored else stored["plan"].get("config", {}))
-        result = cls(BidensifyConfig.from_dict(fields), **stored)
-        return (result, kwargs) if return_unused_kwargs else result
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        result: dict[str, Any] = {"quant_method": NAME, "stored_version": STORED_VERSION}
-        if self.plan is None:
-            return {**result, "config": self.config.to_dict()}
-        return result | {key: copy.deepcopy(value) for key in _STORED if (value := getattr(self, key)) is not None}
-
-    def __iter__(self) -> Any:
-        yield from self.to_dict().items()
-
-    def __repr__(self) -> str:
-        binary = sum(layer.get("action") == "binary" for layer in (self.plan or {}).get("layers", ()))
-        state = "not applied yet" if self.plan is None else f"{binary} {'packed' if self.layers else 'latent'} layers"
-        return f"{type(self).__name__}({self.config!r}, {state})"
 
 
 def _stored(model: nn.Module) -> StoredBidensify:
@@ -128,12 +52,39 @@ def _remember(model: nn.Module) -> None:
     from transformers.modeling_utils import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and hasattr(model, "bidensify_plan"):
-        model.config.quantization_config = _stored(model)
+        _own_config(model).quantization_config = _stored(model)
         # Names of the layers' own tensors are none of the model's: its patterns, made for published checkpoints, would
         # rename some of them ("norm." to "layernorm."), not always back.
         model._weight_conversions = []
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.quantization_config = model.config.quantization_config
+
+
+def _own_config(model: nn.Module) -> Any:
+    """The model's configuration, now its own: a float model that was made of the same object is not rewritten with it."""
+    shared = model.config
+    own = copy.copy(shared)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+    return own
+
+
+def _of_this_class(
+    plan: Plan, layers: Mapping[str, Any] | None, model: nn.Module
+) -> tuple[Plan, Mapping[str, Any] | None]:
+    """Plan and packed layers for ``model``, also where the checkpoint is of its base model alone, or of one with a head."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    modules = dict(model.named_modules())
+    known = [layer.path in modules for layer in plan.layers if layer.kind != "function"]
+    if all(known) or not prefix:
+        return plan, layers
+    if prefix in modules:
+        return plan.moved(prefix), layers and {f"{prefix}.{path}": meta for path, meta in layers.items()}
+    inside = {
+        path.removeprefix(f"{prefix}."): meta for path, meta in (layers or {}).items() if path.startswith(f"{prefix}.")
+    }
+    return plan.moved(prefix, out=True), layers and inside
 
 
 class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -174,9 +125,10 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
         from bidensify.rewrite.plan.schema import Plan
 
         stored = self.quantization_config
-        apply_plan(model, Plan.from_dict(stored.plan))
-        if stored.layers is not None:
-            empty_packed(model, stored.layers, "config.json")
+        plan, layers = _of_this_class(Plan.from_dict(stored.plan), stored.layers, model)
+        apply_plan(model, plan)
+        if layers is not None:
+            empty_packed(model, layers, "config.json")
         _initialize_the_rest_alone(model)
         return model
 

@@ -16,7 +16,8 @@ from bidensify.kernels.dense import supports
 from bidensify.kernels.recompute import Recomputed
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, quiet
-from bidensify.nn.norm import BatchNormLast
+from bidensify.nn.norm import fusible_norm
+from bidensify.nn.torch_tools import asked_by_name, one_step, refuse_script, traced
 from bidensify.nn.used_weight import UsedWeight, parametrized, used_weight
 from bidensify.nn.weight import WeightBinarizer
 
@@ -102,7 +103,7 @@ class BinaryLayer(nn.Module):
     def _get_weight(self) -> Tensor:
         weight = self.latent_weight
         # A layer under construction (or one whose weights are not binarized yet) computes with the latent weight.
-        if not self.__dict__.get("binarize_weights", False) or self.makes_weight:
+        if not self.__dict__.get("binarize_weights", False) or self.makes_weight or asked_by_name():
             return weight
         if not torch.compiler.is_compiling() and (signs := latent.signs_in_use(self)) is not None:
             return signs
@@ -125,6 +126,7 @@ class BinaryLayer(nn.Module):
             self.__dict__["weight"] = value
 
     weight = property(_get_weight, _set_weight)
+    __prepare_scriptable__ = refuse_script
 
     def binary_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(±1 tensor in the latent weight's shape, scale (C_out,), offset (C_out,) or None); see ``WeightBinarizer.codes``."""
@@ -143,6 +145,8 @@ class BinaryLayer(nn.Module):
         return cast(Tensor, super().forward(a, *args, **kwargs))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if traced(x):
+            return one_step(self, x, *args, **kwargs)
         if not torch.compiler.is_compiling() and not _any_global_hook():
             y = latent.evaluate(self, x, args, kwargs)
             if y is not None:
@@ -202,7 +206,7 @@ class BinaryLayer(nn.Module):
         """``_finish`` in one pass where a training kernel does it."""
         norm, activation = self.norm, self.activation
         ready = supports(y)
-        if norm is not None and not (ready and _fusible_norm(norm, y, dim)):
+        if norm is not None and not (ready and fusible_norm(norm, y, dim)):
             y, norm = norm(y), None
             ready = supports(y)
         parameters = None
@@ -230,23 +234,6 @@ class BinaryLayer(nn.Module):
 
 _any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 _TORCH_FORWARDS = (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
-
-
-def _fusible_norm(norm: nn.Module, y: Tensor, dim: int) -> bool:
-    """Whether ``kernels.autograd.post`` does what calling ``norm`` on ``y`` would do."""
-    if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or not norm.affine or norm.weight.dtype != torch.float32:
-        return False
-    if type(norm).forward is not (nn.BatchNorm2d if dim == 1 else BatchNormLast).forward or not quiet(norm):
-        return False
-    batch = norm.training or not norm.track_running_stats
-    # Gradients through running statistics, a batch of one value (an error) and modes that watch torch's functions
-    # (statistics over several processes) are left to torch.
-    return (
-        y.shape[dim] == norm.num_features
-        and (batch or not torch.is_grad_enabled())
-        and y.numel() // y.shape[dim] > 1
-        and torch._C._len_torch_function_stack() == 0
-    )
 
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}

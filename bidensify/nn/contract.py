@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bidensify.errors import ConfigError
 from bidensify.nn.ste import threshold_sign
+from bidensify.nn.torch_tools import refuse_script
 
 __all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "mixing_threshold", "quiet", "set_progress"]
 
@@ -62,6 +63,8 @@ class Split(NamedTuple):
 
 class FrozenLayer(nn.Module):
     """Base of layers that hold bits and cannot be trained (packed layers)."""
+
+    __prepare_scriptable__ = refuse_script
 
 
 def quiet(module: nn.Module | None) -> bool:

@@ -17,6 +17,7 @@ from bidensify.exact import Pointwise, wide
 from bidensify.kernels import autograd
 from bidensify.kernels.dense import supports
 from bidensify.nn.contract import Declares
+from bidensify.nn.torch_tools import one_step, traced
 
 __all__ = ["ByWidth", "RPReLU"]
 
@@ -80,6 +81,8 @@ class RPReLU(Declares, nn.Module):
         self.bias_out.copy_(self.slope * negative - positive)
 
     def forward(self, x: Tensor) -> Tensor:
+        if traced(x):
+            return one_step(self, x)
         if x.shape[self.dim] != self.channels:
             raise ValueError(
                 f"RPReLU: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
@@ -120,5 +123,7 @@ class ByWidth(nn.Module):
         self.widths = nn.ModuleDict({str(width): activation for width, activation in activations.items()})
 
     def forward(self, x: Tensor) -> Tensor:
+        if traced(x):
+            return one_step(self, x)
         width = str(x.shape[self.dim])
         return cast(Tensor, self.widths[width](x) if width in self.widths else self.original(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer, FrozenLayer
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.apply.model import apply_plan
-from bidensify.rewrite.check import check, second_size
+from bidensify.rewrite.check import check, on_other_values, second_size
 from bidensify.rewrite.plan.make import make_plan
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorder import record
@@ -113,9 +114,8 @@ def bidensify(
     recorded = record(model, example_inputs)
     planned = make_plan(recorded, model, config)
     expected = second_size(model, recorded) if verify else None
-    if not inplace:
-        model = copy_model(model)
-    result = apply_plan(model, planned)
+    result = apply_plan(model if inplace else copy_model(model), planned)
     if verify:
-        check(result, planned, recorded, expected)
+        rerun = None if inplace else functools.partial(on_other_values, model, recorded)
+        check(result, planned, recorded, expected, rerun)
     return result

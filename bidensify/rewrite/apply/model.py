@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bidensify._util.listeners import announce
 from bidensify._util.seeding import seeded
@@ -23,8 +23,10 @@ from bidensify.rewrite.blocks.generated import become, without_hooks
 from bidensify.rewrite.blocks.signature import fit
 from bidensify.rewrite.kinds import fused_activation
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.fusing import Refusal, fusing
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.restore import clear_fake_caches
+from bidensify.rewrite.weights import draw_zeros
 
 __all__ = ["StateDictAdapter", "apply_plan"]
 
@@ -74,7 +76,6 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     method = get_method(layer.method)
     dim = -1 if layer.kind == "linear" else 1
     latent = _start_weight(layer, module)
-    parts = method.parts(layer.spec(module, latent), dataclasses.replace(config, act_scale=layer.act_scale))
     norm: nn.Module | None = None
     if layer.norm is not None:
         norm = taken_norm(modules[layer.norm])
@@ -87,6 +88,10 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
             for parameter in (norm.weight, norm.bias):
                 parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
         holder._parameters[name] = None
+    if not layer.makes_weight:
+        # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
+        draw_zeros(module)
+    parts = method.parts(layer.spec(module, latent), dataclasses.replace(config, act_scale=layer.act_scale))
     bypass = None
     if layer.bypass:
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -176,8 +181,13 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             _apply_activation(item, modules[item.path], reference)
     if plan.blocks:
         clear_fake_caches()
+    for path, name in fusing(modules, plan.binary):
+        modules[path].__dict__[name] = Refusal(f"{path}.{name}()")
     _adapt_state_dict(model, plan, before)
     model.bidensify_plan = plan  # type: ignore[assignment]
+    if isinstance(model, fx.GraphModule):
+        # A copy of a graph module keeps what is in its ``meta``, not its attributes.
+        model.meta["bidensify_plan"] = plan
     announce(model)
     return model
 

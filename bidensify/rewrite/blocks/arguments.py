@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator
+from torch import fx
 
 from bidensify.rewrite.fields import STRICT, Number, one_of
 
@@ -89,6 +90,9 @@ class Fixed:
 
     def fits(self, value: Any) -> bool:
         """Whether a value is what was recorded."""
+        if isinstance(value, fx.Proxy):
+            # A tracer gives proxies for all arguments, and the graph that it makes is of what was recorded.
+            return True
         if self.kind == "value":
             # False and 0, 1 and 1.0 are equal, and code tells them apart.
             return value is self.value or (type(value) is type(self.value) and value == self.value)

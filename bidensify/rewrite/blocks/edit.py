@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from bidensify.errors import PlanError
 from bidensify.rewrite.blocks.arguments import Arguments
-from bidensify.rewrite.blocks.generated import exchange_forward
+from bidensify.rewrite.blocks.generated import exchange_forward, exchange_graph
 from bidensify.rewrite.blocks.proof import operation_of, written
 from bidensify.rewrite.blocks.surroundings import Attribute, Surroundings, surroundings_of, values_now
 from bidensify.rewrite.blocks.trace import trace_once
@@ -59,7 +59,10 @@ class EditedBlock:
         """Gives the block its new children and the code of the graph; it stays an instance of its class."""
         for name, child in self.children.items():
             self.block.add_module(name, child)
-        exchange_forward(self.block, self.graph, self.arguments, self.surroundings)
+        if isinstance(self.block, fx.GraphModule):
+            exchange_graph(self.block, self.graph)
+        else:
+            exchange_forward(self.block, self.graph, self.arguments, self.surroundings)
 
 
 def _tensor_arguments(node: fx.Node) -> list[fx.Node]:

@@ -21,7 +21,10 @@ from torch.fx.node import _get_qualified_name
 from bidensify.rewrite.blocks.arguments import Arguments, Fixed, parameters_of
 from bidensify.rewrite.blocks.surroundings import Surroundings
 
-__all__ = ["become", "exchange_forward", "unimportable", "without_hooks"]
+__all__ = ["become", "exchange_forward", "exchange_graph", "graphs_differ", "unimportable", "without_hooks"]
+
+# torchvision's feature extractors have a graph for each mode.
+_GRAPHS = ("train_graph", "eval_graph")
 
 
 def _make(
@@ -74,6 +77,20 @@ def exchange_forward(block: nn.Module, graph: fx.Graph, arguments: Arguments, su
     used = {name: value for name, value in code.globals.items() if re.search(rf"\b{re.escape(name)}\b", code.src)}
     names = {name: _qualified(value) for name, value in used.items()}
     block.__class__ = _make(type(block), code.src.strip() + "\n", names, arguments, surroundings)
+
+
+def exchange_graph(block: fx.GraphModule, graph: fx.Graph) -> None:
+    """Gives a module that is a graph already the edited one; it copies and pickles itself by its graph."""
+    graph._tracer_cls = block.graph._tracer_cls
+    for name in _GRAPHS:
+        if name in block.__dict__:
+            setattr(block, name, graph)
+    block.graph = graph
+
+
+def graphs_differ(block: nn.Module) -> bool:
+    """Whether a module switches between graphs that are not one."""
+    return len({str(block.__dict__[name]) for name in _GRAPHS if name in block.__dict__}) > 1
 
 
 def unimportable(graph: fx.Graph) -> str | None:

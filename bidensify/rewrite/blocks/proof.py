@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
-from bidensify.rewrite.blocks.generated import unimportable
+from bidensify.rewrite.blocks.generated import graphs_differ, unimportable
 from bidensify.rewrite.blocks.signature import bind
 from bidensify.rewrite.blocks.surroundings import Attribute, recorded_attributes
 from bidensify.rewrite.blocks.trace import trace_once
@@ -212,8 +212,12 @@ def trace_block(
     """
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
+    if graphs_differ(block):
+        return "its graphs for training and for evaluation differ"
     try:
         arguments = bind(block, calls)
+        if isinstance(block, fx.GraphModule) and arguments.fixed:
+            return "it is a graph with arguments that are fixed"
         graph, read = trace_once(block, False, arguments)
         in_training, also_read = trace_once(block, True, arguments)
         if str(graph) != str(in_training):

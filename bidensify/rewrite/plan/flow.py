@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import cast
 
 from torch import fx, nn
@@ -237,6 +238,10 @@ class Flow:
         """The sizes of a node's tensor besides batch and channels."""
         shape = self.shape(node) or ()
         return tuple(shape[2:]) if dim == 1 else tuple(shape[1:-1])
+
+    def positions(self, node: fx.Node) -> int:
+        """How many values a channel of a node's tensor has for each sample."""
+        return prod(self.spatial(node, -1 if self.channels_last(node) else 1))
 
     def channels_last(self, node: fx.Node) -> bool:
         """Whether the channels of a node's tensor are its last dimension (tokens, NHWC)."""

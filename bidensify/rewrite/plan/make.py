@@ -5,6 +5,8 @@ The rule behind all of them: a full-precision signal reaches every point exactly
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from bidensify._util.fingerprint import fingerprint
@@ -12,6 +14,7 @@ from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.rewrite.plan.code import CodeChanges
 from bidensify.rewrite.plan.draft import Draft
+from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.layers import plan_layers
 from bidensify.rewrite.plan.passes.activations import place_activations
@@ -39,11 +42,7 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
     flow = Flow(record)
     layers, rule_matches = plan_layers(flow, config)
     if not any(layer.action == "binary" for layer in layers):
-        reasons = sorted({layer.reason for layer in layers})
-        raise PlanError(
-            "the rewrite would change nothing: every layer stays in full precision "
-            f"({'; '.join(reasons)}). Add a rule with action 'binarize', or change keep_first / keep_last"
-        )
+        raise PlanError(_nothing(layers))
     called = {layer.path: layer for layer in layers if layer.kind != "function"}
     draft = Draft(flow, config, called, CodeChanges(record))
     try:
@@ -64,3 +63,15 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
         inputs=record.inputs_text,
         fingerprint=fingerprint(model),
     )
+
+
+def _nothing(layers: Sequence[LayerPlan]) -> str:
+    """Why a rewrite would change nothing, and what could be done."""
+    reasons = sorted({layer.reason for layer in layers})
+    advice = ["add a rule with action 'binarize'"]
+    for reason, option in (("first layer on the image", "keep_first"), ("prediction layer", "keep_last")):
+        if reason in reasons:
+            advice.append(f"set {option}=False")
+    if all(reason.endswith("is out of reach") for reason in reasons):
+        advice = ["it is Conv2d, ConvTranspose2d and Linear layers that can become binary"]
+    return f"the rewrite would change nothing: every layer stays in full precision ({'; '.join(reasons)}); {', or '.join(advice)}"

@@ -29,6 +29,13 @@ def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
     return shape is not None and out is not None and shape[2:] == (1, 1) and out[2:] == (1, 1)
 
 
+def _has_norm(flow: Flow, node: fx.Node) -> bool:
+    """Whether a BatchNorm stands behind a layer already, and trains as it did."""
+    behind = flow.only_user(node)
+    norm = flow.module(behind) if behind is not None else None
+    return norm is not None and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+
+
 def _is_gate(flow: Flow, node: fx.Node) -> bool:
     """The layer's output is squashed (sigmoid, softmax, ...), reshaped or indexed or not, and then multiplies something."""
     current = flow.only_user(node)
@@ -164,8 +171,11 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
         return "first layer on the image"
     if layer.kind != "linear" and (layer.in_channels <= _RAW or all(_is_raw(flow, node) for node in nodes)):
         return f"on {layer.in_channels} raw values, as a first layer is"
-    if layer.kind != "linear" and any(_on_single_pixel(flow, node) for node in nodes):
+    # One of several calls says more of the example's size than of the layer (a head that all levels of a pyramid share).
+    if layer.kind != "linear" and all(_on_single_pixel(flow, node) for node in nodes):
         return "on a pooled 1×1 map"
+    if all(flow.positions(node) == 1 and not _has_norm(flow, node) for node in nodes):
+        return "gives a 1×1 map, of which a new BatchNorm would see one value per image"
     if any(_is_gate(flow, node) for node in nodes):
         return "gate"
     if any(_is_location(flow, node) for node in nodes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -123,6 +123,27 @@ class Plan:
             return _reader().validate_json(text)
         except ValidationError as error:
             raise PlanError(_complaint(error)) from error
+
+    def moved(self, prefix: str, *, out: bool = False) -> Plan:
+        """The plan of a network that has this plan's network as its child ``prefix``; with ``out`` the plan of that child."""
+
+        def move(path: str | None) -> str | None:
+            if path is None:
+                return None
+            if not out:
+                return f"{prefix}.{path}" if path else prefix
+            return "" if path == prefix else path.removeprefix(f"{prefix}.")
+
+        def moved(item: Any) -> Any:
+            names = [name for name in ("path", "norm", "layer_scale") if hasattr(item, name)]
+            return dataclasses.replace(item, **{name: move(getattr(item, name)) for name in names})
+
+        def inside(items: Sequence[Any]) -> list[Any]:
+            return [moved(item) for item in items if not out or f"{item.path}.".startswith(f"{prefix}.")]
+
+        return dataclasses.replace(
+            self, layers=inside(self.layers), activations=inside(self.activations), blocks=inside(self.blocks)
+        )
 
     def table(self) -> Table:
         """A rich table: layer, kind (where there are several), shape, output, millions of MACs per sample and their share of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,18 +37,23 @@ def _dtype_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return torch.float32, torch.device("cpu")
 
 
-def _channels(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    channels = getattr(config, "num_channels", None)
-    if isinstance(channels, int):
-        return channels
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return module.in_channels
-    return 3
+def _channels(model: nn.Module) -> list[int]:
+    """How many channels the images may have, likeliest first: what the model says of itself, or what a first layer takes."""
+    config, found = getattr(model, "config", None), []
+    for holder in (config, getattr(config, "backbone_config", None)):
+        channels = getattr(holder, "num_channels", None)
+        if isinstance(channels, int):
+            found.append(channels)
+    for settings in (getattr(model, "default_cfg", None), getattr(model, "pretrained_cfg", None)):
+        size = settings.get("input_size") if isinstance(settings, Mapping) else None
+        if isinstance(size, (tuple, list)) and len(size) == 3:
+            found.append(int(size[0]))
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    layers.sort(key=lambda layer: not isinstance(layer, nn.Conv2d))
+    # The first that is registered need not be the first that is called: a decoder may stand before its encoder.
+    taken = [layer.in_channels for layer in layers if not isinstance(layer, nn.modules.conv._ConvTransposeNd)]
+    usual = [count for count in (*taken[:1], 3, 1, 4, 2) if count in taken and count <= 4]
+    return list(dict.fromkeys([*found, *usual, *taken[:1]])) or [3]
 
 
 def _preferred_sizes(model: nn.Module) -> list[tuple[int, int]]:
@@ -79,9 +85,8 @@ def candidate_inputs(model: nn.Module, example_inputs: Any = None) -> Iterator[t
             )
         return
     dtype, device = _dtype_device(model)
-    channels = _channels(model)
     generator = torch.Generator().manual_seed(0)
-    for height, width in _preferred_sizes(model):
+    for (height, width), channels in itertools.product(_preferred_sizes(model), _channels(model)):
         # Two images, so that what is per sample and what is per batch can be told apart.
         image = torch.randn(2, channels, height, width, generator=generator).to(device=device, dtype=dtype)
         named = configured_inputs(model, image, generator)

@@ -10,7 +10,6 @@ sides of a sum carry the same stream, and it would double with every sum.
 from __future__ import annotations
 
 import re
-from math import prod
 
 from torch import fx
 
@@ -39,10 +38,6 @@ def drop_doubled(draft: Draft) -> Draft:
     return draft
 
 
-def _positions(draft: Draft, node: fx.Node) -> int:
-    return prod(draft.flow.spatial(node, -1 if draft.flow.channels_last(node) else 1))
-
-
 def _computed(draft: Draft, node: fx.Node) -> list[fx.Node]:
     """The tensor arguments that are not parameters or constants."""
     return [
@@ -53,7 +48,7 @@ def _computed(draft: Draft, node: fx.Node) -> list[fx.Node]:
 
 
 def _handed_on(draft: Draft, source: fx.Node, node: fx.Node, streams: Streams) -> Streams:
-    before, after = _positions(draft, source), _positions(draft, node)
+    before, after = draft.flow.positions(source), draft.flow.positions(node)
     if draft.flow.is_reorder(node) or after >= before:
         return streams
     return frozenset((origin, after) for origin, _ in streams)
@@ -64,13 +59,13 @@ def _streams(draft: Draft, node: fx.Node, found: dict[fx.Node, Streams]) -> Stre
     sources = _computed(draft, node)
     if node.op in ("get_attr", "output") or (node.op == "placeholder" and node.target == "constant"):
         return _NONE
-    fresh: Streams = frozenset({(node, _positions(draft, node))})
+    fresh: Streams = frozenset({(node, draft.flow.positions(node))})
     if node in draft.removed:
         return found[draft.removed[node]]
     layer = draft.binary(node)
     if layer is not None:
         # What a layer reads is full-precision, wherever it came from.
-        read = found[sources[0]] or frozenset({(sources[0], _positions(draft, sources[0]))})
+        read = found[sources[0]] or frozenset({(sources[0], draft.flow.positions(sources[0]))})
         return _handed_on(draft, sources[0], node, read) if layer.bypass else _NONE
     if flow.is_layer(node) or not sources:
         return fresh

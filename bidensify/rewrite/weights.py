@@ -1,0 +1,42 @@
+"""Weights that have no sign: an output channel fed by zeros alone would stay at 0, since its scale and its gradient are 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidensify.nn import WeightBinarizer
+
+__all__ = ["draw_zeros", "zero_channels"]
+
+
+def _parts(module: nn.Module) -> WeightBinarizer:
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return WeightBinarizer(transposed=transposed, groups=int(getattr(module, "groups", 1)))
+
+
+def zero_channels(module: nn.Module) -> Tensor | None:
+    """(C_out,) bool: which output channels of a convolution or linear layer are fed by zeros alone.
+
+    Returns:
+        None where there are none, or no values to look at (the meta device, a weight that the layer makes).
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return None
+    zero = ~_parts(module).rows(weight.detach()).any(1)
+    return zero if bool(zero.any()) else None
+
+
+def draw_zeros(module: nn.Module) -> None:
+    """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time."""
+    zero = zero_channels(module)
+    if zero is None:
+        return
+    parts, weight = _parts(module), module._parameters["weight"]
+    assert weight is not None
+    bound = parts.rows(weight).shape[1] ** -0.5
+    drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
+    drawn = drawn.to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        weight.copy_(torch.where(parts.like(zero, weight), drawn, weight))

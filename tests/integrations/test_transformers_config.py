@@ -1,0 +1,93 @@
+"""The configuration of a rewritten transformers model, used again; checkpoints of a base model and of one with a head."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bidensify as bd
+from bidensify.errors import FormatError
+from bidensify.nn import binary_layers
+
+transformers = pytest.importorskip("transformers")
+Head = transformers.SegformerForSemanticSegmentation
+X = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def config(**more: Any) -> Any:
+    return transformers.SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2], num_labels=3, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    torch.manual_seed(0)
+    return bd.bidensify(Head(config()).eval())
+
+
+def test_a_rewritten_models_configuration_loads_it_again(student: Any, tmp_path: Path) -> None:
+    student.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = student(X).logits
+        for used in (student.config, copy.deepcopy(student.config), Head.from_pretrained(tmp_path).config):
+            assert torch.equal(Head.from_pretrained(tmp_path, config=used).eval()(X).logits, want)
+        assert torch.equal(
+            Head.from_pretrained(None, config=student.config, state_dict=student.state_dict())(X).logits, want
+        )
+
+
+def test_teacher_and_student_of_one_configuration(tmp_path: Path) -> None:
+    shared = config()
+    teacher, student = Head(shared), bd.bidensify(Head(shared), inplace=True)
+    assert all(module.config is student.config for module in student.modules() if hasattr(module, "config"))
+    assert teacher.config is shared
+    teacher.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert not list(binary_layers(Head.from_pretrained(tmp_path)))
+
+
+def test_a_checkpoint_that_lacks_a_binary_weight_says_so(student: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for model in (student, bd.pack(copy.deepcopy(student))):
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        for name in ("linear_fuse.weight", "linear_fuse.binarizer.a", "linear_fuse.norm.weight", "linear_fuse.bits"):
+            key = f"decode_head.{name}"
+            if key not in tensors:
+                continue
+            save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})
+            with pytest.raises(FormatError, match=f"lacks 1 tensors of binary layers, the first '{key}'"):
+                Head.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_base_models_checkpoint_goes_into_a_class_with_a_head(packed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = bd.bidensify(transformers.SegformerModel(config()).eval())
+    base = bd.pack(base) if packed else base
+    base.save_pretrained(tmp_path)
+    model = Head.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model.segformer(X).last_hidden_state, base(X).last_hidden_state)
+    # The head is a new, float one.
+    assert all(path.startswith("segformer.") for path, _ in binary_layers(model))
+    model.save_pretrained(tmp_path / "again")
+    again = Head.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(X).logits, model(X).logits)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoint_with_a_head_goes_into_the_base_class(student: Any, packed: bool, tmp_path: Path) -> None:
+    whole = bd.pack(copy.deepcopy(student)) if packed else student
+    whole.save_pretrained(tmp_path)
+    base = transformers.SegformerModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(base(X).last_hidden_state, whole.segformer(X).last_hidden_state)

@@ -1,0 +1,81 @@
+"""Weights without a sign: layers of zeros start so that they learn, at next to nothing, and the plan says so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bidensify as bd
+from bidensify.nn import BiDenseConv2d
+from bidensify.rewrite.weights import zero_channels
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def network(layer: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+LAYERS = {
+    "conv": lambda: nn.Conv2d(8, 8, 3, padding=1),
+    "grouped": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
+    "transposed": lambda: nn.ConvTranspose2d(8, 8, 2, 2),
+    "grouped transposed": lambda: nn.ConvTranspose2d(8, 8, 2, 2, groups=2),
+}
+
+
+@pytest.mark.parametrize("method", ["bidense", "bnn"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_of_zeros_learns_and_begins_at_next_to_nothing(kind: str, method: str) -> None:
+    layer = LAYERS[kind]()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    student = bd.bidensify(network(layer), method=method).train()
+    assert any(
+        note
+        == "2: has output channels that zeros alone feed, which have no sign and would never learn: their weights are drawn"
+        for note in student.bidensify_plan.notes
+    )
+    bare = student[2].norm(student[2].conv_only(torch.ones(2, 8, 16, 16).sign()))
+    assert bare.abs().max() < 0.05
+    student(X).square().mean().backward()
+    assert (student[2].latent_weight.grad.abs().sum() > 0).item()
+    assert not bool((student[2].latent_weight == 0).any())
+
+
+def test_channels_with_weights_keep_them_bit_for_bit() -> None:
+    layer = LAYERS["grouped transposed"]()
+    # Output channels 1 of the first group and 0 of the second.
+    with torch.no_grad():
+        layer.weight[:4, 1] = 0
+        layer.weight[4:, 0] = 0
+    assert zero_channels(layer).tolist() == [False, True, False, False, True, False, False, False]
+    model = network(layer)
+    student = bd.bidensify(model)
+    kept = layer.weight != 0
+    assert torch.equal(student[2].latent_weight[kept], layer.weight[kept])
+    assert (student[2].latent_weight[~kept] != 0).all()
+    # The original is left as it was, and so is every other draw.
+    assert (layer.weight[~kept] == 0).all()
+    whole = bd.bidensify(network(LAYERS["grouped transposed"]()))
+    assert torch.equal(whole[2].binarizer.k, student[2].binarizer.k)
+
+
+def test_the_same_every_time_and_on_the_meta_device() -> None:
+    layer = LAYERS["conv"]()
+    nn.init.zeros_(layer.weight)
+    model = network(layer)
+    first, second = bd.bidensify(model), bd.bidensify(copy.deepcopy(model))
+    assert torch.equal(first[2].latent_weight, second[2].latent_weight)
+    replayed = bd.rewrite.apply_plan(copy.deepcopy(model).to("meta"), first.bidensify_plan)
+    assert list(replayed.state_dict()) == list(first.state_dict())
+    assert zero_channels(replayed[2]) is None
+
+
+def test_a_layer_with_weights_is_not_mentioned() -> None:
+    assert bd.plan(network(LAYERS["conv"]())).notes == []
+    assert isinstance(BiDenseConv2d(3, 4, 1), nn.Conv2d)
