@@ -1,16 +1,18 @@
-"""The one place through which text goes to the terminal: names that users gave are shown as they are, never as markup."""
+"""The one place where text is made for the terminal: names that users gave are shown as they are, never as markup."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-__all__ = ["console", "shell"]
+__all__ = ["as_text", "console", "shell"]
 
 _UNFOLDED = 100_000
 
@@ -31,3 +33,14 @@ def console(*, stderr: bool = False) -> Console:
 def shell(*words: object) -> str:
     """Returns a command that can be pasted into a shell, each word quoted where it has to be."""
     return shlex.join(str(word) for word in words)
+
+
+def as_text(table: Table) -> str:
+    """Returns ``table`` as text without colour, as wide as the terminal, or as wide as it needs where there is none."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size((_UNFOLDED, 24)).columns
+    console = Console(width=width, no_color=True, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

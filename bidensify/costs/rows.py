@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bidensify._util.tables import as_text
+from bidensify._util.terminal import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bidensify._util.files import atomic_write
+from bidensify._util.modes import evaluation_flags
 from bidensify.errors import CheckError, ConfigError, FormatError, MissingExtraError, PlanError
 from bidensify.exact import any_order
-from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 
 __all__ = ["Exported", "export"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from bidensify._util.modes import evaluation_flags
 from bidensify.exact.latent import WEIGHTED_FUNCTIONS
-from bidensify.nn.modes import evaluation_flags
 
 __all__ = [
     "WEIGHTED_FUNCTIONS",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
+from bidensify._util.modes import evaluation_flags
 from bidensify.errors import CheckError
 from bidensify.nn import BinaryLayer
-from bidensify.nn.modes import evaluation_flags
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorded import Record, TensorSpec, specs, tensors_in

@@ -14,8 +14,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 import bidensify as bd
-from bidensify._util.tables import as_text
-from bidensify._util.terminal import console, shell
+from bidensify._util.terminal import as_text, console, shell
 from bidensify.cli.app import app
 from bidensify.compare import Report, render
 from bidensify.compare.report import Table as ReportTable

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bidensify.nn.modes import evaluation_flags
+from bidensify._util.modes import evaluation_flags
 from bidensify.rewrite.blocks.arguments import Arguments, NotTraceable
 from bidensify.rewrite.blocks.generated import graphs_differ, unimportable
 from bidensify.rewrite.blocks.signature import bind

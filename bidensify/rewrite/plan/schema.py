@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
-from bidensify._util.tables import as_text
+from bidensify._util.terminal import as_text
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.rewrite.fields import MANY, STRICT, Count, Text

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from bidensify._util.modes import evaluation_flags
 from bidensify.errors import PlanError
 from bidensify.exact.latent import WEIGHTED_FUNCTIONS, weight_argument
-from bidensify.nn.modes import evaluation_flags
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
