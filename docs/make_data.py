@@ -30,7 +30,8 @@ said again. In Python: `bidensify.data.build_dataset(name, split, **options)` an
 - **Training** cuts random windows of `data.size` (`data.augment`: `scale`, `hflip`, `color_jitter`, `rotate`). What is drawn
   depends on (`seed`, epoch, index) alone, however many workers read; NumPy's and Python's global generators are seeded too.
 - **Evaluation** brings an image to `data.size` as `evaluate.resize` says: `letterbox` (as large as fits, padded), `pad` (its own
-  size, padded), `native` (its own size, padded to a multiple of `evaluate.multiple`) or `squash` (stretched). Predictions are
+  size, padded), `native` (its own size, padded to a multiple of `evaluate.multiple`),
+  `cover` (as small as covers `data.size`) or `squash` (stretched). Predictions are
   brought back and measured at the image's own size, so images of one set may differ in size. Padding lies right and below.
 - **Files** are PNG, JPEG, TIFF, BMP, WebP, PPM or NumPy's `.npy`. Photographs are turned as their EXIF orientation says; masks
   and depth maps too, by their own. Images of more than 8 bits are scaled to [0, 1].

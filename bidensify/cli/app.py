@@ -18,9 +18,10 @@ from bidensify.cli.bench import bench
 from bidensify.cli.compare import compare
 from bidensify.cli.demo import demo
 from bidensify.cli.deploy import export, pack
+from bidensify.cli.evaluate import evaluate
 from bidensify.cli.models import convert, plan, summary
 from bidensify.cli.predict import predict
-from bidensify.cli.runs import check, evaluate, finetune
+from bidensify.cli.runs import check, finetune
 
 __all__ = ["COMMANDS", "app", "main"]
 

@@ -61,6 +61,22 @@ RecipeFile = Annotated[
         "--recipe", "-r", exists=True, dir_okay=False, help="The recipe; needed where SOURCE does not hold one."
     ),
 ]
+Window = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        min=1, help="Height and width of a window that slides over the image.", show_default="the recipe's, or none"
+    ),
+]
+Stride = Annotated[tuple[int, int] | None, typer.Option(min=1, help="Of the window.", show_default="two thirds of it")]
+Flip = Annotated[
+    bool, typer.Option("--flip", help="Look at the mirror image too, and take the mean.", show_default=False)
+]
+Scales = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--scale", help="Look at the image at this size, 1 being its own; repeat for more.", show_default=False
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -68,3 +84,11 @@ Trust = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+
+
+def view_settings(
+    window: tuple[int, int] | None, stride: tuple[int, int] | None, flip: bool, scales: list[float] | None
+) -> list[str]:
+    """Returns the options of how an image is looked at as changes to a recipe's section ``evaluate``."""
+    found = [f"evaluate.{key}={list(value)}" for key, value in (("window", window), ("stride", stride)) if value]
+    return found + ["evaluate.flip=true"] * flip + ([f"evaluate.scales={scales}"] if scales else [])

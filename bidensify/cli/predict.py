@@ -10,7 +10,19 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import Debug, Device, RecipeFile, Set, SourceFolder, Trust
+from bidensify.cli.options import (
+    Debug,
+    Device,
+    Flip,
+    RecipeFile,
+    Scales,
+    Set,
+    SourceFolder,
+    Stride,
+    Trust,
+    Window,
+    view_settings,
+)  # fmt: skip
 from bidensify.cli.sources import load_source
 from bidensify.errors import ConfigError, DataError
 
@@ -18,13 +30,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENDINGS = (".png", ".values.npy", ".labels.png", ".depth.png", ".depth.tiff")
-_MILLIMETRES = 65535  # What a pixel of a 16-bit PNG can say.
+# Steps per metre of a depth's 16-bit PNG, the finest that reaches far enough: NYUv2's and KITTI's.
+_STEPS = (1000, 256)
 
 
 @command(
     "bidensify predict runs/scenes photo.jpg --out predictions",
     "bidensify predict runs/scenes/packed photos --out predictions --skip-bad",
     "bidensify predict runs/scenes/packed *.png --out predictions --blend 0.5",
+    "bidensify predict runs/scenes photos --out predictions --window 96 128 --flip",
 )
 def predict(
     source: SourceFolder,
@@ -37,6 +51,10 @@ def predict(
     ],
     recipe: RecipeFile = None,
     settings: Set = None,
+    window: Window = None,
+    stride: Stride = None,
+    flip: Flip = False,
+    scale: Scales = None,
     blend: Annotated[float, typer.Option(min=0, max=1, help="Share of the image in the picture.")] = 0.0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Go on after an image that cannot be read; their names come at the end.")
@@ -50,19 +68,22 @@ def predict(
     The image is brought to the network as evaluate.resize of the recipe says, and the prediction back.
 
     Labels go to NAME.labels.png: class indices, in 16 bits where there are more than 256 classes. Depths go to
-    NAME.depth.png, in millimetres (16 bits), or to NAME.depth.tiff, in metres (float32), where the task's depths go beyond 65 m;
-    what has several values a pixel (labels that do not exclude one another, flow, restored images) goes to NAME.values.npy.
+    NAME.depth.png (16 bits): in millimetres, or, where the task's depths go beyond 65 m, in 1/256 m as KITTI's (its text
+    "depth_scale" says metres per step); beyond 255 m to NAME.depth.tiff, in metres (float32). What has several values a
+    pixel (labels that do not exclude one another, flow, restored images) goes to NAME.values.npy.
     """
     from bidensify.tasks import predict_image
 
     place = arguments.parse_device(device)
     named = named_images(images)
     refuse_overwriting(named, out)
-    loaded = load_source(source, recipe, settings or [], trust)
+    changes = [*view_settings(window, stride, flip, scale), *(settings or [])]
+    loaded = load_source(source, recipe, changes, trust)
     chosen = loaded.need_recipe()
     task: Any = chosen.build_task()
     reader, transforms = chosen.image_input()
-    model = loaded.model.to(place)
+    model, views = loaded.model.to(place), chosen.views()
+    views.check(task)
     skipped: list[Path] = []
     for name, path in named.items():
         try:
@@ -72,7 +93,7 @@ def predict(
                 raise DataError(f"{error}. Or leave such files out with --skip-bad") from error
             skipped.append(path)
             continue
-        values = predict_image(model, task, image, transforms)
+        values = predict_image(model, task, image, transforms, views)
         write_values(out, name, values, task)
         write_picture(out, name, task.picture(image, values, **({"blend": blend} if blend else {})))
     done = len(named) - len(skipped)
@@ -121,25 +142,28 @@ def refuse_overwriting(named: dict[str, Path], out: Path) -> None:
 
 
 def write_values(out: Path, name: str, values: Tensor, task: Any) -> None:
-    """Writes a prediction: classes (H, W) as a PNG of 8 or 16 bits; depths as a PNG of millimetres, or a TIFF of metres; all
-    else as a NumPy array.
+    """Writes a prediction: classes (H, W) as a PNG of 8 or 16 bits; depths as a PNG of 16 bits, or a TIFF of metres; all else
+    as a NumPy array.
 
     Raises:
         DataError: more classes than 16 bits can tell.
     """
     import numpy as np
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from bidensify._util.files import atomic_write
 
-    array = values.numpy()
+    array, notes = values.numpy(), PngInfo()
+    steps = next((n for n in _STEPS if n * getattr(task, "max_depth", 0) <= 65535), 0)
     if values.ndim == 2 and not values.is_floating_point():
         classes = getattr(task, "num_classes", 0) or int(values.max()) + 1
         if classes > 1 << 16:
             raise DataError(f"{classes} classes do not fit a PNG's 16 bits; predict with the model in Python")
         kind, array = "labels.png", array.astype(np.uint8 if classes <= 256 else np.uint16)
-    elif values.ndim == 2 and task.name == "depth" and 1000 * task.max_depth <= _MILLIMETRES:
-        kind, array = "depth.png", np.rint(array * 1000).astype(np.uint16)
+    elif values.ndim == 2 and task.name == "depth" and steps:
+        kind, array = "depth.png", np.rint(array * steps).astype(np.uint16)
+        notes.add_text("depth_scale", repr(1 / steps))
     elif values.ndim == 2 and task.name == "depth":
         kind, array = "depth.tiff", array.astype(np.float32)
     else:
@@ -153,7 +177,10 @@ def write_values(out: Path, name: str, values: Tensor, task: Any) -> None:
             if array.dtype == np.uint8 and (colours := list(getattr(task, "palette", ()))):
                 # One colour alone is the foreground's; its pixels stay indices, with colours for whoever looks at them.
                 image.putpalette([part for colour in ([(0, 0, 0)] * (len(colours) == 1) + colours) for part in colour])
-            image.save(temporary, format="TIFF" if kind.endswith("tiff") else "PNG")
+            if kind.endswith("tiff"):
+                image.save(temporary, format="TIFF")
+            else:
+                image.save(temporary, format="PNG", pnginfo=notes)
 
 
 def write_picture(out: Path, name: str, picture: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``finetune``, ``check`` and ``evaluate``: training a student, what that will need, and measuring it."""
+"""``finetune`` and ``check``: training a student, and what that will need."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import typer
 from bidensify._util.terminal import console, shell
 from bidensify.cli import arguments
 from bidensify.cli.command import STOPPED, command
-from bidensify.cli.options import AsJson, Debug, Device, RecipeFile, Set, SourceFolder, Trust
-from bidensify.cli.sources import load_source
+from bidensify.cli.options import (
+    AsJson,
+    Debug,
+    Set,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from bidensify.train import RunResult
@@ -128,40 +131,3 @@ def check(
                 screen.print(f"{title}: {line}", soft_wrap=True)
     if found.problems:
         raise typer.Exit(1)
-
-
-@command(
-    "bidensify evaluate runs/scenes",
-    "bidensify evaluate runs/scenes/packed --json",
-)
-def evaluate(
-    source: SourceFolder,
-    recipe: RecipeFile = None,
-    settings: Set = None,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a student, a teacher or a packed model on its recipe's validation data."""
-    from bidensify.train import evaluate as measure
-
-    place = arguments.parse_device(device)
-    loaded = load_source(source, recipe, settings or [], trust)
-    chosen = loaded.need_recipe()
-    val = chosen.build_dataset("val")
-    metrics = measure(
-        loaded.model.to(place),
-        chosen.build_task(val.info),
-        val,
-        batch_size=chosen.data.eval_batch_size or chosen.data.batch_size,
-        workers=chosen.data.workers,
-        device=place,
-        precision=chosen.precision,
-        channels_last=chosen.channels_last,
-    )
-    if as_json:
-        print(arguments.to_json(metrics))
-    else:
-        split = chosen.data.val
-        show_metrics(f"{source} on {split.name}/{split.split}" if split is not None else str(source), metrics)

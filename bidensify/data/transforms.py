@@ -16,7 +16,7 @@ from bidensify.data.base import IMAGENET_MEAN, IMAGENET_STD, Depth, Sample, Tran
 from bidensify.errors import ConfigError, DataError
 
 Size = tuple[int, int]
-Resize = Literal["letterbox", "pad", "native", "squash"]
+Resize = Literal["letterbox", "pad", "native", "cover", "squash"]
 
 
 def build_transforms(
@@ -49,7 +49,7 @@ def build_transforms(
         rotate: turn training samples by up to so many degrees either way.
         ignore_index: label where a crop reaches beyond its image.
         resize: how an evaluation image comes to the network's size; see :class:`Fit`.
-        multiple: with ``native``, the network's input is a multiple of this, in pixels.
+        multiple: with ``native`` and ``cover``, the network's input is a multiple of this, in pixels.
 
     Returns:
         A callable from a sample of tv_tensors to one of plain tensors: ``image`` float32, normalised.
@@ -123,9 +123,10 @@ class Fit:
         size: (height, width) in pixels.
         mean, std: one entry per channel, on images scaled to [0, 1].
         resize: ``letterbox``: as large as fits into ``size``, aspect ratio kept, the rest padded. ``pad``: at its own
-            size, padded to ``size``. ``native``: at its own size, padded to a multiple of ``multiple``. ``squash``:
-            stretched to ``size``. Padding lies at the right and at the bottom and has the mean colour.
-        multiple: of ``native``, pixels.
+            size, padded to ``size``. ``native``: at its own size, padded to a multiple of ``multiple``. ``cover``: as small
+            as covers ``size``, aspect ratio kept, padded to a multiple of ``multiple``. ``squash``: stretched to ``size``.
+            Padding lies at the right and at the bottom and has the mean colour.
+        multiple: of ``native`` and ``cover``, pixels.
 
     Raises:
         ConfigError: an option is out of range.
@@ -152,6 +153,10 @@ class Fit:
             return self.size, self.size
         if self.resize == "native":
             return (height, width), (_up(height, self.multiple), _up(width, self.multiple))
+        if self.resize == "cover":
+            factor = max(self.size[0] / height, self.size[1] / width)
+            inner = (max(self.size[0], round(height * factor)), max(self.size[1], round(width * factor)))
+            return inner, (_up(inner[0], self.multiple), _up(inner[1], self.multiple))
         if self.resize == "letterbox":
             factor = min(self.size[0] / height, self.size[1] / width)
             inner = (min(self.size[0], round(height * factor)), min(self.size[1], round(width * factor)))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from bidensify.data import DataInfo, DenseDataset, ImageReader, Transforms
-    from bidensify.tasks import Task
+    from bidensify.tasks import Task, Views
 
 Value = TypeVar("Value")
 
@@ -215,6 +215,17 @@ class Recipe(Section):
                 f"recipe {self.name!r}: data.root is not set; give the folder, e.g. --set data.root=FOLDER"
             )
         return build_dataset(section.name, section.split, **options)
+
+    def views(self) -> Views:
+        """Returns how evaluation looks at an image (section ``evaluate``).
+
+        Raises:
+            ConfigError: the section's options do not go together.
+        """
+        from bidensify.tasks import Views
+
+        how = self.evaluate
+        return Views(how.window, how.stride, how.flip, how.scales, how.multiple)
 
     def build_task(self, info: DataInfo | None = None) -> Task:
         """Builds the task; classes, names and palette come from ``info`` (or from the validation data) unless given."""

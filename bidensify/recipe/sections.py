@@ -195,15 +195,22 @@ class EvaluateSection(Section):
 
     "best" is by the task's primary metric. ``teacher`` measures the teacher too, once at the start. ``resize`` says how an
     image comes to ``data.size``: "letterbox" (as large as fits, padded), "pad" (its own size, padded), "native" (its own
-    size, padded to a multiple of ``multiple`` pixels) or "squash" (stretched); predictions are measured at the image's own
-    size.
+    size, padded to a multiple of ``multiple`` pixels), "cover" (the smallest that covers ``data.size``, padded like native)
+    or "squash" (stretched); predictions are measured at the image's own size.
+
+    ``window`` [height, width] slides over the network's input by ``stride`` (two thirds of it); ``flip`` adds the mirror
+    image, ``scales`` other sizes of the input; see :class:`bidensify.tasks.Views`.
     """
 
     every: int = Field(default=1, ge=1)
     select: Literal["best", "last"] = "best"
     teacher: bool = True
-    resize: Literal["letterbox", "pad", "native", "squash"] = "letterbox"
+    resize: Literal["letterbox", "pad", "native", "cover", "squash"] = "letterbox"
     multiple: int = Field(default=32, ge=1)
+    window: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    stride: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    flip: bool = False
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
 
 
 class CheckpointSection(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bidensify.tasks.base import DenseTask, Outputs, Sample, Task, TaskMetrics
+from bidensify.tasks.columns import paper_columns
 from bidensify.tasks.depth import DepthTask
 from bidensify.tasks.labels import BinaryTask, MultiLabelTask
 from bidensify.tasks.metrics import DepthMetrics, FlowMetrics, LabelMetrics, RestorationMetrics, SegmentationMetrics
@@ -18,6 +19,7 @@ from bidensify.tasks.registry import (
 )
 from bidensify.tasks.segmentation import SegmentationTask
 from bidensify.tasks.values import FlowTask, RestorationTask
+from bidensify.tasks.views import Views
 
 __all__ = [
     "BinaryTask",
@@ -36,6 +38,7 @@ __all__ = [
     "SegmentationTask",
     "Task",
     "TaskMetrics",
+    "Views",
     "available_tasks",
     "build_task",
     "colour_depth",
@@ -43,6 +46,7 @@ __all__ = [
     "default_palette",
     "known_options",
     "missing_options",
+    "paper_columns",
     "predict_image",
     "predict_restored",
     "register_task",

@@ -135,7 +135,7 @@ def restore(prediction: Tensor, extent: Tensor | None, size: tuple[int, int]) ->
 
 
 @torch.inference_mode()
-def predict_image(model: nn.Module, task: Any, image: Tensor, transforms: Transforms) -> Tensor:
+def predict_image(model: nn.Module, task: Any, image: Tensor, transforms: Transforms, views: Any = None) -> Tensor:
     """Runs a model on one image of any size.
 
     Args:
@@ -143,13 +143,15 @@ def predict_image(model: nn.Module, task: Any, image: Tensor, transforms: Transf
         task: reads the output.
         image: (C, H, W), upright, uint8 or floats in [0, 1]; see :class:`bidensify.data.ImageReader`.
         transforms: those of evaluation; see :func:`bidensify.data.build_transforms`.
+        views: a :class:`bidensify.tasks.Views`; by default one look at the whole.
 
     Returns:
         The task's prediction at the image's own size, on the CPU, without the batch's dimension.
     """
     sample = transforms({"image": tv_tensors.Image(image)})
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    output = model(sample["image"][None].to(place))
+    batch = sample["image"][None].to(place)
+    output = model(batch) if views is None else views(model, task, batch)
     return predict_restored(task, output, sample.get("extent"), (image.shape[-2], image.shape[-1]))[0].cpu()
 
 

@@ -145,7 +145,7 @@ def _measure(
     try:
         metrics = evaluate(
             model, task, few, batch_size=2, device=accelerator.device, precision=recipe.precision,
-            channels_last=recipe.channels_last,
+            channels_last=recipe.channels_last, views=recipe.views(),
         )  # fmt: skip
     except BidensifyError as error:
         raise type(error)(f"evaluation of the {name}: {error}") from error

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bidensify.tasks import Task
+from bidensify.tasks import Task, Views
 from bidensify.train.loaders import collate_alike, to_device
 
 
@@ -39,7 +39,9 @@ def evaluate(
     precision: Literal["fp32", "bf16", "fp64"] = "fp32",
     channels_last: bool = False,
     accelerator: Accelerator | None = None,
+    views: Views | None = None,
     on_batch: Callable[[int, int], Any] | None = None,
+    on_output: Callable[[Any, dict[str, Tensor]], Any] | None = None,
 ) -> dict[str, float]:
     """Measures ``model`` on every sample of ``dataset``.
 
@@ -53,7 +55,9 @@ def evaluate(
         precision: "bf16" runs the model under autocast; else the model's own type is what counts.
         channels_last: gives the images in that memory format.
         accelerator: a run's own; each of its processes measures its share of the samples.
+        views: how the model looks at an image; by default once, at the whole.
         on_batch: called with (samples done, samples in all) after each batch.
+        on_output: called with the model's output and the batch, of which some samples may be of one size only.
 
     Returns:
         The task's metrics (over all processes) as plain floats, by name.
@@ -76,14 +80,18 @@ def evaluate(
         generator=torch.Generator(),
     )
     metrics = task.metrics().to(place)
+    look = views if views is not None else Views()
+    look.check(task)
     done = 0
     with eval_mode(model):
         for batches in loader:
             for batch in batches:
                 batch = to_device(batch, place, channels_last, model)
                 with torch.autocast(place.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
-                    output = model(batch["image"])
+                    output = look(model, task, batch["image"])
                 metrics.update(output, batch)
+                if on_output is not None:
+                    on_output(output, batch)
                 done += len(batch["image"])
                 if on_batch is not None:
                     on_batch(done, len(own))

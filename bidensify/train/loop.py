@@ -199,6 +199,7 @@ class Loop:
             precision=self.recipe.precision,
             channels_last=self.recipe.channels_last,
             accelerator=self.accelerator,
+            views=self.recipe.views(),
         )
 
     def _checkpoint(self) -> None:

@@ -171,7 +171,13 @@ def try_start(
             size = min(recipe.data.eval_batch_size or recipe.data.batch_size, len(val))  # type: ignore[arg-type]
             few, started = Subset(val, range(size)), time.perf_counter()
             evaluate(
-                student, task, few, batch_size=size, precision=recipe.precision, channels_last=recipe.channels_last
+                student,
+                task,
+                few,
+                batch_size=size,
+                precision=recipe.precision,
+                channels_last=recipe.channels_last,
+                views=recipe.views(),
             )
             shares = len(val) / size / recipe.evaluate.every  # type: ignore[arg-type]
             seconds += shares * (time.perf_counter() - started)

@@ -119,7 +119,7 @@ def test_depths_are_written_whole(tmp_path: Path) -> None:
     write_values(tmp_path, "near", near, DepthTask(max_depth=10.0))
     assert np.asarray(Image.open(tmp_path / "near.depth.png")).tolist() == [[500, 1234], [10000, 1]]
     far = torch.tensor([[0.5, 79.5], [65.6, 80.0]])
-    write_values(tmp_path, "far", far, DepthTask(max_depth=80.0))
+    write_values(tmp_path, "far", far, DepthTask(max_depth=300.0))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "far.depth.tiff")), far.numpy())
     with pytest.raises(DataError, match="do not fit"):
         write_values(tmp_path, "x", torch.zeros(2, 2, dtype=torch.int64), SegmentationTask(70000))

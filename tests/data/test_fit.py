@@ -14,7 +14,7 @@ from bidensify.errors import ConfigError, DataError
 from bidensify.tasks import SegmentationTask, predict_image, restore
 from bidensify.train.evaluation import evaluate
 
-MODES = ("letterbox", "pad", "native", "squash")
+MODES = ("letterbox", "pad", "native", "cover", "squash")
 SIZES = [(40, 50), (64, 64), (50, 40), (60, 30), (33, 47)]
 
 
@@ -46,7 +46,7 @@ def test_sizes(mode: str, size: tuple[int, int], inner: tuple[int, int], outer: 
 def test_options_that_cannot_be() -> None:
     with pytest.raises(DataError, match="65x3, larger than the size 64x64.*letterbox or native"):
         fit("pad")({"image": tv_tensors.Image(torch.zeros(3, 65, 3, dtype=torch.uint8))})
-    with pytest.raises(ConfigError, match="resize='stretch'.*letterbox, pad, native, squash"):
+    with pytest.raises(ConfigError, match="resize='stretch'.*letterbox, pad, native, cover, squash"):
         fit("stretch")
     with pytest.raises(ConfigError, match="multiple=0"):
         fit("native", multiple=0)
