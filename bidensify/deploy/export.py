@@ -57,7 +57,7 @@ def export(
     Args:
         model: the network; it is left as it was.
         path: ``*.onnx`` (opset 20, any runtime) or ``*.pt2`` (``torch.export``; a packed network's program calls the
-            operator ``bidensify::packed_conv2d``: ``import bidensify.deploy`` before ``torch.export.load``).
+            operator ``bidensify::packed_layer``: ``import bidensify.deploy`` before ``torch.export.load``).
         example_inputs: a tensor, a tuple or a dict; derived from the model by default. Image tensors are (N, C, H, W).
         dynamic: batch and image size may differ from the example's where the network allows it.
 
@@ -166,7 +166,7 @@ def _write_onnx(
 
     from bidensify.deploy.operator import reference_operator
 
-    operator = torch.ops.bidensify.packed_conv2d.default
+    operator = torch.ops.bidensify.packed_layer.default
     with any_order():
         plain = program.run_decompositions({operator: reference_operator, torch.ops.aten.copysign.Tensor: _copysign})
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

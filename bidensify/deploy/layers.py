@@ -69,7 +69,7 @@ class PackedLayer(FrozenLayer):
         if spec.kind != self.kind:
             raise ConfigError(f"{type(self).__name__} holds a {self.kind!r} layer, got a spec of kind {spec.kind!r}")
         self.spec = spec
-        self._ints = spec.to_ints()
+        self._ints = operator.spec_ints(spec)
         self.kernel = check_kernel(kernel)
         self.binarizer = None
         self.bypass: nn.Module | None = None
@@ -131,8 +131,17 @@ class PackedLayer(FrozenLayer):
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _run(self, x: Tensor, spec: PackedSpec, outside: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
-        """x: (N, C_in, H, W); ``outside`` brings (N, C_out, H', W') to the shape that the layer gives."""
+    def _run(
+        self,
+        x: Tensor,
+        spec: PackedSpec,
+        outside: Callable[[Tensor], Tensor] = lambda y: y,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """x: (N, C_in, H, W); ``outside`` brings (N, C_out, H', W') to the shape that the layer gives.
+
+        ``given`` is x as the operator takes it, where that differs.
+        """
         if type(x) is Deferred:
             made = None
             if self.binarizer is None and self.bypass is None:
@@ -151,11 +160,12 @@ class PackedLayer(FrozenLayer):
             residual = own_signal(self.bypass, x, spec.output_size(x.shape[2], x.shape[3]))
         # Behind an activation that is called the operator cannot add it.
         late = residual if spec.bypass_last and self.activation is not None else None
-        ints = self._ints if spec is self.spec else spec.to_ints()
-        y: Tensor = torch.ops.bidensify.packed_conv2d(
-            x, self.tiles, self.side, ints, thresholds, levels, residual if late is None else None, self.kernel
+        joins = None if residual is None or late is not None else outside(residual)
+        ints = self._ints if spec is self.spec else operator.spec_ints(spec)
+        y = operator.run_operator(
+            self.kernel, x if given is None else given, self.tiles, self.side, ints, thresholds, levels, joins
         )
-        y = self._activated(outside(y))
+        y = self._activated(y)
         return y if late is None else y + outside(late)
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -263,10 +273,7 @@ class PackedLinear(PackedLayer):
         if traced(x):
             return one_step(self, x)
         self._check_input(x, tuple(range(2, 9)), -1)
-        shape = x.shape
-        tokens = x.reshape(shape[0], -1, 1, shape[-1]).permute(0, 3, 1, 2)
-        out = (*shape[:-1], self.spec.out_channels)
-        return self._run(tokens, self.spec, lambda y: y.permute(0, 2, 3, 1).reshape(out))
+        return self._run(operator.tokens(x), self.spec, lambda y: operator.from_tokens(y, x), x)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

@@ -1,66 +1,179 @@
-"""The ``torch.library`` operator behind packed layers: one name over the native kernels and the reference."""
+"""The ``torch.library`` operator behind packed layers: one name over the native kernels, the reference and ExecuTorch.
+
+    bidensify::packed_layer(Tensor[] parts, int[] up, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds,
+                            Tensor? levels, Tensor? residual) -> Tensor          and packed_layer.out
+
+The schema is frozen: programs of ``torch.export`` and of ExecuTorch (``deploy/executorch``) hold it. What a later release adds
+to a layer goes into ``spec``, whose first integer is a version; which kernel runs is the running machine's business.
+
+* ``parts``, ``up``: the input's channels in order, part i (N, C_i, H / up_i, W / up_i) with each pixel standing for up_i x up_i
+  (nearest-neighbour upsampling); of a linear layer one part (N, ..., C_in) as it stands.
+* ``tiles``, ``side``: the layer's bits and side parameters. The rest: see ``packed_reference``; of a linear layer ``residual`` has
+  the output's shape (N, ..., C_out).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bidensify.deploy.backends import choose_backend
-from bidensify.deploy.between.deferred import Deferred, only_deferring
+from bidensify.deploy.between.deferred import Deferred, Part, only_deferring
 from bidensify.deploy.reference import packed_reference
 from bidensify.deploy.spec import PackedSpec
-from bidensify.errors import ConfigError
+from bidensify.errors import ConfigError, FormatError
 
-__all__ = ["direct", "from_parts", "reference_operator"]
+__all__ = [
+    "SPEC_VERSION", "direct", "from_parts", "from_tokens", "old_reference_operator", "reference_operator", "run_operator",
+    "spec_ints", "tokens",
+]  # fmt: skip
 
-_SCHEMA = (
+# Of the integers that say what a layer is. A newer version than the program that runs knows is refused.
+SPEC_VERSION = 1
+_SCHEMA = "(Tensor[] parts, int[] up, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds, Tensor? levels, Tensor? residual"
+_OLD_SCHEMA = (
     "packed_conv2d(Tensor x, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds, Tensor? levels, "
     "Tensor? residual, str kernel) -> Tensor"
 )
+# The kernel that the layer at work asks for: no program that is written down holds it.
+_kernel: ContextVar[str] = ContextVar("kernel", default="auto")
+
+
+def spec_ints(spec: PackedSpec) -> list[int]:
+    """A layer as the operator takes it: version, then its fields."""
+    return [SPEC_VERSION, *spec.to_ints()]
+
+
+def _spec(ints: Sequence[int]) -> PackedSpec:
+    if not ints or not 1 <= ints[0] <= SPEC_VERSION:
+        raise FormatError(
+            f"packed_layer: a layer of version {ints[0] if ints else 'none'}; this bidensify runs 1 to {SPEC_VERSION}: "
+            "install a newer one"
+        )
+    return PackedSpec.from_ints(ints[1:])
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(N, ..., C) as the image (N, C, T, 1) that it is to a 1x1 convolution."""
+    return x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def from_tokens(y: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``tokens``: (N, C', T, 1) -> (N, ..., C') with the sizes of ``like`` between."""
+    return y.permute(0, 2, 3, 1).reshape(*like.shape[:-1], y.shape[1])
+
+
+def _whole(parts: Sequence[Tensor], up: Sequence[int]) -> Tensor:
+    """The input that lies in parts."""
+    made = []
+    for x, times in zip(parts, up, strict=True):
+        if times != 1:
+            n, c, h, w = x.shape
+            x = x[:, :, :, None, :, None].expand(n, c, h, times, w, times).reshape(n, c, h * times, w * times)
+        made.append(x)
+    return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+
+def _check_parts(parts: Sequence[Tensor], up: Sequence[int], spec: PackedSpec) -> None:
+    shapes = [tuple(x.shape) for x in parts]
+    if not parts or len(parts) != len(up) or min(up) < 1:
+        raise ConfigError(f"packed_layer: parts of shapes {shapes} need one upsampling from 1 each, got {list(up)}")
+    if spec.kind == "linear":
+        good = len(parts) == 1 and up[0] == 1 and parts[0].dim() >= 2 and parts[0].shape[-1] == spec.in_channels
+    else:
+        good = all(x.dim() == 4 for x in parts) and sum(x.shape[1] for x in parts) == spec.in_channels
+        good = good and len({(x.shape[0], x.shape[2] * u, x.shape[3] * u) for x, u in zip(parts, up)}) == 1
+    if not good or any(x.dtype != parts[0].dtype or x.device != parts[0].device for x in parts):
+        wanted = (
+            f"(N, ..., {spec.in_channels})" if spec.kind == "linear" else f"{spec.in_channels} channels in all, 4-d"
+        )
+        raise ConfigError(
+            f"packed_layer: parts of shapes {shapes}, upsampled {list(up)} times, must make up {wanted} of one dtype on one "
+            "device"
+        )
 
 
 def reference_operator(
-    x: Tensor,
+    parts: Sequence[Tensor],
+    up: Sequence[int],
     tiles: Tensor,
     side: Tensor,
     spec: Sequence[int],
     thresholds: Tensor | None,
     levels: Tensor | None,
     residual: Tensor | None,
-    kernel: str,
 ) -> Tensor:
     """The operator in plain PyTorch, channels_last: on devices without kernels, and as its decomposition for export."""
-    return packed_reference(x, tiles, side, PackedSpec.from_ints(spec), thresholds, levels, residual)
+    layer = _spec(spec)
+    if layer.kind != "linear":
+        return packed_reference(_whole(parts, up), tiles, side, layer, thresholds, levels, residual)
+    residual = None if residual is None else tokens(residual)
+    y = packed_reference(tokens(parts[0]), tiles, side, layer, thresholds, levels, residual)
+    return from_tokens(y, parts[0])
 
 
 def _run(
-    x: Tensor,
+    parts: Sequence[Tensor],
+    up: Sequence[int],
     tiles: Tensor,
     side: Tensor,
     spec: Sequence[int],
     thresholds: Tensor | None,
     levels: Tensor | None,
     residual: Tensor | None,
-    kernel: str,
 ) -> Tensor:
     """What runs eagerly: the backend, or the reference where it does not take the input."""
-    backend = choose_backend(kernel, x.device.type)
+    layer = _spec(spec)
+    _check_parts(parts, up, layer)
+    x = parts[0]
+    backend = choose_backend(_kernel.get(), x.device.type)
     if backend.run is not None and x.dtype in backend.dtypes:
         # A mode of the caller's has seen this operator; it need not see every size that is read here.
         with torch._C.DisableTorchFunction():
-            return backend.run(x, tiles, side, PackedSpec.from_ints(spec), thresholds, levels, residual)
+            if layer.kind == "linear":
+                residual = None if residual is None else tokens(residual)
+                return from_tokens(backend.run(tokens(x), tiles, side, layer, thresholds, levels, residual), x)
+            if len(parts) == 1 and up[0] == 1:
+                return backend.run(x, tiles, side, layer, thresholds, levels, residual)
+            dense = [Part(part.contiguous(memory_format=torch.channels_last), u) for part, u in zip(parts, up)]
+            whole = x.new_empty(()).expand(x.shape[0], layer.in_channels, x.shape[2] * up[0], x.shape[3] * up[0])
+            return backend.run(whole, tiles, side, layer, thresholds, levels, residual, parts=dense)
     for tensor in (tiles, side, thresholds, levels, residual):
         if tensor is not None and tensor.device != x.device:
             raise ConfigError(
-                f"packed_conv2d: the input is on {x.device}, the layer or what it was given on {tensor.device}; bring "
+                f"packed_layer: the input is on {x.device}, the layer or what it was given on {tensor.device}; bring "
                 "both to one device"
             )
     # Autocast reaches the convolution inside, whose sums are no integers in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        return reference_operator(x, tiles, side, spec, thresholds, levels, residual, kernel)
+        return reference_operator(parts, up, tiles, side, spec, thresholds, levels, residual)
+
+
+def run_operator(
+    kernel: str,
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    ints: list[int],
+    thresholds: Tensor | None = None,
+    levels: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The operator through torch's dispatcher, on one whole input. A program that is written down runs the best kernel."""
+    arguments = ([x], [1], tiles, side, ints, thresholds, levels, residual)
+    if kernel == "auto" or torch.compiler.is_compiling():
+        y: Tensor = torch.ops.bidensify.packed_layer(*arguments)
+        return y
+    token = _kernel.set(kernel)
+    try:
+        y = torch.ops.bidensify.packed_layer(*arguments)
+    finally:
+        _kernel.reset(token)
+    return y
 
 
 def _unwatched() -> bool:
@@ -102,17 +215,19 @@ def from_parts(x: Deferred, tiles: Tensor, side: Tensor, spec: PackedSpec, kerne
 
 
 def _fake(
-    x: Tensor,
+    parts: Sequence[Tensor],
+    up: Sequence[int],
     tiles: Tensor,
     side: Tensor,
     spec: Sequence[int],
     thresholds: Tensor | None,
     levels: Tensor | None,
     residual: Tensor | None,
-    kernel: str,
 ) -> Tensor:
-    layer = PackedSpec.from_ints(spec)
-    height, width = layer.output_size(x.shape[2], x.shape[3])
+    layer, x = _spec(spec), parts[0]
+    if layer.kind == "linear":
+        return x.new_empty((*x.shape[:-1], layer.out_channels))
+    height, width = layer.output_size(x.shape[2] * up[0], x.shape[3] * up[0])
     return torch.empty(
         (x.shape[0], layer.out_channels, height, width),
         dtype=x.dtype,
@@ -121,8 +236,49 @@ def _fake(
     )
 
 
+def _run_out(*arguments: Any, out: Tensor) -> Tensor:
+    return out.copy_(_run(*arguments))
+
+
+def _old_arguments(
+    x: Tensor,
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Any, ...]:
+    """``packed_conv2d`` in terms of its successor: there a linear layer was the convolution of an image."""
+    ints = [SPEC_VERSION, *spec]
+    if PackedSpec.from_ints(spec).kind == "linear":
+        ints[1] = 0
+    return [x], [1], tiles, side, ints, thresholds, levels, residual
+
+
+def _old(*arguments: Any) -> Tensor:
+    token = _kernel.set(arguments[-1])
+    try:
+        return _run(*_old_arguments(*arguments[:-1]))
+    finally:
+        _kernel.reset(token)
+
+
+def old_reference_operator(*arguments: Any) -> Tensor:
+    """``reference_operator`` of ``packed_conv2d``, which programs of earlier versions call."""
+    return reference_operator(*_old_arguments(*arguments[:-1]))
+
+
 _library: Any = torch.library.Library("bidensify", "DEF")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"packed_layer{_SCHEMA}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"packed_layer.out{_SCHEMA}, *, Tensor(a!) out) -> Tensor(a!)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(_OLD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 for _key in ("CPU", "CUDA", "MPS", "XPU"):
-    _library.impl("packed_conv2d", _run, _key)
-torch.library.register_fake("bidensify::packed_conv2d", _fake, lib=_library)
+    _library.impl("packed_layer", _run, _key)
+    _library.impl("packed_layer.out", _run_out, _key)
+    _library.impl("packed_conv2d", _old, _key)
+torch.library.register_fake("bidensify::packed_layer", _fake, lib=_library)
+torch.library.register_fake("bidensify::packed_layer.out", lambda *arguments, out: out, lib=_library)
+torch.library.register_fake(
+    "bidensify::packed_conv2d", lambda *arguments: _fake(*_old_arguments(*arguments[:-1])), lib=_library
+)

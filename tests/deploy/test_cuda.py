@@ -23,6 +23,7 @@ import bidensify as bd
 from bidensify.deploy import PackedConv2d, PackedLayer, PackedLinear, PackedSpec, pack, packed_layers
 from bidensify.deploy.bits import bits_from_signs
 from bidensify.deploy.freeze import freeze
+from bidensify.deploy.operator import spec_ints
 from bidensify.errors import ConfigError
 from bidensify.methods import get_method
 from bidensify.models.unet import unet
@@ -257,8 +258,8 @@ def test_opcheck(case: str) -> None:
     layer, x = made(case)
     packed = freeze(layer.cuda())
     x = x.cuda().contiguous(memory_format=torch.channels_last)
-    arguments = (x, packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, "auto")
-    torch.library.opcheck(torch.ops.bidensify.packed_conv2d.default, arguments)
+    arguments = ([x], [1], packed.tiles, packed.side, spec_ints(packed.spec), None, None, None)
+    torch.library.opcheck(torch.ops.bidensify.packed_layer.default, arguments)
 
 
 # --- training ---

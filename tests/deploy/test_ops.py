@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bidensify.deploy import operator, pack
-from bidensify.deploy.backends import available_kernels
+from bidensify.deploy.backends import KERNEL_VARIABLE, available_kernels
 from bidensify.deploy.freeze import freeze
+from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,13 +33,70 @@ KERNELS = available_kernels()
         (lambda: BiDenseConv2d(16, 24, 3, 2, 1), (2, 16, 9, 8)),
         (lambda: BiDenseConvTranspose2d(16, 8, 2, 2), (1, 16, 4, 5)),
         (lambda: BiDenseConv2d(16, 16, 3, padding=1, groups=16), (1, 16, 6, 6)),
+        (lambda: BiDenseLinear(16, 24), (2, 3, 5, 16)),
     ],
 )
-def test_opcheck(make: object, shape: tuple[int, ...], kernel: str) -> None:
+def test_opcheck(make: object, shape: tuple[int, ...], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNEL_VARIABLE, kernel)
     packed = freeze(settle(make()))  # type: ignore[operator]
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    arguments = (x, packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, kernel)
-    torch.library.opcheck(torch.ops.bidensify.packed_conv2d.default, arguments)
+    x = torch.randn(shape)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    rest = (packed.tiles, packed.side, operator.spec_ints(packed.spec), None, None, None)
+    torch.library.opcheck(torch.ops.bidensify.packed_layer.default, ([x], [1], *rest))
+    if packed.spec.in_channels % 2 == 0 and x.dim() == 4 and not shape[2] % 2 and not shape[3] % 2:
+        halves = [x[:, : shape[1] // 2, ::2, ::2], x[:, shape[1] // 2 :]]
+        torch.library.opcheck(torch.ops.bidensify.packed_layer.default, (halves, [2, 1], *rest))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_parts_are_the_whole_input(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNEL_VARIABLE, kernel)
+    packed = freeze(settle(BiDenseConv2d(24, 16, 3, padding=1)))
+    a, b, c = torch.randn(2, 8, 4, 3), torch.randn(2, 6, 12, 9), torch.randn(2, 10, 2, 1)
+    with pytest.raises(ConfigError, match="part"):
+        torch.ops.bidensify.packed_layer([a, b, c], [3, 1, 6], *_rest(packed))
+    c = torch.randn(2, 10, 4, 3)
+    parts, up = [a, b, c], [3, 1, 3]
+    whole = torch.cat([p.repeat_interleave(u, 2).repeat_interleave(u, 3) for p, u in zip(parts, up)], 1)
+    with torch.no_grad():
+        want = packed(whole)
+    assert torch.equal(torch.ops.bidensify.packed_layer(parts, up, *_rest(packed)), want)
+    out = torch.empty_like(want)
+    got = torch.ops.bidensify.packed_layer.out(parts, up, *_rest(packed), out=out)
+    assert got is out
+    assert torch.equal(out, want)
+
+
+def _rest(packed: Any) -> tuple[Any, ...]:
+    return packed.tiles, packed.side, operator.spec_ints(packed.spec), None, None, None
+
+
+def test_a_newer_version_and_wrong_inputs_are_refused_with_the_reason() -> None:
+    packed = freeze(settle(BiDenseConv2d(16, 16, 3, padding=1)))
+    x = torch.randn(1, 16, 5, 6)
+    tiles, side, ints, *none = _rest(packed)
+    for wrong in ([operator.SPEC_VERSION + 1, *ints[1:]], [0, *ints[1:]], []):
+        with pytest.raises(FormatError, match="of version.*install a newer one"):
+            torch.ops.bidensify.packed_layer([x], [1], tiles, side, wrong, *none)
+    for parts, up in (([x], [1, 1]), ([x], [0]), ([], []), ([x[:, :3]], [1]), ([x[0]], [1]), ([x, x.double()], [1, 1])):
+        with pytest.raises(ConfigError, match=r"packed_layer: parts of shapes"):
+            torch.ops.bidensify.packed_layer(parts, up, tiles, side, ints, *none)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_operator_of_earlier_versions_gives_the_same(kernel: str) -> None:
+    packed = freeze(settle(BiDenseConv2d(16, 16, 3, padding=1)))
+    linear = freeze(settle(BiDenseLinear(16, 24)))
+    x, t = torch.randn(1, 16, 5, 6), torch.randn(2, 7, 16)
+    old = torch.ops.bidensify.packed_conv2d
+    with torch.no_grad():
+        y = old(x, packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, kernel)
+        assert torch.equal(y, packed(x))
+        y = old(
+            t[:, None].permute(0, 3, 2, 1), linear.tiles, linear.side, linear.spec.to_ints(), None, None, None, kernel
+        )
+        assert torch.equal(y[..., 0].mT, linear(t))
 
 
 def test_compile_agrees_with_eager() -> None:
@@ -56,7 +114,7 @@ def test_export_keeps_the_operator_and_a_dynamic_size() -> None:
     # The strided layer and the 2x2 upsampling meet again at even sizes only.
     dynamic = {"input": {2: 2 * height, 3: 2 * width}}
     exported = torch.export.export(packed, (x,), dynamic_shapes=dynamic)
-    calls = [node for node in exported.graph.nodes if "packed_conv2d" in str(node.target)]
+    calls = [node for node in exported.graph.nodes if "packed_layer" in str(node.target)]
     assert len(calls) == 2
     other = torch.randn(2, 3, 24, 20)
     with torch.no_grad():
@@ -100,7 +158,7 @@ def test_inductor_compiles_a_packed_network() -> None:
 
 @pytest.mark.parametrize("key", ["CUDA", "MPS", "XPU"])
 def test_devices_without_kernels_run_the_path_that_is_tested_here(key: str) -> None:
-    name = "bidensify::packed_conv2d"
+    name = "bidensify::packed_layer"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     # The same function, on tensors of this machine: what a device computes but for its own convolution.
     for make, shape in (
@@ -110,12 +168,11 @@ def test_devices_without_kernels_run_the_path_that_is_tested_here(key: str) -> N
     ):
         packed = freeze(settle(make()))
         x = torch.randn(shape)
-        arguments = (packed.tiles, packed.side, packed.spec.to_ints(), None, None, None, "auto")
         with torch.no_grad():
             want = packed(x)
-            assert torch.equal(operator.reference_operator(x, *arguments), want)
-        on_meta = (value.to("meta") if isinstance(value, Tensor) else value for value in arguments)
-        y = operator.reference_operator(x.to("meta"), *on_meta)  # type: ignore[arg-type]
+            assert torch.equal(operator.reference_operator([x], [1], *_rest(packed)), want)
+        on_meta = (value.to("meta") if isinstance(value, Tensor) else value for value in _rest(packed))
+        y = operator.reference_operator([x.to("meta")], [1], *on_meta)  # type: ignore[arg-type]
         assert y.shape == want.shape
         assert y.stride() == want.stride()
 
@@ -129,7 +186,7 @@ def test_cuda_agrees_with_cpu() -> None:
         assert relative(packed.cuda()(x.cuda()).cpu(), want) < 1e-3
 
 
-NAME = "packed_conv2d"
+NAME = "packed_layer"
 
 
 class _Functions(TorchFunctionMode):
@@ -178,7 +235,7 @@ def test_where_nobody_watches_the_dispatcher_is_left_out() -> None:
     packed = freeze(layer)
     x = torch.randn(1, 16, 9, 8).contiguous(memory_format=torch.channels_last)
     arguments = (x, packed.tiles, packed.side)
-    through = torch.ops.bidensify.packed_conv2d(*arguments, packed.spec.to_ints(), None, None, None, "auto")
+    through = torch.ops.bidensify.packed_layer([x], [1], *_rest(packed))
     straight = operator.direct(*arguments, packed.spec, "auto")
     assert straight is not None
     assert torch.equal(straight, through)
