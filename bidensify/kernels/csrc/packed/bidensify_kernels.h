@@ -4,7 +4,9 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(BD_API)
+// Part of another library, which exports none of this.
+#elif defined(_WIN32)
 #define BD_API __declspec(dllexport)
 #else
 #define BD_API __attribute__((visibility("default")))
