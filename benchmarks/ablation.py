@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual off": ("rule off: adds stay and every bypass too", {"binarize": {"residual": "double"}}),
     "act_scale per_channel": ("one scale per channel (cannot be packed)", {"binarize": {"act_scale": "per_channel"}}),
     "act_scale none": ("no activation scale", {"binarize": {"act_scale": "none"}}),
+    "act_bits 2": ("activations of two bits", {"binarize": {"act_bits": 2}}),
     "one stage": ("weights and activations binarized at once", {"stages": stages(TASK_KL, one=True)}),
     "task only": ("no distillation", {"stages": stages({"task": 1.0})}),
     "KL only": ("no task loss", {"stages": stages({"task": None, "kl": KL})}),

@@ -26,7 +26,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 # Options of earlier releases, and the one value that is left of each.
 _GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
-_OVERRIDES = ("method", "act_scale", "bypass", "activation")
+_OVERRIDES = ("method", "act_scale", "act_bits", "bypass", "activation")
+_ACT_BITS = (1, 2)
+
+
+def _check_act_bits(bits: Any, where: str) -> None:
+    if bits not in _ACT_BITS or isinstance(bits, bool):
+        raise ConfigError(f"{where}: act_bits={bits!r} must be 1 or 2, the bits of an activation")
 
 
 def _range(bounds: Any, what: str) -> tuple[int | None, int | None]:
@@ -50,7 +56,7 @@ class Rule:
             path, or a class name as "class:Conv2d" (the class itself or any of its bases). A class object may be given;
             it is stored by name.
         action: "keep", "binarize", the name of a method, or a mapping of overrides: method, act_scale
-            ("per_tensor" | "per_channel" | "none" | "spatial"), bypass (bool), activation ("rprelu" | "keep").
+            ("per_tensor" | "per_channel" | "none" | "spatial"), act_bits (1 | 2), bypass (bool), activation ("rprelu" | "keep").
         where: predicates on the layer that must hold too, each a closed range [low, high] (None: open):
             in_channels, out_channels, kernel_size (the larger side), stride, groups, height, width (of the output).
 
@@ -76,6 +82,8 @@ class Rule:
                     raise ConfigError(
                         f"Rule({self.match!r}): {key}={self.action[key]!r} must be one of {', '.join(_CHOICES[key])}"
                     )
+            if "act_bits" in self.action:
+                _check_act_bits(self.action["act_bits"], f"Rule({self.match!r})")
             for key, kind in (("bypass", bool), ("method", str)):
                 if key in self.action and not isinstance(self.action[key], kind):
                     wanted = "true or false" if kind is bool else "a method's name"
@@ -116,6 +124,8 @@ class BidensifyConfig:
         rules: ordered ``Rule``s; the first that fits a layer decides it, before the defaults do.
         act_scale: granularity of the activation scale alpha: "per_tensor", "per_channel" (not packable) or "none"; "spatial" is
             XNOR-Net's map of scales (not packable).
+        act_bits: bits of an activation: 1, or 2 (four levels; weights keep one bit), which methods with a plain sign, BiDense's
+            and DoReFa-Net have.
         residual: what happens to residual adds. "auto": removed where the bypasses inside already carry everything the
             shortcut carried, else kept with the last layer's bypass dropped. "keep": always kept, with the last
             layer's bypass dropped. "double": kept with every bypass (for comparison).
@@ -136,6 +146,7 @@ class BidensifyConfig:
     method: str = "bidense"
     rules: tuple[Rule, ...] = ()
     act_scale: str = "per_tensor"
+    act_bits: int = 1
     frame: str = "own"
     residual: str = "auto"
     linear: str = "pointwise"
@@ -160,6 +171,7 @@ class BidensifyConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"BidensifyConfig: {name}={value!r} is none of its values{near(value, choices)}")
+        _check_act_bits(self.act_bits, "BidensifyConfig")
         for name in ("keep_first", "keep_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"BidensifyConfig: {name}={getattr(self, name)!r} must be true or false")

@@ -54,13 +54,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def make_config(config: Path | None, method: str | None, keep: Sequence[str]) -> BidensifyConfig:
-    """Builds the configuration from a file, a method name and globs of layers to keep, later ones adding to earlier."""
+def make_config(
+    config: Path | None, method: str | None, keep: Sequence[str], act_bits: int | None = None
+) -> BidensifyConfig:
+    """Builds the configuration from a file, a method name, globs of layers to keep and bits, later ones adding to earlier."""
     from bidensify.config import BidensifyConfig
 
     fields = read_yaml(config) if config is not None else {}
     if method is not None:
         fields["method"] = method
+    if act_bits is not None:
+        fields["act_bits"] = act_bits
     if keep:
         fields["rules"] = [*(fields.get("rules") or []), *({"match": glob, "action": "keep"} for glob in keep)]
     return BidensifyConfig.from_dict(fields)

@@ -10,7 +10,7 @@ import typer
 from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
-from bidensify.cli.options import AsJson, Config, Debug, Input, Keep, Method, Options, Spec, Trust, Weights
+from bidensify.cli.options import ActBits, AsJson, Config, Debug, Input, Keep, Method, Options, Spec, Trust, Weights
 
 
 @command(
@@ -22,6 +22,7 @@ def plan(
     option: Options = None,
     method: Method = None,
     keep: Keep = None,
+    act_bits: ActBits = None,
     config: Config = None,
     input_shape: Input = None,
     as_json: AsJson = False,
@@ -31,7 +32,7 @@ def plan(
     import bidensify
 
     network = arguments.make_model(model, option or [], None)
-    settings = arguments.make_config(config, method, keep or [])
+    settings = arguments.make_config(config, method, keep or [], act_bits)
     result = bidensify.plan(network, settings, example_inputs=arguments.example_of(input_shape))
     if as_json:
         print(arguments.to_json(result.to_dict()))
@@ -57,6 +58,7 @@ def summary(
         typer.Option("--method", "-m", help="Count the network as this method rewrites it.", show_default=False),
     ] = None,
     keep: Keep = None,
+    act_bits: ActBits = None,
     config: Config = None,
     input_shape: Input = None,
     form: Annotated[Literal["table", "markdown", "json"], typer.Option("--format", help="How to print it.")] = "table",
@@ -71,10 +73,12 @@ def summary(
     from bidensify.rewrite.record.channels import image_channels
 
     shape = None if input_shape is None else arguments.parse_shape(input_shape)[1:]
-    rewritten = method is not None or config is not None or bool(keep)
+    rewritten = bool(method or config or keep or act_bits)
     if Path(model).is_dir():
         if option or rewritten:
-            raise ConfigError(f"{model!r} is trained already: it takes no --option, --method, --keep or --config")
+            raise ConfigError(
+                f"{model!r} is trained already: it takes no --option, --method, --keep, --act-bits or --config"
+            )
         source = load_source(Path(model), trust=trust)
         network = source.model
         if shape is None and source.recipe is not None and source.recipe.data.size is not None:
@@ -82,7 +86,7 @@ def summary(
     else:
         network = arguments.make_model(model, option or [], None)
         if rewritten:
-            settings = arguments.make_config(config, method, keep or [])
+            settings = arguments.make_config(config, method, keep or [], act_bits)
             network = bidensify.bidensify(
                 network, settings, example_inputs=arguments.example_of(input_shape), inplace=True
             )
@@ -108,6 +112,7 @@ def convert(
     option: Options = None,
     method: Method = None,
     keep: Keep = None,
+    act_bits: ActBits = None,
     config: Config = None,
     weights: Weights = None,
     input_shape: Input = None,
@@ -118,7 +123,7 @@ def convert(
     from bidensify.rewrite import Plan
 
     arguments.refuse_existing(out)
-    settings = arguments.make_config(config, method, keep or [])
+    settings = arguments.make_config(config, method, keep or [], act_bits)
     network = arguments.make_model(model, option or [], weights)
     student = bidensify.bidensify(network, settings, example_inputs=arguments.example_of(input_shape), inplace=True)
     bidensify.save_pretrained(student, out)

@@ -23,6 +23,9 @@ Options = Annotated[
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="An argument of the model's builder; repeat for more."),
 ]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="The binarization method.", show_default="bidense")]
+ActBits = Annotated[
+    int | None, typer.Option("--act-bits", min=1, max=2, help="Bits of an activation: 1 or 2.", show_default="1")
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option("--keep", metavar="GLOB", help="Keep the layers that match in full precision; repeat for more."),

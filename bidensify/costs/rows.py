@@ -27,6 +27,7 @@ class LayerSummary:
         binary_macs, float_macs: multiply-accumulates per sample.
         elementwise: other operations per sample (norms, activations, binarizers, bypasses, additions).
         output: shape of one sample's output, the largest of several; empty where nothing was called.
+        act_bits: bits of an activation that binary weights meet.
         kept: why the layer stays in full precision, as the plan says; empty where it does not, or there is no plan.
     """
 
@@ -39,6 +40,7 @@ class LayerSummary:
     elementwise: int
     output: tuple[int, ...] = ()
     kept: str = ""
+    act_bits: int = 1
 
     @property
     def params(self) -> float:
@@ -57,8 +59,8 @@ class LayerSummary:
 
     @property
     def ops(self) -> float:
-        """Full-precision MACs · 2 + binary MACs · 2 / 64 + elementwise work."""
-        return 2 * self.float_macs + 2 * self.binary_macs / 64 + self.elementwise
+        """Full-precision MACs · 2 + binary MACs · 2 / 64 · bits of an activation + elementwise work."""
+        return 2 * self.float_macs + 2 * self.binary_macs * self.act_bits / 64 + self.elementwise
 
 
 # Title, field, power of ten: the columns of larq's summary, and the literature's OPs.

@@ -27,9 +27,9 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     """Counts parameters and operations of a float, latent or packed network.
 
-    OPs = full-precision MACs · 2 + binary MACs · 2 / 64 + elementwise work; Params = full-precision + binary / 32.
-    Elementwise work per element: a binarizer 4 with statistics and 1 without, scale and bias 2, a norm 2, a bypass 1,
-    RPReLU 3, every other function or module 1, what only moves data 0.
+    OPs = full-precision MACs · 2 + binary MACs · 2 / 64 · bits of an activation + elementwise work; Params = full-precision +
+    binary / 32. Elementwise work per element: a binarizer 4 with statistics and 1 without, 2 more for a second bit, scale and
+    bias 2, a norm 2, a bypass 1, RPReLU 3, every other function or module 1, what only moves data 0.
 
     Args:
         model: the network; it is left as it was.
@@ -67,7 +67,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
             inside = (*inside, path + ".")
             row = _latent(module, calls[path]) if isinstance(module, BinaryLayer) else _packed(module, calls[path])
             states.add("LATENT" if isinstance(module, BinaryLayer) else "PACKED")
-            rows.append(LayerSummary(path, kind, *row, output=_output(calls[path])))
+            bits = module.binarizer.planes if isinstance(module, BinaryLayer) else module.counts().act_bits  # type: ignore[operator]
+            rows.append(LayerSummary(path, kind, *row, output=_output(calls[path]), act_bits=bits))
             continue
         own = sum(p.numel() for p in module._parameters.values() if p is not None)
         macs, elements = functions.get(path, (0, 0))

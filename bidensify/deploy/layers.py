@@ -34,12 +34,14 @@ class PackedCounts:
     Attributes:
         binary_params: weights of one bit.
         float_params: side parameters.
+        act_bits: bits of an activation.
         macs_per_output: binary multiply-accumulates per output element (a fraction in a strided transposed layer).
         work_per_input, work_per_output: elementwise operations per input and per output element.
     """
 
     binary_params: int
     float_params: int
+    act_bits: int
     macs_per_output: Fraction
     work_per_input: int
     work_per_output: int
@@ -92,9 +94,10 @@ class PackedLayer(FrozenLayer):
         macs = Fraction(s.in_channels // s.groups * s.kernel[0] * s.kernel[1])
         if s.kind == "conv_transpose":
             macs /= s.stride[0] * s.stride[1]
-        binarizer = self.binarizer.work if self.binarizer is not None else 4 if s.mean_threshold or s.alpha else 1
+        own = self.binarizer
+        binarizer = own.work if own is not None else (4 if s.mean_threshold or s.alpha else 1) + 2 * (s.planes - 1)
         after = 2 + (s.bypass or self.bypass is not None) + (3 if s.slope else 0) + (self.activation is not None)
-        return PackedCounts(s.bits, s.side_length, macs, binarizer, after + 2 * s.offset + s.clamp)
+        return PackedCounts(s.bits, s.side_length, s.planes, macs, binarizer, after + 2 * s.offset + s.clamp)
 
     def arrange(self) -> None:
         """Brings the stored bits into the order that kernels read; called after every load."""
@@ -206,7 +209,8 @@ class PackedLayer(FrozenLayer):
         if s.kind != "linear":
             text += f", kernel_size={s.kernel}, stride={s.stride}, padding={'same' if s.same else s.padding}"
             text += f", dilation={s.dilation}, groups={s.groups}"
-        return f"{text}, bits={s.bits}, kernel={self.kernel!r}"
+        planes = f", planes={s.planes}" if s.planes > 1 else ""
+        return f"{text}, bits={s.bits}{planes}, kernel={self.kernel!r}"
 
 
 def _arrange(module: nn.Module, incompatible: Any) -> None:

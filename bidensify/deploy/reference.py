@@ -90,7 +90,7 @@ def packed_reference(
         (N, C_out, H', W') in the dtype of ``x``, channels_last.
     """
     part = {name: side[start : start + length] for name, (start, length) in spec.layout.items()}
-    bits = binarize(x, part, thresholds, levels, kernels=False)
+    bits = binarize(x, part, thresholds, levels, planes=spec.planes, kernels=False)
     sums = _PackedSums(signs_from_tiles(tiles, spec), spec)
     dot = sums.dot(bits.signs)
     signal = None

@@ -13,7 +13,7 @@ __all__ = ["KINDS", "PackedSpec"]
 
 KINDS = ("conv", "conv_transpose", "linear")
 _LARGEST = 1 << 20
-# 2^24: beyond it a float32 sum of +-1 is no longer exact, and neither side of the layer could be trusted.
+# 2^24: beyond it a float32 sum of integers is no longer exact, and neither side of the layer could be trusted.
 _LONGEST_SUM = 1 << 24
 # Fields that the first release did not have, all at the end.
 _LATER = ("offset", "rise", "clamp", "bypass_last", "planes")
@@ -45,7 +45,7 @@ class PackedSpec:
         rise: the activation's slope on its positive side is stored.
         clamp: the activation's two bounds are stored.
         bypass_last: the bypass joins behind the activation.
-        planes: bit planes of the activations; this release knows 1.
+        planes: bit planes of the activations, 1 or 2. With two, ``alpha`` is the step 1.248 * exp(a) * mean|x - threshold|.
     """
 
     kind: str
@@ -220,14 +220,15 @@ class PackedSpec:
                 f"{where}: groups={self.groups} must divide in_channels={self.in_channels} and "
                 f"out_channels={self.out_channels}"
             )
-        if self.bits > 1 << 34 or (self.bits // self.out_channels) >= _LONGEST_SUM:
+        if self.planes not in (1, 2):
+            raise FormatError(
+                f"{where}: planes={self.planes} bit planes of activations; this bidensify runs 1 or 2: install a newer one"
+            )
+        # With two planes the values are -3, -1, 1 and 3.
+        if self.bits > 1 << 34 or (self.bits // self.out_channels) * (2 * self.planes - 1) >= _LONGEST_SUM:
             raise FormatError(f"{where}: {self.bits} weights are more than a layer can have")
         if self.custom and (self.mean_threshold or self.shift or self.alpha or self.levels):
             raise FormatError(f"{where}: a custom binarizer cannot have stored thresholds too")
-        if self.planes != 1:
-            raise FormatError(
-                f"{where}: planes={self.planes} bit planes of activations; this bidensify runs 1: install a newer one"
-            )
         if self.rise and not self.slope:
             raise FormatError(f"{where}: rise is stored without slope; the file is damaged")
         if self.alpha and self.levels:

@@ -12,7 +12,10 @@ Numbers are float32 where nothing else is said, and each operation rounds:
 2. beta = k * mean + b, rounded to the input's dtype; distance: the same blocks of |x - beta|, added over channels too;
    alpha = exp(a * (mean distance - 1)) in float64, rounded once. The binarized input is middle + half * s, s = +1 where
    x >= beta and -1 elsewhere (alpha is half, and middle is 0); where a part turns channels round (``flips``) the weights'
-   signs of that input channel are turned instead, which needs middle = 0 and weights without an offset;
+   signs of that input channel are turned instead, which needs middle = 0 and weights without an offset. With two bit planes
+   half is the step too, from the sample 1.248 * exp(a) * mean distance in float64, rounded once: s1 = s; s2 = +1 where
+   x >= beta + half (s1 = +1) or x >= beta - half (s1 = -1) and -1 elsewhere, the sum or difference rounded to float32; the
+   binarized input is middle + half * (s1 + s2 / 2), and from here on s stands for 2 * s1 + s2 and half for half of itself;
 3. dot = the integer sum of s times the weights' signs, padded positions contributing 0; where weights have an offset,
    window = the integer sum of s over the window and the group, taps = how many positions it has;
 4. BatchNorm, the weights' scale and offset and what else is constant per output channel: ``fold``, in float64, rounded once;

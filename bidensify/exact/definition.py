@@ -11,7 +11,19 @@ from bidensify.errors import ConfigError
 from bidensify.exact.fold import Folded
 from bidensify.exact.sums import block_sums
 
-__all__ = ["activation_scale", "check_flips", "finish", "fusion_down_in_order", "own_codes", "plus_minus", "thresholds"]
+__all__ = [
+    "BEST_STEP",
+    "activation_scale",
+    "check_flips",
+    "finish",
+    "fusion_down_in_order",
+    "own_codes",
+    "plus_minus",
+    "thresholds",
+]
+
+# The best step of four levels of a Gaussian, in its mean distances.
+BEST_STEP = 1.248
 
 
 def thresholds(x: Tensor, k: Tensor | None, b: Tensor | None) -> Tensor:
@@ -34,19 +46,22 @@ def thresholds(x: Tensor, k: Tensor | None, b: Tensor | None) -> Tensor:
     return beta.to(x.dtype).float()
 
 
-def activation_scale(x: Tensor, beta: Tensor, a: Tensor) -> Tensor:
-    """alpha = exp(a * (mean |x - beta| - 1)) per sample.
+def activation_scale(x: Tensor, beta: Tensor, a: Tensor, planes: int = 1) -> Tensor:
+    """alpha = exp(a * (mean |x - beta| - 1)) per sample; with two planes the step 1.248 * exp(a) * mean |x - beta|.
 
     Args:
         x: (N, C, H, W).
         beta: (N, C) or (1, C) float32.
         a: one element.
+        planes: bit planes of the activations.
 
     Returns:
         (N,) float32.
     """
     total = block_sums((x.float() - beta[:, :, None, None]).abs().flatten(2)).sum(1)
     mean = total / (x.shape[1] * x.shape[2] * x.shape[3])
+    if planes == 2:
+        return (BEST_STEP * torch.exp(a.to(total.dtype)) * mean).float().reshape(-1)
     return torch.exp(a.to(total.dtype) * (mean - 1)).float().reshape(-1)
 
 

@@ -21,7 +21,8 @@ class Bits:
     """A binarized input: middle + half * signs.
 
     Attributes:
-        signs: (N, C_in, H, W) float32 of -1 and +1.
+        signs: (N, C_in, H, W) float32 of -1 and +1; with two planes 2 s1 + s2, among -3, -1, 1 and 3, and ``half`` is half a
+            step.
         half, middle: (N,) float32, or None for 1 and for 0.
     """
 
@@ -34,7 +35,7 @@ class Sums(Protocol):
     """A bare layer whose weights are all of magnitude 1: integer sums, padded positions contributing 0."""
 
     def dot(self, signs: Tensor) -> Tensor:
-        """(N, C_in, H, W) of -1 and +1 -> (N, C_out, H', W'): the sum of their products with the weights' signs."""
+        """(N, C_in, H, W) of small integers -> (N, C_out, H', W'): the sum of their products with the weights' signs."""
         ...
 
     def window(self, signs: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ def binarize(
     thresholds: Tensor | None = None,
     levels: Tensor | None = None,
     *,
+    planes: int = 1,
     kernels: bool = True,
 ) -> Bits:
     """Step 2: the bits of an input.
@@ -57,12 +59,13 @@ def binarize(
         stored: which of "k", "b" ((C_in,) each), "a" (one element), "levels" ((2,) low and high), float32, the layer has.
         thresholds: (N, C_in) that a part of the method's own has said for ``x``, in place of k * mean; or None.
         levels: (N, 2) low and high values, likewise; or None.
+        planes: bit planes of the result.
         kernels: use the kernels of evaluation where they take ``x``: the same bits.
     """
     k, b, a, constant = (stored.get(name) for name in ("k", "b", "a", "levels"))
     if levels is None and constant is not None:
         levels = constant.view(1, 2).expand(x.shape[0], 2)
-    plain = thresholds is None and levels is None and k is not None and b is not None
+    plain = thresholds is None and levels is None and k is not None and b is not None and planes == 1
     if plain and kernels and evaluation_ops.evaluates(x):
         signs, alpha = evaluation_ops.codes(x, k, b, a)
         return Bits(signs, None if a is None else alpha)
@@ -70,11 +73,21 @@ def binarize(
         beta = definition.thresholds(x, k, b)
     else:
         beta = (thresholds.float() if b is None else thresholds.float() + b).to(x.dtype).float()
-    signs = definition.plus_minus(x.float() >= beta[:, :, None, None])
+    half = middle = None
     if levels is not None:
         low, high = levels.float().unbind(1)
-        return Bits(signs, (high - low) / 2, (high + low) / 2)
-    return Bits(signs, None if a is None else definition.activation_scale(x, beta, a))
+        half, middle = (high - low) / 2, (high + low) / 2
+    elif a is not None:
+        half = definition.activation_scale(x, beta, a, planes)
+    wide, threshold = x.float(), beta[:, :, None, None]
+    first = wide >= threshold
+    signs = definition.plus_minus(first)
+    if planes == 1:
+        return Bits(signs, half, middle)
+    step = torch.ones(x.shape[0], device=x.device) if half is None else half
+    shift = step.view(-1, 1, 1, 1)
+    second = wide >= torch.where(first, threshold + shift, threshold - shift)
+    return Bits(2 * signs + definition.plus_minus(second), step / 2, middle)
 
 
 def forward(
@@ -92,7 +105,7 @@ def forward(
 
     Args:
         bits: the binarized input.
-        dot: ``sums.dot(bits.signs)``.
+        dot: ``sums.dot(bits.signs)``: 2 P1 + P2 with two planes.
         sums: the bare layer.
         after: what is constant per output channel.
         signal: (N, C_out, H', W') float32, bypass + residual, or None.

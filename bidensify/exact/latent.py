@@ -216,10 +216,10 @@ def _evaluate(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     sums = _LayerSums(layer, args, kwargs)
     stored = layer.binarizer.stored()
     if stored is None:
-        bits = binarize(image, {}, *own_codes(layer.binarizer, image))
+        bits = binarize(image, {}, *own_codes(layer.binarizer, image), planes=layer.binarizer.planes)
     else:
         held = {name: value.detach().to(image.device).float().flatten() for name, value in stored.items()}
-        bits = binarize(image, held)
+        bits = binarize(image, held, planes=layer.binarizer.planes)
     flips = layer.binarizer.flips()
     if flips is not None:
         bits = replace(bits, signs=bits.signs * flips.detach().to(bits.signs).view(1, -1, 1, 1))

@@ -14,7 +14,7 @@ from bidensify.kernels.structures import PackedArguments, PartArguments
 __all__ = ["LIBRARY_VARIABLE", "call", "library", "training_library"]
 
 LIBRARY_VARIABLE = "BIDENSIFY_LIBRARY"
-_ABI = 2
+_ABI = 3
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _HOW = (
     "reinstall bidensify where a C++17 compiler (g++ or clang++) is on the PATH: pip install --force-reinstall --no-deps "

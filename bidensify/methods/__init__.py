@@ -12,6 +12,7 @@ from bidensify.methods.registry import (
     available_methods,
     get_method,
     in_frame,
+    no_such_bits,
     register_method,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "available_methods",
     "get_method",
     "in_frame",
+    "no_such_bits",
     "register_method",
 ]
 

@@ -27,10 +27,10 @@ def _no_activation(channels: int, dim: int) -> nn.Module:
 
 
 @register_method(
-    "bireal", activation=_no_activation, bypass="same", keeps=downsampling_shortcut, citation="Liu et al., ECCV 2018"
-)
+    "bireal", activation=_no_activation, bypass="same", keeps=downsampling_shortcut, act_bits=(1, 2),
+    citation="Liu et al., ECCV 2018",
+)  # fmt: skip
 def bireal(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """sign with the polynomial estimator on activations, channel-scaled sign on weights."""
-    return LayerParts(
-        binarizer=SignBinarizer(spec.in_channels, spec.dim, ste="polynomial"), weight_binarizer=scaled_sign(spec)
-    )
+    binarizer = SignBinarizer(spec.in_channels, spec.dim, ste="polynomial", planes=config.act_bits)
+    return LayerParts(binarizer, weight_binarizer=scaled_sign(spec))

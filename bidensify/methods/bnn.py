@@ -12,10 +12,10 @@ from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import SignBinarizer, WeightBinarizer
 
 
-@register_method("bnn", activation=hardtanh, bypass=False, citation="Hubara et al., NeurIPS 2016")
+@register_method("bnn", activation=hardtanh, bypass=False, act_bits=(1, 2), citation="Hubara et al., NeurIPS 2016")
 def bnn(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """sign on activations and on weights."""
     return LayerParts(
-        binarizer=SignBinarizer(spec.in_channels, spec.dim),
+        binarizer=SignBinarizer(spec.in_channels, spec.dim, planes=config.act_bits),
         weight_binarizer=WeightBinarizer(transposed=spec.transposed, groups=spec.groups, scaled=False),
     )

@@ -20,7 +20,8 @@ from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import ShiftedSign
 
 
-@register_method("react", activation=rprelu, bypass="all", citation="Liu et al., ECCV 2020")
+@register_method("react", activation=rprelu, bypass="all", act_bits=(1, 2), citation="Liu et al., ECCV 2020")
 def react(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """A sign with a learned shift on activations, channel-scaled sign on weights."""
-    return LayerParts(binarizer=ShiftedSign(spec.in_channels, spec.dim), weight_binarizer=scaled_sign(spec))
+    binarizer = ShiftedSign(spec.in_channels, spec.dim, planes=config.act_bits)
+    return LayerParts(binarizer, weight_binarizer=scaled_sign(spec))

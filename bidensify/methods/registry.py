@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError
 from bidensify.nn import ActivationBinarizer, RPReLU, WeightBinarizer
 
-__all__ = ["LayerParts", "LayerSpec", "Method", "available_methods", "get_method", "in_frame", "register_method"]
+__all__ = [
+    "LayerParts",
+    "LayerSpec",
+    "Method",
+    "available_methods",
+    "get_method",
+    "in_frame",
+    "no_such_bits",
+    "register_method",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Method:
         activation_first: the bypass joins behind the activation.
         residual: what happens to residual adds under this method (as ``BidensifyConfig.residual``); None: as configured.
         keeps: (spec) -> why the method leaves a layer in full precision, or "".
+        act_bits: bits of an activation that it has.
         citation: the paper.
     """
 
@@ -92,6 +102,7 @@ class Method:
     activation_first: bool = False
     residual: str | None = None
     keeps: Callable[[LayerSpec], str] | None = None
+    act_bits: tuple[int, ...] = (1,)
     citation: str = ""
 
     def takes(self, kind: str) -> bool:
@@ -128,6 +139,7 @@ def register_method(
     activation_first: bool = False,
     residual: str | None = None,
     keeps: Callable[[LayerSpec], str] | None = None,
+    act_bits: Sequence[int] = (1,),
     citation: str = "",
 ) -> Callable[[PartsFunction], PartsFunction]:
     """Registers the decorated function (spec, config) -> ``LayerParts`` as method ``name``; a newer one takes over, and says so.
@@ -140,6 +152,7 @@ def register_method(
         activation_first: the bypass joins behind the activation.
         residual: None, "auto", "keep" or "double".
         keeps: function of a ``LayerSpec`` that says why a layer stays in full precision, or "".
+        act_bits: bits of an activation that the function gives where ``config.act_bits`` asks for them: (1,), (1, 2) or (2,).
         citation: the method's paper.
 
     Raises:
@@ -160,13 +173,17 @@ def register_method(
             choices = ", ".join(repr(choice) for choice in _CHOICES[what])
             raise ConfigError(f"register_method({name!r}): {what}={value!r} must be one of {choices}")
 
+    bits = tuple(act_bits) if isinstance(act_bits, Sequence) else ()
+    if bits not in ((1,), (1, 2), (2,)):
+        raise ConfigError(f"register_method({name!r}): act_bits={act_bits!r} must be (1,), (1, 2) or (2,)")
+
     def register(function: PartsFunction) -> PartsFunction:
         if not callable(function):
             raise ConfigError(f"register_method({name!r}): {function!r} must be a function of (spec, config)")
         if name in _METHODS:
             warnings.warn(f"the method {name!r} is registered again: the newer one takes over", stacklevel=2)
         _METHODS[name] = Method(
-            name, _checked(name, function), activation, bypass, norm, activation_first, residual, keeps, citation
+            name, _checked(name, function), activation, bypass, norm, activation_first, residual, keeps, bits, citation
         )
         return function
 
@@ -186,9 +203,26 @@ def _checked(name: str, function: PartsFunction) -> PartsFunction:
                 f"act_scale='spatial' is XNOR-Net's map of scales, which the method {name!r} does not have; use "
                 "method='xnor', or another act_scale"
             )
+        if made.binarizer.planes != config.act_bits:
+            if config.act_bits not in _METHODS[name].act_bits:
+                raise ConfigError(no_such_bits(_METHODS[name], config.act_bits))
+            raise ConfigError(
+                f"the method {name!r} gave {type(made.binarizer).__name__}, whose planes={made.binarizer.planes}, for "
+                f"act_bits={config.act_bits}, which it is registered with; hand config.act_bits on to the binarizer"
+            )
         return made
 
     return parts
+
+
+def no_such_bits(method: Method, bits: int, where: str = "") -> str:
+    """What an error says where a method lacks activations of so many bits."""
+    others = [name for name in available_methods() if bits in _METHODS[name].act_bits]
+    return (
+        f"{f'{where}: ' if where else ''}act_bits={bits}: the method {method.name!r} has activations of "
+        f"{' or '.join(map(str, method.act_bits))} bit{'s' if method.act_bits != (1,) else ''}; {bits} have "
+        f"{', '.join(others)}. Use one of them, in a rule for these layers too"
+    )
 
 
 def available_methods() -> list[str]:

@@ -20,6 +20,7 @@ from bidensify.nn.ste import (
     polynomial_sign,
     sign,
     straight_through,
+    threshold_levels,
     threshold_sign,
 )
 from bidensify.nn.weight import LearnedScaleWeight, TransformedWeight, WeightBinarizer
@@ -61,5 +62,6 @@ __all__ = [
     "sign",
     "state_of",
     "straight_through",
+    "threshold_levels",
     "threshold_sign",
 ]

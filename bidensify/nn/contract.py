@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.errors import ConfigError
-from bidensify.nn.ste import threshold_sign
+from bidensify.nn.ste import threshold_levels, threshold_sign
 from bidensify.nn.torch_tools import refuse_script
 
 __all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "mixing_threshold", "quiet", "set_progress"]
@@ -125,14 +125,16 @@ class ActivationBinarizer(nn.Module):
     """Base of activation binarizers for (N, C, H, W) (``dim=1``) or (..., C) (``dim=-1``).
 
     A subclass says with ``codes`` which two values it gives and where the threshold between them lies:
-    binarized x = high where x >= threshold, low elsewhere, times ``flips``. A packed layer needs no more than that. It may
+    binarized x = high where x >= threshold, low elsewhere, times ``flips``. A packed layer needs no more than that. With two
+    ``planes``, half = (high - low) / 2 is the step too: s1 = sign(x - threshold), s2 = sign(x - threshold - half * s1), and
+    binarized x = (low + high) / 2 + half * (s1 + s2 / 2): four levels, one step apart. It may
     define ``binarize``, the differentiable forward, too; else that is ``codes`` behind the Bi-Real estimator. One that defines
     ``binarize`` alone trains and is not packable.
 
     Attributes:
         enabled: False passes the input through (the stage that trains with float activations).
         calibrating: True sets thresholds from what comes in, before they are used.
-        planes: bit planes of the result: value = middle + half * s1 with one.
+        planes: bit planes of the result, 1 or 2.
         work: elementwise operations per input element, as ``summary`` counts them.
         packable, unpackable_reason: whether ``pack`` takes it, and why not.
     """
@@ -178,8 +180,9 @@ class ActivationBinarizer(nn.Module):
     def stored(self) -> dict[str, Tensor] | None:
         """The codes as parameters that packed layers hold and kernels know, or None: this part is kept and asked.
 
-        Among "k", "b" ((C,) each: threshold k * mean(x) + b), "a" (one element: values -+exp(a * (mean|x - threshold| - 1)))
-        and "levels" ((2,): low and high, constant); without "a" and "levels" the values are -1 and +1.
+        Among "k", "b" ((C,) each: threshold k * mean(x) + b), "a" (one element: values -+exp(a * (mean|x - threshold| - 1)),
+        with two planes -+1.248 * exp(a) * mean|x - threshold|) and "levels" ((2,): low and high, constant); without "a" and
+        "levels" the values are -1 and +1.
         """
         return None
 
@@ -203,7 +206,8 @@ class ActivationBinarizer(nn.Module):
     def binarize(self, x: Tensor) -> Tensor:
         """The differentiable binarization of ``x``."""
         threshold, low, high = self.codes(x)
-        return threshold_sign(x, threshold, (high - low) / 2) + (high + low) / 2
+        levels = threshold_levels if self.planes == 2 else threshold_sign
+        return levels(x, threshold, (high - low) / 2) + (high + low) / 2
 
     def weigh(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """``y``, the bare layer's output for the input ``x``, times what cannot be said of the input; by default ``y``."""
@@ -267,4 +271,5 @@ class ActivationBinarizer(nn.Module):
         return self.binarize(x) if self.enabled else x
 
     def extra_repr(self) -> str:
-        return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "")
+        planes = f", planes={self.planes}" if self.planes > 1 else ""
+        return f"{self.channels}" + (", dim=-1" if self.dim == -1 else "") + planes

@@ -28,6 +28,7 @@ class BiDenseConv2d(BinaryLayer, nn.Conv2d):  # type: ignore[misc]
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as ``nn.Conv2d``; padding is
             with zeros, exact: a tap outside the image contributes 0.
         act_scale: "per_tensor", "per_channel" or "none", see ``DistributionAdaptiveBinarizer``.
+        act_bits: bits of an activation, 1 or 2.
         activation: False leaves RPReLU out.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H', W') as ``nn.Conv2d``.
@@ -45,11 +46,12 @@ class BiDenseConv2d(BinaryLayer, nn.Conv2d):  # type: ignore[misc]
         bias: bool = False,
         act_scale: str = "per_tensor",
         *,
+        act_bits: int = 1,
         activation: bool = True,
     ) -> None:
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.install(
-            binarizer=DistributionAdaptiveBinarizer(in_channels, act_scale),
+            binarizer=DistributionAdaptiveBinarizer(in_channels, act_scale, planes=act_bits),
             weight_binarizer=WeightBinarizer(),
             norm=make_norm(out_channels),
             bypass=Bypass(in_channels, out_channels, kernel_size, stride, padding, dilation),
@@ -63,7 +65,7 @@ class BiDenseConvTranspose2d(BinaryLayer, nn.ConvTranspose2d):  # type: ignore[m
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as
             ``nn.ConvTranspose2d``.
-        act_scale: see ``DistributionAdaptiveBinarizer``.
+        act_scale, act_bits: see ``BiDenseConv2d``.
         activation: False leaves RPReLU out.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H', W') as ``nn.ConvTranspose2d``.
@@ -82,13 +84,14 @@ class BiDenseConvTranspose2d(BinaryLayer, nn.ConvTranspose2d):  # type: ignore[m
         dilation: _Size = 1,
         act_scale: str = "per_tensor",
         *,
+        act_bits: int = 1,
         activation: bool = True,
     ) -> None:
         nn.ConvTranspose2d.__init__(
             self, in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation
         )
         self.install(
-            binarizer=DistributionAdaptiveBinarizer(in_channels, act_scale),
+            binarizer=DistributionAdaptiveBinarizer(in_channels, act_scale, planes=act_bits),
             weight_binarizer=WeightBinarizer(transposed=True, groups=groups),
             norm=make_norm(out_channels),
             bypass=Bypass(in_channels, out_channels, kernel_size, stride, padding, dilation, transposed=True),
@@ -103,7 +106,7 @@ class BiDenseLinear(BinaryLayer, nn.Linear):  # type: ignore[misc]
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``.
-        act_scale: see ``DistributionAdaptiveBinarizer``.
+        act_scale, act_bits: see ``BiDenseConv2d``.
         activation: False leaves RPReLU out.
 
     Shape: (N, ..., C_in) -> (N, ..., C_out).
@@ -116,12 +119,13 @@ class BiDenseLinear(BinaryLayer, nn.Linear):  # type: ignore[misc]
         bias: bool = False,
         act_scale: str = "per_tensor",
         *,
+        act_bits: int = 1,
         activation: bool = True,
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, **kwargs)
         self.install(
-            binarizer=DistributionAdaptiveBinarizer(in_features, act_scale, dim=-1),
+            binarizer=DistributionAdaptiveBinarizer(in_features, act_scale, -1, act_bits),
             weight_binarizer=WeightBinarizer(),
             norm=BatchNormLast(out_features),
             bypass=Bypass(in_features, out_features, dim=-1),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.nn.contract import ActivationBinarizer
-from bidensify.nn.ste import Estimator, estimator, just_above, straight_through, threshold_sign
+from bidensify.nn.dab import mean_distance, step_of
+from bidensify.nn.ste import Estimator, estimator, just_above, straight_through, threshold_levels, threshold_sign
 
 __all__ = ["AffineSign", "ShiftedSign", "SignBinarizer", "crossing"]
 
@@ -14,26 +15,46 @@ __all__ = ["AffineSign", "ShiftedSign", "SignBinarizer", "crossing"]
 class SignBinarizer(ActivationBinarizer):
     """sign(x) with sign(0) = +1: Binarized Neural Networks (Hubara et al., NeurIPS 2016) with the "clipped" estimator.
 
+    With two bit planes it is step * (sign(x) + sign(x - step * sign(x)) / 2): a second bit needs to know where it lies, and takes
+    the sample's mean for it, step = 1.248 * exp(a) * mean|x| with a learned ``a``, 0 at first.
+
     Args:
         channels: C.
         dim: 1 or -1.
-        ste: the estimator, see ``bidensify.nn.ste``.
+        ste: the estimator of one plane, see ``bidensify.nn.ste``.
+        planes: bit planes, 1 or 2.
     """
 
-    def __init__(self, channels: int, dim: int = 1, *, ste: str | Estimator = "clipped") -> None:
+    def __init__(self, channels: int, dim: int = 1, *, ste: str | Estimator = "clipped", planes: int = 1) -> None:
         super().__init__(channels, dim)
         self.ste = estimator(ste)
+        self.planes = planes
+        if planes == 2:
+            self.a = nn.Parameter(torch.zeros(()))
+            # The shift, the sum of distances, the step, two comparisons.
+            self.work = 6
+
+    def _threshold(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+    def _step(self, x: Tensor, threshold: Tensor) -> Tensor:
+        away = (x - threshold).detach()
+        return step_of(mean_distance(away, tuple(range(1, x.dim()))), self.a).to(x.dtype)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        one = x.new_ones(())
-        return x.new_zeros(()), -one, one
+        threshold = self._threshold(x).detach()
+        half = x.new_ones(()) if self.planes == 1 else self._step(x, threshold).detach()
+        return threshold, -half, half
 
     def stored(self) -> dict[str, Tensor] | None:
-        """Nothing: the threshold is 0, the values are -1 and +1."""
-        return {}
+        """With one plane nothing: the threshold is 0, the values are -1 and +1."""
+        return {} if self.planes == 1 else {"a": self.a}
 
     def binarize(self, x: Tensor) -> Tensor:
-        return threshold_sign(x, x.new_zeros(()), x.new_ones(()), ste=self.ste)
+        threshold = self._threshold(x)
+        if self.planes == 2:
+            return threshold_levels(x, threshold, self._step(x, threshold))
+        return threshold_sign(x, threshold, x.new_ones(()), ste=self.ste)
 
     def set_progress(self, fraction: float) -> None:
         self.ste.set_progress(fraction)
@@ -45,22 +66,15 @@ class ShiftedSign(SignBinarizer):
     ``b`` starts at 0; calibration sets it so that each channel has both signs.
     """
 
-    def __init__(self, channels: int, dim: int = 1, *, ste: str | Estimator = "polynomial") -> None:
-        super().__init__(channels, dim, ste=ste)
+    def __init__(self, channels: int, dim: int = 1, *, ste: str | Estimator = "polynomial", planes: int = 1) -> None:
+        super().__init__(channels, dim, ste=ste, planes=planes)
         self.b = nn.Parameter(torch.zeros(channels))
 
     def _threshold(self, x: Tensor) -> Tensor:
         return -self._shaped(self.b, x).to(x.dtype)
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        one = x.new_ones(())
-        return self._threshold(x).detach(), -one, one
-
     def stored(self) -> dict[str, Tensor] | None:
-        return {"b": -self.b}
-
-    def binarize(self, x: Tensor) -> Tensor:
-        return threshold_sign(x, self._threshold(x), x.new_ones(()), ste=self.ste)
+        return {**(super().stored() or {}), "b": -self.b}
 
     def calibrate(self, x: Tensor) -> None:
         self.b.copy_(-self._even_thresholds(x))

@@ -11,6 +11,8 @@ polynomial     2 max(0, 1 - abs(u))        Bi-Real Net (Liu et al., ECCV 2018, e
 tanh           k t (1 - tanh(t u)^2)       IR-Net (Qin et al., CVPR 2020, eq. 8): t and k follow the training's progress
 identity       1                           DoReFa-Net (Zhou et al., 2016)
 =============  ==========================  ==========================================================================
+
+With two bit planes (``threshold_levels``) it is the identity within two steps, 1[abs(u) <= 2 step].
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ __all__ = [
     "polynomial_sign",
     "sign",
     "straight_through",
+    "threshold_levels",
     "threshold_sign",
 ]
 
@@ -148,6 +151,54 @@ def threshold_sign(x: Tensor, beta: Tensor, alpha: Tensor, *, ste: str | Estimat
     """
     ste = ste if isinstance(ste, Estimator) else estimator(ste)
     result: Tensor = _ThresholdSign.apply(x, beta, alpha, ste.name, ste.k, ste.t)
+    return result
+
+
+class _ThresholdLevels(torch.autograd.Function):
+    """step * (s1 + s2 / 2); keeps only x, beta and the step for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Tensor, step: Tensor) -> Tensor:
+        ctx.save_for_backward(x, beta, step)
+        return _levels(x, beta, step) * step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, beta, step = ctx.saved_tensors
+        shifted = x - beta
+        window = (shifted.abs() <= 2 * step).to(x.dtype)
+        grad_x = window * grad
+        grad_beta = grad_x.sum_to_size(beta.shape).neg() if ctx.needs_input_grad[1] else None
+        grad_step = None
+        if ctx.needs_input_grad[2]:
+            # Within the window the step's own change moves the level, and what is left of x the other way (LSQ).
+            tiny = torch.finfo(step.dtype).tiny
+            left = _levels(x, beta, step) - window * shifted / step.clamp(min=tiny)
+            grad_step = left.mul_(grad).sum_to_size(step.shape)
+        return (grad_x if ctx.needs_input_grad[0] else None), grad_beta, grad_step
+
+
+def _levels(x: Tensor, beta: Tensor, step: Tensor) -> Tensor:
+    """s1 + s2 / 2, among -1.5, -0.5, 0.5 and 1.5."""
+    first = x >= beta
+    second = x >= torch.where(first, beta + step, beta - step)
+    return first.to(x.dtype) * 2 + second.to(x.dtype) - 1.5
+
+
+def threshold_levels(x: Tensor, beta: Tensor, step: Tensor) -> Tensor:
+    """step * (s1 + s2 / 2) with s1 = sign(x - beta) and s2 = sign(x - beta - step * s1), differentiable in all three.
+
+    That is the nearest of beta's surroundings -1.5, -0.5, 0.5 and 1.5 steps, without beta. Backward: to x the identity within
+    two steps of beta; to beta with the opposite sign, summed over what it was broadcast to; to the step as learned step sizes
+    have it (Esser et al., ICLR 2020, eq. 3).
+
+    Args:
+        x: any shape.
+        beta: thresholds, broadcastable to ``x``, same dtype.
+        step: not negative, broadcastable to ``x``, same dtype.
+    """
+    result: Tensor = _ThresholdLevels.apply(x, beta, step)
     return result
 
 

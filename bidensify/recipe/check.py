@@ -49,7 +49,7 @@ def _task(recipe: Recipe) -> list[str]:
 
 def _binarize(section: Mapping[str, Any]) -> list[str]:
     from bidensify.config import BidensifyConfig
-    from bidensify.methods import available_methods
+    from bidensify.methods import available_methods, get_method, no_such_bits
 
     known = ["version", *(item.name for item in dataclasses.fields(BidensifyConfig))]
     mistakes = [_unknown("binarize", name, known) for name in section if name not in known]
@@ -58,7 +58,9 @@ def _binarize(section: Mapping[str, Any]) -> list[str]:
         mistakes.append(f"binarize.method: there is no method {method!r}{near(method, available_methods())}")
     if not mistakes:
         try:
-            BidensifyConfig.from_dict(section)
+            config = BidensifyConfig.from_dict(section)
+            if config.act_bits not in (found := get_method(config.method)).act_bits:
+                mistakes.append(f"binarize.{no_such_bits(found, config.act_bits)}")
         except (BidensifyError, TypeError) as error:
             mistakes.append(f"binarize: {error}")
     return mistakes

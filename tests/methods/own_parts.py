@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.methods import LayerParts, LayerSpec
-from bidensify.nn import ActivationBinarizer, AffineSign, Pointwise, SignBinarizer, WeightBinarizer, threshold_sign
+from bidensify.nn import (
+    ActivationBinarizer,
+    AffineSign,
+    Pointwise,
+    SignBinarizer,
+    WeightBinarizer,
+    straight_through,
+    threshold_levels,
+    threshold_sign,
+)
 
 
 class CentredWeight(WeightBinarizer):
@@ -33,8 +42,9 @@ class OffsetWeight(WeightBinarizer):
 class ChannelThreshold(ActivationBinarizer):
     """sign(x - b_c): a threshold that is learned per channel, which packed layers store."""
 
-    def __init__(self, channels: int, dim: int = 1) -> None:
+    def __init__(self, channels: int, dim: int = 1, planes: int = 1) -> None:
         super().__init__(channels, dim)
+        self.planes = planes
         self.threshold = nn.Parameter(torch.linspace(-0.3, 0.3, channels))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,11 +72,26 @@ class Turned(AffineSign):
         return (k * x + b).clamp(-1, 1)
 
 
+class TurnedTwice(Turned):
+    """Turned channels of two bit planes."""
+
+    planes = 2
+    codes = Turned.codes
+    stored = Turned.stored
+    flips = Turned.flips
+
+    def binarize(self, x: Tensor) -> Tensor:
+        threshold, flip = self._crossing(x)
+        values = threshold_levels(x.detach(), threshold, x.new_ones(())) * flip
+        return straight_through(values, self.surrogate(x))
+
+
 class SampleThreshold(ActivationBinarizer):
     """Thresholds and lopsided values from the sample: of no form that packed layers store, so the part is kept and asked."""
 
-    def __init__(self, channels: int, dim: int = 1) -> None:
+    def __init__(self, channels: int, dim: int = 1, planes: int = 1) -> None:
         super().__init__(channels, dim)
+        self.planes = planes
         self.factor = nn.Parameter(torch.tensor(0.5))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +104,10 @@ class SampleThreshold(ActivationBinarizer):
 class ZeroOne(ActivationBinarizer):
     """{0, 2}, constant values that packed layers store (DoReFa's are 0 and 1)."""
 
+    def __init__(self, channels: int, dim: int = 1, planes: int = 1) -> None:
+        super().__init__(channels, dim)
+        self.planes = planes
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x.new_full((), 0.25), x.new_zeros(()), x.new_full((), 2.0)
 
@@ -86,6 +115,8 @@ class ZeroOne(ActivationBinarizer):
         return {"b": torch.full((self.channels,), 0.25), "levels": torch.tensor([0.0, 2.0])}
 
     def binarize(self, x: Tensor) -> Tensor:
+        if self.planes == 2:
+            return threshold_levels(x, x.new_full((), 0.25), x.new_ones(())) + 1
         return threshold_sign(x, x.new_full((), 0.25), x.new_ones(()), ste="clipped") + 1
 
 
@@ -119,25 +150,31 @@ def register() -> list[str]:
     def centred(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
         return LayerParts(SignBinarizer(spec.in_channels, spec.dim), weights(spec, CentredWeight))
 
-    @bd.register_method("own-offset", bypass="same", activation=Maxout)
+    @bd.register_method("own-offset", bypass="same", activation=Maxout, act_bits=(1, 2))
     def offset(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-        return LayerParts(SignBinarizer(spec.in_channels, spec.dim), weights(spec, OffsetWeight, ste="tanh"))
+        binarizer = SignBinarizer(spec.in_channels, spec.dim, planes=config.act_bits)
+        return LayerParts(binarizer, weights(spec, OffsetWeight, ste="tanh"))
 
-    @bd.register_method("own-offset-lopsided", bypass="all", activation_first=True, activation=Maxout)
+    @bd.register_method("own-offset-lopsided", bypass="all", activation_first=True, activation=Maxout, act_bits=(1, 2))
     def lopsided(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-        return LayerParts(ZeroOne(spec.in_channels, spec.dim), weights(spec, OffsetWeight, ste="identity"))
+        binarizer = ZeroOne(spec.in_channels, spec.dim, config.act_bits)
+        return LayerParts(binarizer, weights(spec, OffsetWeight, ste="identity"))
 
-    @bd.register_method("own-thresholds", activation=lambda channels, dim: nn.Hardtanh(-0.5, 0.75))
+    @bd.register_method("own-thresholds", activation=lambda channels, dim: nn.Hardtanh(-0.5, 0.75), act_bits=(1, 2))
     def thresholds(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-        return LayerParts(ChannelThreshold(spec.in_channels, spec.dim), weights(spec, ste="strict", ste_scaled=False))
+        binarizer = ChannelThreshold(spec.in_channels, spec.dim, config.act_bits)
+        return LayerParts(binarizer, weights(spec, ste="strict", ste_scaled=False))
 
-    @bd.register_method("own-samples", bypass="all", norm="none", activation=lambda channels, dim: nn.GELU())
+    @bd.register_method(
+        "own-samples", bypass="all", norm="none", activation=lambda channels, dim: nn.GELU(), act_bits=(1, 2)
+    )
     def samples(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-        return LayerParts(SampleThreshold(spec.in_channels, spec.dim), weights(spec, OffsetWeight))
+        return LayerParts(SampleThreshold(spec.in_channels, spec.dim, config.act_bits), weights(spec, OffsetWeight))
 
-    @bd.register_method("own-turned", bypass="all", activation=Maxout)
+    @bd.register_method("own-turned", bypass="all", activation=Maxout, act_bits=(1, 2))
     def turned(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-        return LayerParts(Turned(spec.in_channels, spec.dim), weights(spec))
+        binarizer = (Turned if config.act_bits == 1 else TurnedTwice)(spec.in_channels, spec.dim)
+        return LayerParts(binarizer, weights(spec))
 
     @bd.register_method("own-scheduled", bypass="all", norm="none", activation_first=True)
     def scheduled(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:

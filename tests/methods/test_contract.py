@@ -24,6 +24,8 @@ from bidensify.nn import BatchNormLast, BinaryLayer, Bypass, make_binary, set_pr
 
 METHODS = [*register(), *bd.available_methods()]
 METHODS = list(dict.fromkeys(METHODS))
+TWO_BITS = ", 2 bits"
+METHODS += [name + TWO_BITS for name in METHODS if 2 in get_method(name).act_bits]
 
 GEOMETRIES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "3x3": (lambda: nn.Conv2d(16, 16, 3, padding=1, bias=False), (2, 16, 9, 7)),
@@ -55,10 +57,13 @@ def layer_of(method: str, geometry: str, *, seed: int = 0) -> BinaryLayer:
         base.weight.add_(base.weight.std() * 0.3)
     dim = -1 if linear else 1
     kind = "linear" if linear else "conv_transpose2d" if transposed else "conv2d"
+    bits = 2 if method.endswith(TWO_BITS) else 1
+    method = method.removesuffix(TWO_BITS)
     sizes = {} if linear else {"kernel_size": base.kernel_size, "stride": base.stride, "dilation": base.dilation}
     spec = LayerSpec(kind, cin, cout, 1 if linear else base.groups, dim, **sizes, weight=base.weight.detach())
     found = get_method(method)
-    parts = found.parts(spec, bd.BidensifyConfig(method=method))
+    parts = found.parts(spec, bd.BidensifyConfig(method=method, act_bits=bits))
+    assert parts.binarizer.planes == bits
     norm: Any = None
     if found.norm == "after":
         norm = BatchNormLast(cout) if linear else nn.BatchNorm2d(cout)
@@ -92,7 +97,12 @@ def of_codes(layer: BinaryLayer, x: Tensor) -> Tensor:
     """What the binarizer's codes and flips say that it gives."""
     threshold, low, high = layer.binarizer.codes(x)
     flips = layer.binarizer.flips()
-    values = torch.where(x >= threshold, high, low).expand_as(x)
+    first = x >= threshold
+    if layer.binarizer.planes == 2:
+        half = (high - low) / 2
+        second = x >= torch.where(first, threshold + half, threshold - half)
+        low, high = low + torch.where(second, half, -half) / 2, high + torch.where(second, half, -half) / 2
+    values = torch.where(first, high, low).expand_as(x)
     return values if flips is None else values * layer.binarizer._shaped(flips, x)
 
 

@@ -4,6 +4,8 @@ A layer is y = BatchNorm(binary_conv(DAB(x))) + CFB(x), then RPReLU, with
 
 * w_b = s_o * sign(w), s_o = mean |w| per output channel (eq. 2);
 * DAB: beta_c = k_c * mean(x_c) + b_c, s = x - beta, a_b = exp(a * (mean|s| - 1)) * sign(s) (section 3.2);
+  with ``act_bits=2``, which the paper does not have, a_b = step * (sign(s) + sign(s - step * sign(s)) / 2) with
+  step = 1.248 * exp(a) * mean|s|;
 * CFB: the parameter-free fusion-up / fusion-down of x (section 3.3).
 
 Where this differs from the paper's code, and why, is said in ``bidensify.nn.dab`` and ``bidensify.nn.bypass``.
@@ -19,10 +21,10 @@ from bidensify.nn import DistributionAdaptiveBinarizer, WeightBinarizer
 __all__ = ["bidense"]
 
 
-@register_method("bidense", activation=rprelu, bypass=True, citation="BiDense, arXiv 2411.10346")
+@register_method("bidense", activation=rprelu, bypass=True, act_bits=(1, 2), citation="BiDense, arXiv 2411.10346")
 def bidense(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """DAB on activations, channel-scaled sign on weights."""
     return LayerParts(
-        binarizer=DistributionAdaptiveBinarizer(spec.in_channels, config.act_scale, spec.dim),
+        binarizer=DistributionAdaptiveBinarizer(spec.in_channels, config.act_scale, spec.dim, config.act_bits),
         weight_binarizer=WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
     )

@@ -13,10 +13,10 @@ from bidensify.methods.registry import LayerParts, LayerSpec, register_method
 from bidensify.nn import ShiftedSign, WeightBinarizer
 
 
-@register_method("bidense-cfb", activation=rprelu, bypass="all", citation="BiDense, arXiv 2411.10346")
+@register_method("bidense-cfb", activation=rprelu, bypass="all", act_bits=(1, 2), citation="BiDense, arXiv 2411.10346")
 def bidense_cfb(spec: LayerSpec, config: BidensifyConfig) -> LayerParts:
     """A threshold per channel on activations, channel-scaled sign on weights."""
     return LayerParts(
-        binarizer=ShiftedSign(spec.in_channels, spec.dim),
+        binarizer=ShiftedSign(spec.in_channels, spec.dim, planes=config.act_bits),
         weight_binarizer=WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
     )

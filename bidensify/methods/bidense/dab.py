@@ -10,4 +10,6 @@ from bidensify.methods.around import rprelu
 from bidensify.methods.bidense import bidense
 from bidensify.methods.registry import register_method
 
-register_method("bidense-dab", activation=rprelu, bypass="none", citation="BiDense, arXiv 2411.10346")(bidense)
+register_method("bidense-dab", activation=rprelu, bypass="none", act_bits=(1, 2), citation="BiDense, arXiv 2411.10346")(
+    bidense
+)

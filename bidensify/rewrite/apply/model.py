@@ -71,6 +71,11 @@ def _start_weight(layer: LayerPlan, module: nn.Module) -> Tensor:
     return parameter
 
 
+def _settings(config: BidensifyConfig, layer: LayerPlan) -> BidensifyConfig:
+    """The configuration as the layer's rule has it."""
+    return dataclasses.replace(config, act_scale=layer.act_scale, act_bits=layer.act_bits)
+
+
 def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Module], config: BidensifyConfig) -> None:
     module = modules[layer.path]
     method = get_method(layer.method)
@@ -91,7 +96,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     if not layer.makes_weight:
         # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
         draw_zeros(module)
-    parts = method.parts(layer.spec(module, latent), dataclasses.replace(config, act_scale=layer.act_scale))
+    parts = method.parts(layer.spec(module, latent), _settings(config, layer))
     bypass = None
     if layer.bypass:
         if isinstance(module, nn.modules.conv._ConvNd):

@@ -44,6 +44,7 @@ class LayerPlan:
         way: "path" (exchanged where it stands) or "block" (its block's code changes too); empty if kept.
         method: the method's name; empty if kept.
         act_scale: granularity of the activation scale.
+        act_bits: bits of an activation.
         bypass: whether the layer has its own full-precision bypass.
         norm: path of the BatchNorm that it absorbs, or None (it then gets one of its own).
         activation: whether the activation behind it becomes its own.
@@ -71,6 +72,7 @@ class LayerPlan:
     way: Annotated[str, one_of("", "path", "block")] = ""
     method: MethodName = ""
     act_scale: Annotated[str, one_of("per_tensor", "per_channel", "none")] = "per_tensor"
+    act_bits: Annotated[int, one_of(1, 2)] = 1
     bypass: bool = False
     norm: ModulePath | None = None
     activation: bool = False

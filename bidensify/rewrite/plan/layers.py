@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from bidensify.config import BidensifyConfig, Rule
-from bidensify.errors import PlanError
-from bidensify.methods import get_method, in_frame
+from bidensify.errors import ConfigError, PlanError
+from bidensify.methods import get_method, in_frame, no_such_bits
 from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
@@ -62,7 +62,7 @@ def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) ->
 def _decide(
     layer: LayerPlan, module: nn.Module, reason: str, unusual: str, rule: Rule | None, config: BidensifyConfig
 ) -> LayerPlan:
-    method, act_scale = config.method, config.act_scale
+    method, act_scale, act_bits = config.method, config.act_scale, config.act_bits
     bypass: bool | None = None
     activation = config.activation != "keep"
     forced = ""
@@ -73,6 +73,7 @@ def _decide(
         if isinstance(rule.action, Mapping):
             method = rule.action.get("method", method)
             act_scale = rule.action.get("act_scale", act_scale)
+            act_bits = rule.action.get("act_bits", act_bits)
             bypass = rule.action.get("bypass")
             activation = rule.action.get("activation", config.activation) != "keep"
         elif rule.action != "binarize":
@@ -85,6 +86,8 @@ def _decide(
     kept = found.keeps(spec) if found.keeps is not None else ""
     if kept and not forced:
         return replace(layer, action="keep", reason=f"{method} keeps it: {kept}", eligible=False)
+    if act_bits not in found.act_bits:
+        raise ConfigError(no_such_bits(found, act_bits, layer.path))
     maker = f"; binarizes the weight that {weight_maker(module)} makes" if layer.makes_weight else ""
     return replace(
         layer,
@@ -92,6 +95,7 @@ def _decide(
         way="path",
         method=method,
         act_scale=act_scale,
+        act_bits=act_bits,
         bypass=found.has_bypass(spec) if bypass is None else bypass,
         activation=activation and found.activation is not None,
         eligible=not reason,
@@ -103,6 +107,7 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
 
     Raises:
         PlanError: a rule matches no layer, a method is unknown, or the network has no convolution.
+        ConfigError: a method has no activations of ``act_bits``.
     """
     called = flow.record.module_nodes()
     order = {path: number for number, path in enumerate(called)}

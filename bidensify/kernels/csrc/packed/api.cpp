@@ -43,7 +43,7 @@ bool sound(const bd_conv_args& a) {
   if (!a.tiles || !a.scale || !a.bias || (!a.y && !a.dots)) return false;
   if (a.dtype != BD_FLOAT32 && a.dtype != BD_BFLOAT16) return false;
   if (a.depthwise && (a.transposed || a.groups != a.cin || a.groups != a.cout)) return false;
-  if (a.planes != 1 || (a.rise && !a.slope)) return false;
+  if (a.planes < 1 || a.planes > 2 || (a.rise && !a.slope)) return false;
   if (a.bypass < BD_BYPASS_NONE || a.bypass > BD_BYPASS_AVERAGE || (a.a && a.levels)) return false;
   const int64_t taps = (int64_t)a.kh * a.kw;
   const int64_t tiles = (a.cout / a.groups + bd::kLanes - 1) / bd::kLanes;

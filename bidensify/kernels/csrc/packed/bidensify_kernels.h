@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever bd_conv_args or a function's meaning changes; the Python side refuses another number.
-#define BD_ABI_VERSION 2
+#define BD_ABI_VERSION 3
 
 enum bd_tier { BD_PORTABLE = 0, BD_AVX2 = 1, BD_AVX512 = 2, BD_NEON = 3, BD_TIERS = 4 };
 enum bd_dtype { BD_FLOAT32 = 0, BD_BFLOAT16 = 1 };
@@ -32,7 +32,7 @@ typedef struct bd_conv_args {
   int32_t groups;
   int32_t transposed;
   int32_t depthwise;  // words run across channels (cin == cout == groups)
-  int32_t planes;     // bit planes of the activations: 1
+  int32_t planes;     // bit planes of the activations, 1 or 2: middle + half * s1, or middle + half * (s1 + s2 / 2)
   int32_t dtype;      // of x, y and residual
   int32_t bypass;
   int32_t bypass_pad_h, bypass_pad_w;  // of the averaging windows
@@ -46,7 +46,7 @@ typedef struct bd_conv_args {
   int64_t tiles_length;    // number of words, checked against the geometry
   const float* k;          // or null: (cin)
   const float* b;          // or null: (cin)
-  const float* a;          // or null: (1)
+  const float* a;          // or null: (1); two planes: half = 1.248 * exp(a) * the sample's mean distance
   const float* levels;     // or null: (2) or, with per_sample_levels, (n, 2): low and high
   int32_t per_sample_levels;
   const float* thresholds; // or null: (n, cin), added to k and b's
@@ -59,7 +59,8 @@ typedef struct bd_conv_args {
   const float* post;       // or null: (cout)
   const int32_t* rows;     // (oh) source row of the bypass, for BD_BYPASS_INDEX
   const int32_t* cols;     // (ow)
-  int32_t* dots;           // or null: (n, oh, ow, cout) receives the integer dot products instead of y (tests)
+  int32_t* dots;           // or null: (n, oh, ow, cout) receives the integer dot products (two planes: 2 P1 + P2) instead of
+                           // y (tests)
 } bd_conv_args;
 
 // Some channels of an input that lies in several tensors: dense NHWC (n, h / up_h, w / up_w, channels), each pixel standing

@@ -107,7 +107,7 @@ void Layer::sum_windows(int64_t sample, int64_t r, Scratch& s) {
         for (const Tap& row : s.rows)
           for (const Tap& column : run.taps)
             found += ones[((int64_t)row.at * a_.w + column.at + j * run.in_step) * a_.groups + g];
-        float window = (float)(2 * found - taps) * half;
+        float window = (float)(2 * found - taps * unit_) * half;
         if (a_.levels) window = window + (float)taps * middle;
         s.windows[ow * a_.groups + g] = window;
       }

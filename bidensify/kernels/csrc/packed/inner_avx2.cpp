@@ -13,8 +13,11 @@ namespace {
 constexpr int kTile = 32;       // output channels per register of bytes
 constexpr int kPixels = 3;  // 6 counters, 4 indices, 2 tables and what is between fill the 16 registers
 constexpr int kTiles = 2;
-constexpr int kByteWords = 7;   // words until a byte counter could overflow: 7 * 32 <= 255
-constexpr int kHalfWords = 2016; // words until a 16-bit counter could overflow
+// Words until a byte counter could overflow (7 * 32 <= 255; two planes: 2 * 96), and until a 16-bit counter could.
+template <int Planes>
+constexpr int kByteWords = Planes == 1 ? 7 : 2;
+template <int Planes>
+constexpr int kHalfWords = Planes == 1 ? 2016 : 682;
 
 inline uint32_t at_least(vf a, vf b) {
   return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)) |
@@ -52,6 +55,28 @@ struct Tables {
   }
 };
 const Tables kTables;
+
+// pairs[a] of a 4-bit piece of either plane, the first's low: twice the popcount of the first's and the second's.
+struct PairTables {
+  alignas(64) uint8_t at[256][16];
+  PairTables() {
+    for (int a = 0; a < 256; ++a)
+      for (int i = 0; i < 16; ++i)
+        at[a][i] = (uint8_t)(2 * __builtin_popcount((unsigned)((a & 15) ^ i)) + __builtin_popcount((unsigned)((a >> 4) ^ i)));
+  }
+};
+const PairTables kPairs;
+
+// Byte j of the first plane's words becomes the low pieces of both planes' byte j, that of the second plane's the high ones:
+// one lookup then counts both planes.
+void merge(uint32_t* first, uint32_t* second, int64_t n) {
+  constexpr uint32_t low = 0x0f0f0f0fu;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t a = first[i], b = second[i];
+    first[i] = (a & low) | (b & low) << 4;
+    second[i] = (a >> 4 & low) | (b & ~low);
+  }
+}
 
 // Word t of a 32-channel tile becomes eight rows of 32 bytes: the low and the high pieces of byte j of each channel's word,
 // apart, as the lookup takes them.
@@ -98,8 +123,8 @@ inline void widen_to(int32_t* counts, uint16_t* half) {
   }
 }
 
-template <int P, int V>
-void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
+template <int Planes, int P, int V>
+void block(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
            int32_t* counts, int64_t count_step) {
   alignas(32) uint16_t half[P][V][kTile];
   for (int p = 0; p < P; ++p)
@@ -111,7 +136,7 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
     const uint8_t* ap = (const uint8_t*)(a + segments[s].a);
     const uint8_t* wp = (const uint8_t*)(w + segments[s].w);
     for (int64_t t = 0; t < segments[s].n;) {
-      const int64_t end = t + kByteWords < segments[s].n ? t + kByteWords : segments[s].n;
+      const int64_t end = t + kByteWords<Planes> < segments[s].n ? t + kByteWords<Planes> : segments[s].n;
       words += end - t;
       __m256i acc[P][V];
 #pragma GCC unroll 4
@@ -128,13 +153,14 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
           // Little-endian: byte j of the words is 8 channels.
-          const uint8_t* table = kTables.at[ap[4 * p * a_step + j]];
-          const __m256i first = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
-          const __m256i second = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)(table + 16)));
+          const uint8_t* table = Planes == 1 ? kTables.at[ap[4 * p * a_step + j]] : kPairs.at[ap[4 * p * a_step + j]];
+          const uint8_t* other = Planes == 1 ? table + 16 : kPairs.at[ap[4 * (second + p * a_step) + j]];
+          const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+          const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)other));
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v)
-            acc[p][v] = _mm256_add_epi8(_mm256_add_epi8(acc[p][v], _mm256_shuffle_epi8(first, lo[v])),
-                                        _mm256_shuffle_epi8(second, hi[v]));
+            acc[p][v] = _mm256_add_epi8(_mm256_add_epi8(acc[p][v], _mm256_shuffle_epi8(low, lo[v])),
+                                        _mm256_shuffle_epi8(high, hi[v]));
         }
       }
       t = end;
@@ -142,7 +168,7 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) widen_to(half[p][v], acc[p][v]);
-      if (words > kHalfWords - kByteWords) {
+      if (words > kHalfWords<Planes> - kByteWords<Planes>) {
         words = 0;
         for (int p = 0; p < P; ++p)
           for (int v = 0; v < V; ++v) {
@@ -168,24 +194,31 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
     }
 }
 
-template <int V>
-void blocks(int pixels, const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step,
-            int32_t* counts, int64_t count_step) {
+template <int Planes, int V>
+void blocks(int pixels, const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+            int64_t tile_step, int32_t* counts, int64_t count_step) {
   switch (pixels) {
-    case 1: return block<1, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    case 2: return block<2, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    default: return block<3, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 1: return block<Planes, 1, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return block<Planes, 2, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
+    default: return block<Planes, 3, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
   }
+}
+
+template <int Planes>
+void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+  if (tiles == 1) return blocks<Planes, 1>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
+  return blocks<Planes, 2>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
 }
 
 void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
           int tiles, int32_t* counts, int64_t count_step) {
-  if (tiles == 1) return blocks<1>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
-  return blocks<2>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
+  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
 }
 
-const Inner kInner = {kPixels, kTiles, kTile, 2 * kTile, arrange, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
-                      average_pixels, fuse_pixel, accumulate_row};
+const Inner kInner = {kPixels, kTiles, kPixels, kTile, 2 * kTile, arrange, sum_pixels, pack_pixels, measure_pixels,
+                      pack2_pixels, merge, gemm, gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel,
+                      accumulate_row};
 
 }  // namespace
 

@@ -44,12 +44,13 @@ inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32
   }
 }
 
-template <int P, int V>
-void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
-           int32_t* counts, int64_t count_step) {
-  __m512i acc[P][V];
+// Two planes are twice the rows of activation words against the same registers of weights.
+template <int Planes, int P, int V>
+void block(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
+           int64_t tile_step, int32_t* counts, int64_t count_step) {
+  __m512i acc[P][V], more[P][V];
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) acc[p][v] = _mm512_setzero_si512();
+    for (int v = 0; v < V; ++v) acc[p][v] = more[p][v] = _mm512_setzero_si512();
   for (int64_t s = 0; s < n; ++s) {
     const uint32_t* ap = a + segments[s].a;
     const uint32_t* wp = w + segments[s].w;
@@ -63,23 +64,42 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
           acc[p][v] = _mm512_add_epi32(acc[p][v], _mm512_popcnt_epi32(_mm512_xor_si512(word, weights[v])));
+        if (Planes == 2) {
+          const __m512i other = _mm512_set1_epi32((int)ap[second + p * a_step + t]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            more[p][v] = _mm512_add_epi32(more[p][v], _mm512_popcnt_epi32(_mm512_xor_si512(other, weights[v])));
+        }
       }
     }
   }
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) _mm512_storeu_si512(counts + p * count_step + v * kLanes, acc[p][v]);
+    for (int v = 0; v < V; ++v) {
+      if (Planes == 2) acc[p][v] = _mm512_add_epi32(_mm512_add_epi32(acc[p][v], acc[p][v]), more[p][v]);
+      _mm512_storeu_si512(counts + p * count_step + v * kLanes, acc[p][v]);
+    }
 }
 
 template <int V>
 void blocks(int pixels, const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step,
             int32_t* counts, int64_t count_step) {
   switch (pixels) {
-    case 1: return block<1, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    case 2: return block<2, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    case 3: return block<3, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    case 4: return block<4, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    case 5: return block<5, V>(a, a_step, s, n, w, tile_step, counts, count_step);
-    default: return block<6, V>(a, a_step, s, n, w, tile_step, counts, count_step);
+    case 1: return block<1, 1, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return block<1, 2, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+    case 3: return block<1, 3, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+    case 4: return block<1, 4, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+    case 5: return block<1, 5, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+    default: return block<1, 6, V>(a, 0, a_step, s, n, w, tile_step, counts, count_step);
+  }
+}
+
+template <int V>
+void blocks2(int pixels, const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+             int64_t tile_step, int32_t* counts, int64_t count_step) {
+  switch (pixels) {
+    case 1: return block<2, 1, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return block<2, 2, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
+    default: return block<2, 3, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
   }
 }
 
@@ -93,8 +113,18 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   }
 }
 
-const Inner kInner = {6, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
-                      average_pixels, fuse_pixel, accumulate_row};
+void gemm2(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+           int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+  switch (tiles) {
+    case 1: return blocks2<1>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
+    case 2: return blocks2<2>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
+    case 3: return blocks2<3>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
+    default: return blocks2<4>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
+  }
+}
+
+const Inner kInner = {6, 4, 3, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+                      gemm2, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace
 

@@ -179,6 +179,78 @@ void pack_typed(const void* data, int64_t pixels, int64_t x_step, int64_t c, con
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += (double)acc[i + lane];
 }
 
+// The distances of pack_typed alone.
+template <int D, int Rows>
+inline void measure_quad(const typename Type<D>::T* x, int64_t c, const float* beta, float* acc) {
+  typedef Type<D> Ty;
+  vf d[Rows];
+  for (int64_t i = 0; i < c; i += kLanes) {
+    const int n = lanes_at(c, i);
+    const vf b = Type<BD_FLOAT32>::load(beta + i, n);
+    look_ahead<Rows * kLanes * (int)sizeof(*x)>(x + Rows * i);
+    for (int r = 0; r < Rows; ++r) d[r] = absolute(Ty::load(x + r * c + i, n) - b);
+    Memory<vf>::store(acc + i, load_f32(acc + i) + quad<Rows>(d));
+  }
+}
+
+template <int D>
+void measure_typed(const void* data, int64_t pixels, int64_t c, const float* beta, float* acc, double* lanes) {
+  const typename Type<D>::T* x = (const typename Type<D>::T*)data;
+  memset(acc, 0, sizeof(float) * (size_t)(c + kLanes));
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4) measure_quad<D, 4>(x + p * c, c, beta, acc);
+  switch (pixels - p) {
+    case 1: measure_quad<D, 1>(x + p * c, c, beta, acc); break;
+    case 2: measure_quad<D, 2>(x + p * c, c, beta, acc); break;
+    case 3: measure_quad<D, 3>(x + p * c, c, beta, acc); break;
+    default: break;
+  }
+  for (int64_t i = 0; i < c; ++i) lanes[i % kLanes] += (double)acc[i];
+}
+
+void measure_pixels(const void* x, int dtype, int64_t pixels, int64_t c, const float* beta, float* acc, double* lanes) {
+  if (dtype == BD_FLOAT32) {
+    measure_typed<BD_FLOAT32>(x, pixels, c, beta, acc, lanes);
+  } else {
+    measure_typed<BD_BFLOAT16>(x, pixels, c, beta, acc, lanes);
+  }
+}
+
+template <int D>
+void pack2_typed(const void* data, int64_t pixels, int64_t x_step, int64_t c, const float* beta, float step, uint32_t* out,
+                 int64_t second, const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step) {
+  typedef Type<D> Ty;
+  const typename Ty::T* x = (const typename Ty::T*)data;
+  const vf shift = splat(step);
+  for (int64_t p = 0; p < pixels; p += 4) {
+    uint32_t* to[4];
+    const int rows = pixels - p < 4 ? (int)(pixels - p) : 4;
+    for (int r = 0; r < rows; ++r) to[r] = out + (pixel_offset ? pixel_offset[p + r] : (p + r) * pixel_step);
+    const typename Ty::T* from = x + p * x_step;
+    int64_t word = 0;
+    for (int64_t i = 0; i < c; i += 2 * kLanes, word += word_step) {
+      look_ahead<8 * kLanes * (int)sizeof(*x)>(from + 4 * i);
+      const int n0 = lanes_at(c, i), n1 = i + kLanes < c ? lanes_at(c, i + kLanes) : 0;
+      const uint32_t used = n0 + n1 == 32 ? 0xffffffffu : (1u << (n0 + n1)) - 1u;
+      const vf b0 = Type<BD_FLOAT32>::load(beta + i, n0), b1 = Type<BD_FLOAT32>::load(beta + i + (n1 ? kLanes : 0), n1);
+      const vf up0 = b0 + shift, up1 = b1 + shift, down0 = b0 - shift, down1 = b1 - shift;
+      for (int r = 0; r < rows; ++r) {
+        const typename Ty::T* at = from + r * x_step + i;
+        const vf v0 = Ty::load(at, n0), v1 = Ty::load(at + (n1 ? kLanes : 0), n1);
+        to[r][word] = (at_least(v0, b0) | at_least(v1, b1) << 16) & used;
+        to[r][word + second] = (at_least(v0, select_at_least(v0, b0, up0, down0)) |
+                                at_least(v1, select_at_least(v1, b1, up1, down1)) << 16) & used;
+      }
+    }
+  }
+}
+
+void pack2_pixels(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, float step,
+                  uint32_t* out, int64_t second, const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step) {
+  const auto run = dtype == BD_FLOAT32 ? pack2_typed<BD_FLOAT32> : pack2_typed<BD_BFLOAT16>;
+  run(x, pixels, x_step, c, beta, step, out, second, pixel_offset, pixel_step, word_step);
+}
+
 void pack_pixels(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
                  const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, float* acc, double* lanes) {
   const auto run = dtype == BD_FLOAT32 ? (acc ? pack_typed<BD_FLOAT32, true> : pack_typed<BD_FLOAT32, false>)

@@ -22,9 +22,11 @@ inline void counts_from_planes(const uint32_t (*planes)[kLanes], int bits, int32
   counts_from_many_planes(planes, bits, counts);
 }
 
-template <int P>
-void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int32_t* counts,
-           int64_t count_step) {
+// A byte counts up to 8, or with two planes up to 24, per word.
+template <int Planes, int P>
+void block(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
+           int32_t* counts, int64_t count_step) {
+  constexpr int64_t words = Planes == 1 ? 31 : 10;
   uint32x4_t wide[P][4];
   uint8x16_t acc[P][4];
   for (int p = 0; p < P; ++p)
@@ -33,7 +35,7 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
     const uint32_t* ap = a + segments[s].a;
     const uint32_t* wp = w + segments[s].w;
     for (int64_t t = 0; t < segments[s].n;) {
-      const int64_t end = t + 31 < segments[s].n ? t + 31 : segments[s].n;
+      const int64_t end = t + words < segments[s].n ? t + words : segments[s].n;
       for (int p = 0; p < P; ++p)
         for (int q = 0; q < 4; ++q) acc[p][q] = vdupq_n_u8(0);
       for (; t < end; ++t, wp += kLanes) {
@@ -41,7 +43,13 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
           const uint32x4_t weights = vld1q_u32(wp + 4 * q);
           for (int p = 0; p < P; ++p) {
             const uint32x4_t x = veorq_u32(vdupq_n_u32(ap[p * a_step + t]), weights);
-            acc[p][q] = vaddq_u8(acc[p][q], vcntq_u8(vreinterpretq_u8_u32(x)));
+            const uint8x16_t found = vcntq_u8(vreinterpretq_u8_u32(x));
+            if (Planes == 1) {
+              acc[p][q] = vaddq_u8(acc[p][q], found);
+            } else {
+              const uint32x4_t y = veorq_u32(vdupq_n_u32(ap[second + p * a_step + t]), weights);
+              acc[p][q] = vmlaq_u8(vaddq_u8(acc[p][q], vcntq_u8(vreinterpretq_u8_u32(y))), found, vdupq_n_u8(2));
+            }
           }
         }
       }
@@ -53,20 +61,26 @@ void block(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n
     for (int q = 0; q < 4; ++q) vst1q_u32((uint32_t*)counts + p * count_step + 4 * q, wide[p][q]);
 }
 
-void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
-          int tiles, int32_t* counts, int64_t count_step) {
+template <int Planes>
+void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
   for (int v = 0; v < tiles; ++v, w += tile_step, counts += kLanes) {
     switch (pixels) {
-      case 1: block<1>(a, a_step, s, n, w, counts, count_step); break;
-      case 2: block<2>(a, a_step, s, n, w, counts, count_step); break;
-      case 3: block<3>(a, a_step, s, n, w, counts, count_step); break;
-      default: block<4>(a, a_step, s, n, w, counts, count_step); break;
+      case 1: block<Planes, 1>(a, second, a_step, s, n, w, counts, count_step); break;
+      case 2: block<Planes, 2>(a, second, a_step, s, n, w, counts, count_step); break;
+      case 3: block<Planes, 3>(a, second, a_step, s, n, w, counts, count_step); break;
+      default: block<Planes, 4>(a, second, a_step, s, n, w, counts, count_step); break;
     }
   }
 }
 
-const Inner kInner = {4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
-                      average_pixels, fuse_pixel, accumulate_row};
+void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
+          int tiles, int32_t* counts, int64_t count_step) {
+  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
+}
+
+const Inner kInner = {4, 4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+                      gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace
 

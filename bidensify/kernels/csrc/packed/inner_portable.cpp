@@ -31,8 +31,11 @@ inline vu widen_counts(vu v) {
   return (v & splat(0xffffu)) + (v >> 16);
 }
 
-void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
-          int pixels, int tiles, int32_t* counts, int64_t count_step) {
+// A byte counts up to 8, or with two planes up to 24, per word.
+template <int Planes>
+void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
+             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+  constexpr int64_t words = Planes == 1 ? 31 : 10;
   for (int v = 0; v < tiles; ++v) {
     for (int p = 0; p < pixels; ++p) {
       vu wide = {};
@@ -40,9 +43,12 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n,
         const uint32_t* ap = a + segments[s].a + p * a_step;
         const uint32_t* wp = w + segments[s].w + v * tile_step;
         for (int64_t t = 0; t < segments[s].n;) {
-          const int64_t end = t + 31 < segments[s].n ? t + 31 : segments[s].n;
+          const int64_t end = t + words < segments[s].n ? t + words : segments[s].n;
           vu acc = {};
-          for (; t < end; ++t, wp += kLanes) acc += byte_counts(load_words(wp) ^ splat(ap[t]));
+          for (; t < end; ++t, wp += kLanes) {
+            const vu weights = load_words(wp), found = byte_counts(weights ^ splat(ap[t]));
+            acc += Planes == 1 ? found : found + found + byte_counts(weights ^ splat(ap[second + t]));
+          }
           wide += widen_counts(acc);
         }
       }
@@ -51,8 +57,13 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n,
   }
 }
 
-const Inner kInner = {4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, gemm, depthwise_counts, finish_block,
-                      average_pixels, fuse_pixel, accumulate_row};
+void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
+          int tiles, int32_t* counts, int64_t count_step) {
+  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
+}
+
+const Inner kInner = {4, 4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+                      gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace
 

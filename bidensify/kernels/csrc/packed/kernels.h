@@ -51,6 +51,7 @@ struct Epilogue {
 
 struct Inner {
   int max_pixels, max_tiles;
+  int max_pixels2;  // of gemm2
   int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
   int stride;  // 32-bit words that one activation word meets per tile, as gemm reads them
   // Rearranges 16-lane tiles (groups, tiles_per_group, depth words, 16) to what gemm reads, or null where that is the same:
@@ -63,9 +64,20 @@ struct Inner {
   // quads as above, are added to the 16 lanes, channel c to lane c % 16.
   void (*pack)(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, uint32_t* out,
                const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step, float* acc, double* lanes);
+  // As pack without words: the distances alone.
+  void (*measure)(const void* x, int dtype, int64_t pixels, int64_t c, const float* beta, float* acc, double* lanes);
+  // Words of two planes, the second's `second` words behind the first's: x >= beta, and x >= beta + step where that holds,
+  // x >= beta - step where it does not.
+  void (*pack2)(const void* x, int dtype, int64_t pixels, int64_t x_step, int64_t c, const float* beta, float step,
+                uint32_t* out, int64_t second, const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step);
+  // Rearranges n words of both planes, in place, to what gemm2 reads, or null where that is the same.
+  void (*merge)(uint32_t* first, uint32_t* second, int64_t n);
   // counts[p * count_step + v * lanes + lane] = popcount over all segments.
   void (*gemm)(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
                int pixels, int tiles, int32_t* counts, int64_t count_step);
+  // The same of two planes that meet the same weights: twice the first's popcount and the second's.
+  void (*gemm2)(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
+                int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step);
   // Popcounts of 16 pixels x 32 channels over the taps: taps[i] points at 16 activation words, valid[i] at 16 masks
   // (read only where masked: some tap of some pixel is outside the image).
   void (*depthwise)(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n, bool masked,

@@ -113,6 +113,7 @@ inline N::f bounded(N::f v, N::f low, N::f high) {
   v = v > high ? high : v;
   return v < low ? low : v;
 }
+inline N::f select_at_least(N::f a, N::f b, N::f chosen, N::f otherwise) { return a >= b ? chosen : otherwise; }
 inline N::u greater(N::u a, N::u b) { return (N::u)(a > b); }
 inline N::i equal(N::i a, N::i b) { return (N::i)(a == b); }
 
@@ -133,6 +134,10 @@ inline Pair<V> choose_positive(Pair<V> v, Pair<V> o, Pair<V> c) {
 template <class V>
 inline Pair<V> bounded(Pair<V> v, Pair<V> low, Pair<V> high) {
   return {bounded(v.lo, low.lo, high.lo), bounded(v.hi, low.hi, high.hi)};
+}
+template <class V>
+inline Pair<V> select_at_least(Pair<V> a, Pair<V> b, Pair<V> c, Pair<V> o) {
+  return {select_at_least(a.lo, b.lo, c.lo, o.lo), select_at_least(a.hi, b.hi, c.hi, o.hi)};
 }
 template <class V>
 inline Pair<V> greater(Pair<V> a, Pair<V> b) { return {greater(a.lo, b.lo), greater(a.hi, b.hi)}; }

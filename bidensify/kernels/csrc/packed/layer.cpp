@@ -36,6 +36,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
   cin_padded_ = round_up(a_.cin, kLanes) + kLanes;
   cout_padded_ = round_up(a_.cout, kLanes) + kLanes;
   distance_ = a_.a != nullptr;
+  unit_ = a_.planes == 2 ? 3 : 1;
 
   pointwise_ = !a_.depthwise && !a_.transposed && a_.kh == 1 && a_.kw == 1 && a_.sh == 1 && a_.sw == 1 && a_.pad_top == 0 &&
                a_.pad_left == 0 && a_.oh == a_.h && a_.ow == a_.w && a_.rows == nullptr && a_.bypass != BD_BYPASS_AVERAGE;
@@ -141,8 +142,12 @@ void Layer::run() {
     } else {
       threshold(first, n);
     }
-    phases.push_back({n * parts_, [=](int64_t u) { pack_part(first + u / parts_, u % parts_); }, [=] { scale(first, n); }, flip});
-    flip = !flip;
+    if (a_.planes == 2) {
+      add_planes(&phases, first, n, &flip);
+    } else {
+      phases.push_back({n * parts_, [=](int64_t u) { pack_part(first + u / parts_, u % parts_); }, [=] { scale(first, n); }, flip});
+      flip = !flip;
+    }
     const bool backwards = flip;
     phases.push_back({(rows + rows_per_unit - 1) / rows_per_unit, [=](int64_t u) {
                         convolve(first, u * rows_per_unit, std::min(rows, (u + 1) * rows_per_unit), backwards);
@@ -160,11 +165,12 @@ void Layer::allocate(int64_t group) {
     at += (size_t)round_up(bytes, 64);
     return start;
   };
-  const size_t beta = take(group * cin_padded_ * 4), scale = take(group * cout_padded_ * 4), middle = take(group * 4), half = take(group * 4);
+  const size_t beta = take(group * cin_padded_ * 4), scale = take(group * cout_padded_ * 4), middle = take(group * 4), half = take(group * 4), step = take(group * 4);
   const size_t ones = take(a_.offset != nullptr && !a_.depthwise ? group * a_.h * a_.w * a_.groups * 4 : 0);
   const size_t partial = take(group * parts_ * a_.cin * 8 + 64);
   const size_t distances = take(group * parts_ * 8);
-  const size_t bits = take(group * sample_words * 4 + 64);
+  second_ = a_.planes == 2 ? round_up(group * sample_words, 16) : 0;
+  const size_t bits = take((second_ + group * sample_words) * 4 + 64);
   const bool arranged = inner_.arrange != nullptr && !a_.depthwise;
   const size_t weights = take(arranged ? a_.groups * tiles_ * a_.kh * a_.kw * words_ * stride_ * 4 : 0);
   char* memory = shared_buffer.get(at);
@@ -172,6 +178,7 @@ void Layer::allocate(int64_t group) {
   scale_ = reinterpret_cast<float*>(memory + scale);
   middle_ = reinterpret_cast<float*>(memory + middle);
   half_ = reinterpret_cast<float*>(memory + half);
+  step_ = reinterpret_cast<float*>(memory + step);
   ones_ = a_.offset != nullptr && !a_.depthwise ? reinterpret_cast<int32_t*>(memory + ones) : nullptr;
   partial_ = reinterpret_cast<double*>(memory + partial);
   distances_ = reinterpret_cast<double*>(memory + distances);

@@ -26,10 +26,20 @@ class Layer {
   void threshold(int64_t first, int64_t n);
   void pack_part(int64_t sample, int64_t part);
   void scale(int64_t first, int64_t n);
+  void measure_part(int64_t sample, int64_t part);
+  void pack2_part(int64_t sample, int64_t part);
+  void note_constant_planes(int64_t n);
+  void merge_part(int64_t sample, int64_t part);
+  void add_planes(std::vector<Phase>* phases, int64_t first, int64_t n, bool* flip);
   Scratch scratch() const;
   void convolve(int64_t first, int64_t begin, int64_t end, bool backwards);
   void look_ahead(int64_t first, int64_t row, Scratch& s) const;
   void row(int64_t sample, int64_t r, Scratch& s);
+  void fixed_counts(const uint32_t* bits, const Scratch& s, const uint32_t* w, int64_t tile_step, int tiles, int mixed,
+                    int32_t* fixed) const;
+  void popcounts(const uint32_t* bits, int64_t a_step, const Scratch& s, const uint32_t* w, int64_t tile_step, int pixels,
+                 int tiles, int mixed, const int32_t* fixed, int32_t* counts) const;
+  void depthwise_counts(const Scratch& s, const std::vector<uint32_t>& weights, bool masked, int32_t* counts) const;
   void fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
              int block) const;
   void depthwise_row(int64_t sample, int64_t r, Scratch& s);
@@ -59,6 +69,8 @@ class Layer {
   bool pointwise_, direct_, buffered_, distance_;
   bool early_;  // what joins before the activation has a buffer of its own
   int64_t rows_, row_pixels_;
+  int32_t unit_;  // the largest integer that an activation stands for: 1, or 3 with two planes
+  int64_t second_ = 0;  // words from the first plane's to the second's
   int64_t blocks_;  // of a row, each with its own popcounts and last step
   // Depthwise: words of one row lie in planes, one per 32 channels, split by column phase.
   int64_t plane_, phase_length_;
@@ -74,10 +86,13 @@ class Layer {
   float* scale_ = nullptr;
   float* middle_ = nullptr;
   float* half_ = nullptr;
+  float* step_ = nullptr;    // of two planes
   int32_t* ones_ = nullptr;  // with an offset: per pixel and group, how many bits are set
   double* partial_ = nullptr;
   double* distances_ = nullptr;
   uint32_t* bits_ = nullptr;
+  std::vector<uint8_t> seen_;   // per part: whether the first plane has a 0, a 1, the second a 0, a 1
+  std::vector<uint8_t> mixed_;  // per sample: 1 where the first plane is not constant, 2 where the second is not
 };
 
 }  // namespace bd

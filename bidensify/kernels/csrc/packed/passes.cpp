@@ -10,6 +10,9 @@
 namespace bd {
 namespace {
 
+// The best step of four levels of a Gaussian, in its mean distances.
+constexpr double kBestStep = 1.248;
+
 float round_to(float v, int dtype) {
   if (dtype == BD_FLOAT32) return v;
   uint32_t u;
@@ -125,11 +128,14 @@ void Layer::scale(int64_t first, int64_t n) {
       double total = 0;
       for (int64_t part = 0; part < parts_; ++part) total += distances_[s * parts_ + part];
       const double mean = total / ((double)(a_.h * a_.w) * (double)a_.cin);
-      high = (float)exp((double)a_.a[0] * (mean - 1.0));
+      high = a_.planes == 2 ? (float)(kBestStep * exp((double)a_.a[0]) * mean) : (float)exp((double)a_.a[0] * (mean - 1.0));
       low = -high;
     }
-    const float half = (high - low) / 2;
+    float half = (high - low) / 2;
     middle_[s] = (high + low) / 2;
+    step_[s] = half;
+    // Two planes count in units of half a step.
+    if (a_.planes == 2) half = half / 2;
     half_[s] = half;
     float* scale = scale_ + s * cout_padded_;
     for (int64_t c = 0; c < a_.cout; ++c) scale[c] = a_.scale[c] * half;

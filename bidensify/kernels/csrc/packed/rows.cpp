@@ -118,6 +118,9 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
   }
   prepare_bypass(sample, r, pixels, s);
   if (s.windows != nullptr) sum_windows(sample, r, s);
+  const int mixed = a_.planes == 2 ? mixed_[sample - base_] : 0;
+  const int64_t step = mixed == 3 ? inner_.max_pixels2 : inner_.max_pixels;
+  int32_t fixed[kMaxChannels];
   const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * stride_;
   const uint32_t* bits = bits_ + (sample - base_) * a_.h * a_.w * row_words_ + (pointwise_ ? place * row_words_ : 0);
   int32_t counts[kMaxPixels * kMaxChannels];
@@ -141,7 +144,7 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         }
         s.segments.push_back({a, w, words_});
       }
-    const int32_t kvalid = (int32_t)(s.rows.size() * run.taps.size() * in_group_);
+    const int32_t kvalid = (int32_t)(s.rows.size() * run.taps.size() * in_group_) * unit_;
     for (int64_t g = 0; g < a_.groups; ++g)
       for (int64_t t = 0; t < tiles_; t += inner_.max_tiles) {
         const int tiles = (int)std::min<int64_t>(inner_.max_tiles, tiles_ - t);
@@ -154,13 +157,19 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         e.kvalid_step = 0;
         e.y_step = run.step * a_.cout;
         e.buffer_step = run.step * a_.cout;
-        for (int64_t j = 0; j < count; j += inner_.max_pixels) {
-          const int block = (int)std::min<int64_t>(inner_.max_pixels, count - j);
+        if (a_.planes == 2 && mixed != 3) fixed_counts(bits + g * words_, s, w, tile_step, tiles, mixed, fixed);
+        for (int64_t j = 0; j < count; j += step) {
+          const int block = (int)std::min<int64_t>(step, count - j);
           s.x_ahead.step<0>();
           s.y_ahead.step<1>();
           if (a_.dots == nullptr) fetch(s, sample, channel, channels, before + j, place + run.start + j * run.step, run.step, block);
-          inner_.gemm(bits + g * words_ + j * run.in_step * row_words_, run.in_step * row_words_, s.segments.data(),
-                      (int64_t)s.segments.size(), w, tile_step, block, tiles, counts, count_step);
+          const uint32_t* from = bits + g * words_ + j * run.in_step * row_words_;
+          if (a_.planes == 2) {
+            popcounts(from, run.in_step * row_words_, s, w, tile_step, block, tiles, mixed, fixed, counts);
+          } else {
+            inner_.gemm(from, run.in_step * row_words_, s.segments.data(), (int64_t)s.segments.size(), w, tile_step, block,
+                        tiles, counts, count_step);
+          }
           const int64_t ow = run.start + j * run.step;
           const int64_t out = (sample * a_.oh * a_.ow + place + ow) * a_.cout + channel;
           if (a_.dots) {
@@ -185,11 +194,12 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
 void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
   taps_at({a_.h, a_.oh, a_.kh, a_.sh, a_.dh, a_.pad_top, false}, r, s.rows);
   prepare_bypass(sample, r, a_.ow, s);
-  for (int64_t ow = 0; ow < a_.ow; ++ow) s.kvalid[ow] = (int32_t)s.rows.size() * column_taps_[ow];
+  for (int64_t ow = 0; ow < a_.ow; ++ow) s.kvalid[ow] = (int32_t)s.rows.size() * column_taps_[ow] * unit_;
   const size_t n = s.rows.size() * (size_t)a_.kw;
   s.taps.resize(n);
   s.valid.resize(n);
   s.weights.resize(n);
+  if (a_.planes == 2) s.taps2.resize(n);
   const uint32_t* bits = bits_ + (sample - base_) * a_.h * words_ * plane_;
   int32_t counts[kLanes * 32];
   char* y = static_cast<char*>(a_.y);
@@ -209,6 +219,7 @@ void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
         const int64_t shift = (int64_t)k * a_.dw;
         const int64_t at = shift % a_.sw * phase_length_ + shift / a_.sw;
         s.taps[i] = bits + ((int64_t)row.at * words_ + word) * plane_ + at;
+        if (a_.planes == 2) s.taps2[i] = s.taps[i] + second_;
         s.valid[i] = valid_.data() + at;
         s.weights[i] = a_.tiles[((int64_t)row.k * a_.kw + k) * words_ + word];
       }
@@ -217,19 +228,20 @@ void Layer::depthwise_row(int64_t sample, int64_t r, Scratch& s) {
       s.x_ahead.step<0>();
       s.y_ahead.step<1>();
       if (a_.offset != nullptr && a_.dots == nullptr) {
-        inner_.depthwise(s.taps.data(), s.valid.data(), s.ones.data(), (int)n, !inside_[ow / kLanes], counts);
+        depthwise_counts(s, s.ones, !inside_[ow / kLanes], counts);
         for (int p = 0; p < block; ++p) {
           float* to = inside + (ow + p) * a_.cout + word * 32;
           for (int c = 0; c < channels; ++c) {
             float window = (float)(s.kvalid[ow + p] - 2 * counts[p * 32 + c]) * half;
-            if (a_.levels) window = window + (float)s.kvalid[ow + p] * middle;
+            if (a_.levels) window = window + (float)(s.kvalid[ow + p] / unit_) * middle;
             to[c] = to[c] + window * a_.offset[word * 32 + c];
           }
         }
       }
-      inner_.depthwise(s.taps.data(), s.valid.data(), s.weights.data(), (int)n, !inside_[ow / kLanes], counts);
+      depthwise_counts(s, s.weights, !inside_[ow / kLanes], counts);
       for (size_t t = 0; t < n; ++t) {
         s.taps[t] += kLanes;
+        if (a_.planes == 2) s.taps2[t] += kLanes;
         s.valid[t] += kLanes;
       }
       const int64_t out = (sample * a_.oh * a_.ow + r * a_.ow + ow) * a_.cout + word * 32;

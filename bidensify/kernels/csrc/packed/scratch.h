@@ -62,6 +62,7 @@ struct Layer::Scratch {
   std::vector<Segment> segments;
   std::vector<const void*> window;
   std::vector<const uint32_t*> taps, valid;
+  std::vector<const uint32_t*> taps2;  // of the second plane
   std::vector<uint32_t> weights, ones;
   std::vector<float> sums;
 };
