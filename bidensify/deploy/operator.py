@@ -8,8 +8,8 @@ to a layer goes into ``spec``, whose first integer is a version; which kernel ru
 
 * ``parts``, ``up``: the input's channels in order, part i (N, C_i, H / up_i, W / up_i) with each pixel standing for up_i x up_i
   (nearest-neighbour upsampling); of a linear layer one part (N, ..., C_in) as it stands.
-* ``tiles``, ``side``: the layer's bits and side parameters. The rest: see ``packed_reference``; of a linear layer ``residual`` has
-  the output's shape (N, ..., C_out).
+* ``tiles``, ``side``: the layer's bits and side parameters. The rest: see ``packed_reference``; of a linear layer ``residual``
+  has the output's shape (N, ..., C_out).
 """
 
 from __future__ import annotations
