@@ -13,6 +13,7 @@ from bidensify.data.base import (
     default_palette,
 )
 from bidensify.data.filedata import FileDataset, Files
+from bidensify.data.fit import Fit
 from bidensify.data.folder import ImageMaskFolder
 from bidensify.data.readers import ImageReader
 from bidensify.data.registry import (
@@ -26,7 +27,7 @@ from bidensify.data.scenes import Scenes
 from bidensify.data.seeded import Seeded
 from bidensify.data.sets import Ade20k, CamVid, Cityscapes, Kitti, NyuV2, Voc2012
 from bidensify.data.survey import Report, check_dataset, survey
-from bidensify.data.transforms import Fit, build_transforms, denormalise
+from bidensify.data.transforms import build_transforms, denormalise
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -19,8 +19,8 @@ from typing import Any
 from bidensify._util.files import atomic_write
 from bidensify.data.base import DataInfo, DenseDataset
 from bidensify.data.count import Count
+from bidensify.data.fit import Fit
 from bidensify.data.readers import label_remedy
-from bidensify.data.transforms import Fit
 from bidensify.errors import DataError
 
 __all__ = ["Report", "check_dataset", "survey"]

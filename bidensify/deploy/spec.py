@@ -13,7 +13,7 @@ __all__ = ["KINDS", "PackedSpec"]
 
 KINDS = ("conv", "conv_transpose", "linear")
 _LARGEST = 1 << 20
-# 2^24: beyond it a float32 sum of integers is no longer exact, and neither side of the layer could be trusted.
+# 2^24: beyond it a float32 sum of integers (-3 to 3 with two planes) is no longer exact, and no side could be trusted.
 _LONGEST_SUM = 1 << 24
 # Fields that the first release did not have, all at the end.
 _LATER = ("offset", "rise", "clamp", "bypass_last", "planes")
@@ -224,7 +224,6 @@ class PackedSpec:
             raise FormatError(
                 f"{where}: planes={self.planes} bit planes of activations; this bidensify runs 1 or 2: install a newer one"
             )
-        # With two planes the values are -3, -1, 1 and 3.
         if self.bits > 1 << 34 or (self.bits // self.out_channels) * (2 * self.planes - 1) >= _LONGEST_SUM:
             raise FormatError(f"{where}: {self.bits} weights are more than a layer can have")
         if self.custom and (self.mean_threshold or self.shift or self.alpha or self.levels):

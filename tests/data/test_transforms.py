@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from bidensify.data import Depth, build_transforms, denormalise
-from bidensify.data.transforms import RandomScaleCrop, resize
+from bidensify.data.fit import resize
+from bidensify.data.transforms import RandomScaleCrop
 from bidensify.errors import ConfigError
 
 
