@@ -59,8 +59,9 @@ class Free(WeightBinarizer):
 class TwoValues(ActivationBinarizer):
     """A threshold per channel, and two values that are not opposite."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, planes: int) -> None:
         super().__init__(channels)
+        self.planes = planes
         self.b = nn.Parameter(torch.linspace(-0.4, 0.4, channels))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +95,15 @@ def by_hand(layer: Any, x: Array) -> Array:
         else:
             rows = [in_blocks(np.abs(x[i, c].ravel() - beta[i, c])) for c in range(channels)]
             distance = np.sum(np.array(rows)) / (channels * height * width)
-            half[i] = F32(np.exp(np.float64(binarizer.a.item()) * (distance - 1)))
+            a = np.float64(binarizer.a.item())
+            half[i] = F32(np.exp(a * (distance - 1)) if binarizer.planes == 1 else 1.248 * np.exp(a) * distance)
     signs = np.where(x >= beta[:, :, None, None], 1, -1)
+    if binarizer.planes == 2:
+        for i, c, row, column in np.ndindex(x.shape):
+            first = signs[i, c, row, column]
+            second = 1 if x[i, c, row, column] >= beta[i, c] + F32(first) * half[i] else -1
+            signs[i, c, row, column] = 2 * first + second
+        half = half / F32(2)
     # 4: the norm, in float64.
     norm, activation = layer.norm, layer.activation
     gain = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -156,7 +164,11 @@ def layers(draw: st.DrawFn) -> tuple[Any, Tensor]:
     kernel, stride, padding, dilation = geometry
     layer: Any = nn.Conv2d(channels, outs, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
     layer.__class__ = make_binary(nn.Conv2d)
-    binarizer: Any = TwoValues(channels) if draw(st.booleans()) else DistributionAdaptiveBinarizer(channels)
+    planes = draw(st.sampled_from([1, 2]))
+    two_values = draw(st.booleans())
+    binarizer: Any = (
+        TwoValues(channels, planes) if two_values else DistributionAdaptiveBinarizer(channels, planes=planes)
+    )
     layer.install(
         binarizer=binarizer,
         weight_binarizer=Free(random(outs, low=0.1), random(outs) if draw(st.booleans()) else None, groups=groups),
