@@ -1,6 +1,7 @@
 """Times packed layers and networks beside float and int8 ones, interleaved, and writes JSON.
 
     python benchmarks/kernels.py --out layers.json
+    python benchmarks/kernels.py --act-bits 1 2 --only 256-  # both bits of activations beside float
     python benchmarks/kernels.py --network smp:UPerNet/tu-convnext_tiny --options '{"classes": 19}' --int8 --memory --out net.json
 
 int8 columns appear where openvino with nncf, or onnxruntime with onnx and onnxscript, are installed.
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--idle", action="store_true", help="only rounds in which other programs left the machine alone count"
     )
+    parser.add_argument("--act-bits", type=int, nargs="+", default=[1], choices=[1, 2], help="of layers: 1, 2 or both")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in KEEP.items()):
@@ -76,6 +78,7 @@ def main() -> None:
         bfloat16=arguments.bfloat16,
         idle=arguments.idle,
         memory=arguments.memory,
+        act_bits=arguments.act_bits,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     Console(width=200).print(render(result))

@@ -35,22 +35,24 @@ class Case:
     groups: int = 1
     target: float | None = None
 
-    def build(self) -> tuple[nn.Module, nn.Module]:
-        """(float layer + BatchNorm + ReLU, latent BiDense layer), both in evaluation mode."""
+    def build(self, act_bits: int = 1) -> tuple[nn.Module, nn.Module]:
+        """(float layer + BatchNorm + ReLU, latent BiDense layer of ``act_bits``), both in evaluation mode."""
+        latent: nn.Module
         out, k, s, p, g = self.out_channels, self.kernel, self.stride, self.padding, self.groups
         if self.kind == "linear":
             channels = self.shape[-1]
             # BatchNorm over tokens folds into a linear layer, so the float side is given it for nothing.
-            return nn.Sequential(nn.Linear(channels, out), nn.ReLU()).eval(), BiDenseLinear(channels, out).eval()
+            return nn.Sequential(nn.Linear(channels, out), nn.ReLU()).eval(), BiDenseLinear(
+                channels, out, act_bits=act_bits
+            ).eval()
         channels = self.shape[1]
         body: nn.Module
-        latent: nn.Module
         if self.kind == "conv_transpose":
             body = nn.ConvTranspose2d(channels, out, k, s, p, groups=g, bias=False)
-            latent = BiDenseConvTranspose2d(channels, out, k, s, p, groups=g)
+            latent = BiDenseConvTranspose2d(channels, out, k, s, p, groups=g, act_bits=act_bits)
         else:
             body = nn.Conv2d(channels, out, k, s, p, groups=g, bias=False)
-            latent = BiDenseConv2d(channels, out, k, s, p, groups=g)
+            latent = BiDenseConv2d(channels, out, k, s, p, groups=g, act_bits=act_bits)
         floats = nn.Sequential(body, nn.BatchNorm2d(out), nn.ReLU()).eval()
         return floats.to(memory_format=torch.channels_last), latent.eval()
 

@@ -51,6 +51,7 @@ def run_bench(
     memory: bool = False,
     profile: bool = False,
     idle: bool = False,
+    act_bits: Sequence[int] = (1,),
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Times layers, or a whole network, in every variant that was asked for.
@@ -74,6 +75,8 @@ def run_bench(
         memory: peak resident memory and page faults, each variant in a process of its own (networks only, Linux).
         profile: where the time of each variant goes, by kind of layer (networks only).
         idle: see ``interleave``.
+        act_bits: bits of an activation that single layers are timed with, each; of a network the first counts, where it is
+            rewritten here.
         progress: called with a line per finished case.
 
     Returns:
@@ -97,11 +100,13 @@ def run_bench(
         raise ConfigError(
             "the network is packed, its latent weights are gone: leave latent out, or give the run's folder"
         )
+    if not act_bits or not set(act_bits) <= {1, 2} or (network is not None and len(act_bits) > 1):
+        raise ConfigError(f"act_bits={list(act_bits)} must be of 1 and 2, and one of them for a network")
     if profile and network is None:
         raise ConfigError("a profile says which layers of a network take its time: give a network")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        made = variants(network, student, name, cases or CASES, size, chosen, latent, bfloat16)
+        made = variants(network, student, name, cases or CASES, size, chosen, latent, bfloat16, act_bits)
         if compiled:
             for case in made:
                 case.calls["float compiled"] = partial(cast(nn.Module, torch.compile(case.floats)), case.x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify.bench.cases import Case
+from bidensify.config import BidensifyConfig
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.layers import packed_layers
 from bidensify.deploy.pack import pack, set_float_dtype, set_kernel
@@ -42,14 +43,15 @@ def variants(
     kernels: Sequence[str],
     latent: bool,
     bfloat16: bool,
+    act_bits: Sequence[int] = (1,),
 ) -> list[Variants]:
     """Makes a network's variants, or those of single layers where there is none; see ``run_bench``."""
     if network is None:
-        return [_layer(case, kernels, latent, bfloat16) for case in cases]
+        return [_layer(case, kernels, latent, bfloat16, act_bits) for case in cases]
     floats = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
     image = (image_channels(network), *size)
     if student is None:
-        student = bidensify(copy.deepcopy(network).eval()).eval()
+        student = bidensify(copy.deepcopy(network).eval(), BidensifyConfig(act_bits=act_bits[0])).eval()
     modules: dict[str, nn.Module] = {"float": floats}
     if latent:
         modules["latent"] = student
@@ -70,15 +72,18 @@ def packed_variant(student: nn.Module, kernel: str, dtype: torch.dtype | None = 
     return packed if dtype is None else set_float_dtype(packed, dtype)
 
 
-def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool) -> Variants:
-    floats, layer = case.build()
+def _layer(case: Case, kernels: Sequence[str], latent: bool, bfloat16: bool, act_bits: Sequence[int]) -> Variants:
+    floats = case.build()[0]
     x = case.input()
     calls: dict[str, Callable[[], Any]] = {"float": partial(floats, x)}
-    if latent:
-        calls["latent"] = partial(layer, x)
-    for kernel in kernels:
-        packed = freeze(layer, kernel)  # type: ignore[arg-type]
-        calls[kernel] = partial(packed, x)
-        if bfloat16:
-            calls[f"{kernel} bfloat16"] = partial(packed, x.to(torch.bfloat16))
+    for bits in act_bits:
+        layer = case.build(bits)[1]
+        name = " 2 bits" if bits == 2 else ""
+        if latent:
+            calls[f"latent{name}"] = partial(layer, x)
+        for kernel in kernels:
+            packed = freeze(layer, kernel)  # type: ignore[arg-type]
+            calls[kernel + name] = partial(packed, x)
+            if bfloat16:
+                calls[f"{kernel} bfloat16{name}"] = partial(packed, x.to(torch.bfloat16))
     return Variants(case.name, case.target, floats, x, calls)

@@ -55,6 +55,12 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Where the time goes, by kind of layer (networks).")
     ] = False,
+    act_bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--act-bits", min=1, max=2, help="Bits of an activation; layers: repeat for both.", show_default="1"
+        ),
+    ] = None,
     idle: Annotated[
         bool, typer.Option("--idle", help="Count only rounds in which other programs left the machine alone.")
     ] = False,
@@ -74,8 +80,8 @@ def bench(
     options = arguments.parse_assignments(option or [], "--option")
     spec, network, student = model, None, None
     if model is not None and Path(model).is_dir():
-        if options:
-            raise ConfigError(f"{model!r} is trained already: it takes no --option")
+        if options or act_bits:
+            raise ConfigError(f"{model!r} is trained already: it takes no --option and no --act-bits")
         source = load_source(Path(model), trust=trust)
         network, student = float_network(source, trust), source.model
         made_of: Any = student.bidensify_source
@@ -115,6 +121,7 @@ def bench(
         memory=memory,
         profile=profile,
         idle=idle,
+        act_bits=act_bits or [1],
     )
     if out is not None:
         with atomic_write(out) as temporary:

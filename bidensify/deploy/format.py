@@ -1,9 +1,10 @@
 """The packed format: ``model.safetensors`` (bits and floats) and ``bidensify.json`` (what they are).
 
-Version 1. ``bidensify.json`` is one object:
+Versions 1 and 2, which adds layers with two bit planes of activations; a file without any stays of version 1.
+``bidensify.json`` is one object:
 
     format          "bidensify"
-    format_version  1
+    format_version  1, or 2 where a layer's spec has planes = 2
     written_by      version of this package
     plan            the stored plan (replayed on the base model at load), or null
     extra           what the writer added (for example the base model's source and fingerprint)
@@ -39,7 +40,7 @@ from bidensify.errors import FormatError
 
 __all__ = ["FORMAT_VERSION", "HEADER", "TENSORS", "check_fingerprint", "fingerprint", "read_packed", "write_packed"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = "bidensify.json"
 TENSORS = "model.safetensors"
 _LARGEST_HEADER = 64 << 20
@@ -100,13 +101,15 @@ def write_packed(
         # Slices of one storage and channels_last weights become tensors of their own.
         stored = value.detach().cpu().contiguous()
         tensors[name] = stored.clone() if stored.untyped_storage().nbytes() != stored.nbytes else stored
+    # The oldest version that says it all: a reader that knows no second plane must not take a file that has one.
+    version = max(1, *(layer.spec.planes for layer in layers.values()))
     dtype = getattr(model, "_bidensify_float_dtype", None)
     with atomic_write(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
         size, digest = temporary.stat().st_size, _file_digest(temporary)
     header: dict[str, Any] = {
         "format": "bidensify",
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "written_by": __version__,
         "plan": None if plan is None else dict(plan),
         "extra": dict(extra or {}),
@@ -165,7 +168,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"the constant {name} is not allowed")
 
 
-def _read_version_1(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     where = str(folder / HEADER)
     body = {key: value for key, value in header.items() if key != "sha256"}
     try:
@@ -181,11 +184,13 @@ def _read_version_1(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Any
             raise FormatError(f"{where}: the alias {name!r} of {source!r} fits no tensor; the file is damaged")
         tensors[name] = tensors[source]
     for path, meta in header["layers"].items():
-        _check_layer(path, meta, tensors)
+        _check_layer(path, meta, tensors, header["format_version"])
     return header, tensors
 
 
-_READERS: dict[int, Callable[[Path, dict[str, Any]], tuple[dict[str, Any], dict[str, Tensor]]]] = {1: _read_version_1}
+_READERS: dict[int, Callable[[Path, dict[str, Any]], tuple[dict[str, Any], dict[str, Tensor]]]] = dict.fromkeys(
+    range(1, FORMAT_VERSION + 1), _read_file
+)
 
 
 def _check_header(header: dict[str, Any], where: str) -> None:
@@ -204,11 +209,13 @@ def _check_header(header: dict[str, Any], where: str) -> None:
         raise FormatError(f"{where}: 'aliases' must map names to names; the file is damaged")
 
 
-def _check_layer(path: str, meta: Any, tensors: dict[str, Tensor]) -> None:
+def _check_layer(path: str, meta: Any, tensors: dict[str, Tensor], version: int) -> None:
     kind = meta.get("type") if isinstance(meta, dict) else None
     if not isinstance(kind, str) or kind not in _TYPES:
         raise FormatError(f"{path}: a layer's 'type' must be one of {list(_TYPES)}; the file is damaged")
     spec = PackedSpec.from_dict(meta.get("spec", {}), path)
+    if spec.planes > version:
+        raise FormatError(f"{path}: planes={spec.planes} in a file of version {version}; the file is damaged")
     if spec.kind != _TYPES[kind]:
         raise FormatError(f"{path}: type {kind!r} with kind={spec.kind!r}; the file is damaged")
     prefix = f"{path}." if path else ""

@@ -65,10 +65,12 @@ def binarize(
     k, b, a, constant = (stored.get(name) for name in ("k", "b", "a", "levels"))
     if levels is None and constant is not None:
         levels = constant.view(1, 2).expand(x.shape[0], 2)
-    plain = thresholds is None and levels is None and k is not None and b is not None and planes == 1
+    plain = thresholds is None and levels is None and k is not None and b is not None
     if plain and kernels and evaluation_ops.evaluates(x):
-        signs, alpha = evaluation_ops.codes(x, k, b, a)
-        return Bits(signs, None if a is None else alpha)
+        signs, alpha = evaluation_ops.codes(x, k, b, a, planes)
+        if a is not None or planes == 1:
+            return Bits(signs, None if a is None else alpha)
+        return Bits(signs, x.new_full((x.shape[0],), 0.5, dtype=torch.float32))
     if thresholds is None:
         beta = definition.thresholds(x, k, b)
     else:

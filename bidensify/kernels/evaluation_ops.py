@@ -16,7 +16,7 @@ from bidensify.kernels.library import call
 __all__ = ["codes", "evaluates", "finish", "signs"]
 
 _SCHEMAS = (
-    "eval_codes(Tensor x, Tensor k, Tensor b, Tensor? a) -> (Tensor, Tensor)",
+    "eval_codes(Tensor x, Tensor k, Tensor b, Tensor? a, int planes) -> (Tensor, Tensor)",
     "eval_finish(Tensor dot, Tensor? half, Tensor? extra, Tensor scale, Tensor bias, Tensor? slope, Tensor? post, "
     "Tensor(a!) out) -> ()",
     "eval_signs(Tensor weight) -> (Tensor, Tensor)",
@@ -41,11 +41,11 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _codes(x: Tensor, k: Tensor, b: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+def _codes(x: Tensor, k: Tensor, b: Tensor, a: Tensor | None, planes: int) -> tuple[Tensor, Tensor]:
     y = _like(x, torch.float32)
     beta = x.new_empty(x.shape[:2], dtype=torch.float32)
     alpha = x.new_empty(x.shape[0] if a is not None else 0, dtype=torch.float32)
-    arguments = structures.Codes(*map(_pointer, (x, k, b, a, beta, alpha, y)))
+    arguments = structures.Codes(planes, *map(_pointer, (x, k, b, a, beta, alpha, y)))
     call("bdt_eval_codes", ctypes.byref(_shape(x, x.dtype == torch.bfloat16)), ctypes.byref(arguments))
     return y, alpha
 
@@ -74,7 +74,7 @@ def _signs(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 _CPU: dict[str, Callable[..., Any]] = {"eval_codes": _codes, "eval_finish": _finish, "eval_signs": _signs}
 _FAKE: dict[str, Callable[..., Any]] = {
-    "eval_codes": lambda x, k, b, a: (
+    "eval_codes": lambda x, k, b, a, planes: (
         _like(x, torch.float32),
         x.new_empty(x.shape[0] if a is not None else 0, dtype=torch.float32),
     ),

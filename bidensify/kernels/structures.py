@@ -56,7 +56,7 @@ class PostGrad(ctypes.Structure):
 class Codes(ctypes.Structure):
     """``bdt_codes``."""
 
-    _fields_ = _pointers("x k b a beta alpha y")
+    _fields_ = [("planes", _I), *_pointers("x k b a beta alpha y")]
 
 
 class Finish(ctypes.Structure):

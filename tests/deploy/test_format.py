@@ -150,7 +150,7 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_set("format_version", value=2), "format_version='2'.*reads \\[1\\]"),
+        (_set("format_version", value=3), "format_version='3'.*reads \\[1, 2\\]"),
         (_set("format_version", value=True), "format_version"),
         (_set("format_version", value=[1]), "format_version"),
         (_set("format", value="onnx"), "not a bidensify header"),

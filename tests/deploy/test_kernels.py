@@ -109,11 +109,15 @@ def test_layers_agree_with_the_reference_and_each_other(
         offset=data.draw(flag),
         clamp=data.draw(flag),
         bypass_last=data.draw(flag),
+        planes=data.draw(st.sampled_from([1, 2])),
     )
     spec = replace(spec, rise=spec.slope and data.draw(flag))
     generator = torch.Generator().manual_seed(seed)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
     x = torch.randn(shape, generator=generator).to(dtype)
+    if data.draw(st.integers(0, 4)) == 0:
+        # On one side of its threshold, mostly: planes that are constant.
+        x = x.abs() + data.draw(st.sampled_from([0, 5]))
     if data.draw(flag):
         x = x.contiguous(memory_format=torch.channels_last)
     tiles = tiles_from_bits(bits_from_signs(random_signs(spec.weight_shape, generator)), spec)

@@ -13,10 +13,11 @@ from bidensify.deploy.bits import bits_from_signs, signs_from_tiles, tiles_from_
 from bidensify.deploy.call import bypass_map
 from bidensify.deploy.reference import convolve, packed_reference
 from bidensify.deploy.spec import PackedSpec
+from bidensify.exact import binarize
 
 
 def random_spec(choose: random.Random) -> PackedSpec:
-    """Any kind of layer; every combination of what it may hold."""
+    """Any kind of layer, of one and of two bit planes; every combination of what it may hold."""
     kind = choose.choice(["conv", "conv", "conv", "depthwise", "conv_transpose", "linear", "pointwise"])
     groups = choose.choice([1, 1, 1, 2, 3])
     cin = groups * choose.choice([1, 3, 16, 20, 32, 33, 64, 70])
@@ -47,7 +48,7 @@ def random_spec(choose: random.Random) -> PackedSpec:
         kind, cin, cout, kernel, stride, padding, dilation, groups, extra,
         mean_threshold=flags[0], shift=flags[1], alpha=alpha, levels=not alpha and choose.random() < 0.5,
         bypass=flags[2], bypass_padding=padding[:2], slope=flags[3], post=flags[4],
-        offset=rare[0], rise=rare[1] and flags[3], clamp=rare[2], bypass_last=rare[3],
+        offset=rare[0], rise=rare[1] and flags[3], clamp=rare[2], bypass_last=rare[3], planes=choose.choice([1, 2]),
     )  # fmt: skip
 
 
@@ -72,6 +73,9 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
             continue
         dtype = choose.choice([torch.float32, torch.float32, torch.bfloat16])
         x = torch.randn((n, spec.in_channels, height, width), generator=generator).to(dtype)
+        if choose.random() < 0.2:
+            # On one side of its threshold, mostly: planes that are constant.
+            x = x.abs() + choose.choice([0, 5])
         side = torch.randn(spec.side_length, generator=generator) / 2
         if spec.clamp:
             start = spec.layout["clamp"][0]
@@ -81,22 +85,16 @@ def write_cases(path: Path, count: int, seed: int = 0) -> None:
         residual = torch.randn((n, spec.out_channels, oh, ow), generator=generator).to(dtype)
         residual_used = residual if choose.random() < 0.2 else None
         want = packed_reference(x, tiles, side, spec, None, None, residual_used).float()
-        # The dot products belong to the same thresholds.
         part = {name: side[start : start + length] for name, (start, length) in spec.layout.items()}
-        beta = torch.zeros(1, 1, 1, 1)
-        if spec.mean_threshold:
-            beta = part["k"].view(1, -1, 1, 1) * x.float().mean((2, 3), keepdim=True)
-        if spec.shift:
-            beta = beta + part["b"].view(1, -1, 1, 1)
-        bits = torch.where(x.float() >= beta.to(dtype).float(), 1.0, -1.0)
-        dots = convolve(bits, signs_from_tiles(tiles, spec), spec).round().to(torch.int32)
+        codes = binarize(x, part, planes=spec.planes, kernels=False).signs
+        dots = convolve(codes, signs_from_tiles(tiles, spec), spec).round().to(torch.int32)
         top, left, _, _ = spec.pads(height, width)
         mode, rows, cols = bypass_map(spec, height, width) if spec.bypass else (0, None, None)
         record = struct.pack("<7q", n, height, width, spec.in_channels, oh, ow, spec.out_channels)
         record += struct.pack(
-            "<17i", *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups, spec.kind == "conv_transpose",
+            "<18i", *spec.kernel, *spec.stride, *spec.dilation, top, left, spec.groups, spec.kind == "conv_transpose",
             spec.depthwise, dtype == torch.bfloat16, mode, *spec.bypass_padding, 0,
-            spec.bypass_last,
+            spec.bypass_last, spec.planes,
         )  # fmt: skip
         nhwc = (0, 2, 3, 1)
         record += _array(x.permute(nhwc)) + _array(None if residual_used is None else residual_used.permute(nhwc))

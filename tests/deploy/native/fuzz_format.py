@@ -56,8 +56,9 @@ def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         BiDenseConv2d(16, 24, 3, 2, 1),
-        BiDenseConv2d(24, 24, 5, padding=2, groups=24),
+        BiDenseConv2d(24, 24, 5, padding=2, groups=24, act_bits=2),
         BiDenseConvTranspose2d(24, 16, 2, 2),
+        BiDenseConv2d(16, 16, 3, padding=1, act_bits=2),
         nn.Sequential(BiDenseLinear(16, 20)),
     ).eval()
 

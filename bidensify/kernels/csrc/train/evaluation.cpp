@@ -1,4 +1,4 @@
-// Evaluation, as bidensify/nn/arithmetic.py defines it: every rounding counts, so this is compiled without contraction, and
+// Evaluation, as bidensify/exact defines it: every rounding counts, so this is compiled without contraction, and
 // sums keep their order. Compiled once per instruction set with BDT_EVALUATION naming the function that hands out the table.
 #include <algorithm>
 #include <cmath>
@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSpan = 64;  // positions per block of the definition
 constexpr int64_t kParts = 32;
+constexpr double kBestStep = 1.248;  // of four levels of a Gaussian, in its mean distances
 
 // Spans of one sample, split into parts that threads take.
 struct Split {
@@ -59,23 +60,35 @@ inline void sign_row(const T* x, int64_t c, const float* beta, float* y) {
   for (int64_t i = 0; i < c; ++i) y[i] = load(x + i) >= beta[i] ? 1.0f : -1.0f;
 }
 
-template <class T, int ROWS>
+// 2 s1 + s2, s2 the sign of what s1 leaves.
+template <class T>
+inline void level_row(const T* x, int64_t c, const float* beta, float step, float* y) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const float v = load(x + i), up = beta[i] + step, down = beta[i] - step;
+    const bool first = v >= beta[i];
+    y[i] = (first ? 2.0f : -2.0f) + (v >= (first ? up : down) ? 1.0f : -1.0f);
+  }
+}
+
+// Distances, and with Signs -1 and +1.
+template <class T, int ROWS, bool Signs>
 inline void code_quad(const T* x, int64_t c, const float* beta, float* y, float* acc) {
   quad<ROWS>(c, acc, [=](int r, int64_t i) {
     const float v = load(x + r * c + i);
-    y[r * c + i] = v >= beta[i] ? 1.0f : -1.0f;
+    if (Signs) y[r * c + i] = v >= beta[i] ? 1.0f : -1.0f;
     return std::fabs(v - beta[i]);
   });
 }
 
-template <class T>
+template <class T, bool Signs>
 void code_span(const T* x, int64_t rows, int64_t c, const float* beta, float* y, float* acc) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) code_quad<T, 4>(x + r * c, c, beta, y + r * c, acc);
+  for (; r + 4 <= rows; r += 4) code_quad<T, 4, Signs>(x + r * c, c, beta, y + r * c, acc);
   switch (rows - r) {
-    case 1: return code_quad<T, 1>(x + r * c, c, beta, y + r * c, acc);
-    case 2: return code_quad<T, 2>(x + r * c, c, beta, y + r * c, acc);
-    case 3: return code_quad<T, 3>(x + r * c, c, beta, y + r * c, acc);
+    case 1: return code_quad<T, 1, Signs>(x + r * c, c, beta, y + r * c, acc);
+    case 2: return code_quad<T, 2, Signs>(x + r * c, c, beta, y + r * c, acc);
+    case 3: return code_quad<T, 3, Signs>(x + r * c, c, beta, y + r * c, acc);
     default: return;
   }
 }
@@ -87,6 +100,7 @@ void codes_typed(const bdt_shape& d, const bdt_codes& a) {
   const Split split(d);
   const int64_t units = d.n * split.parts;
   std::vector<double> totals((size_t)(units * c)), distances((size_t)units);
+  std::vector<float> steps((size_t)d.n, 1.0f);
 #pragma omp parallel num_threads(threads_for(d))
   {
     std::vector<float> acc((size_t)c);
@@ -119,11 +133,15 @@ void codes_typed(const bdt_shape& d, const bdt_codes& a) {
       for (int64_t span = split.first(part); span < split.first(part + 1); ++span) {
         const int64_t p = span * kSpan, rows = std::min(kSpan, d.s - p), at = (n * d.s + p) * c;
         if (a.a == nullptr) {
-          for (int64_t r = 0; r < rows; ++r) sign_row(x + at + r * c, c, beta, a.y + at + r * c);
+          if (a.planes == 1)
+            for (int64_t r = 0; r < rows; ++r) sign_row(x + at + r * c, c, beta, a.y + at + r * c);
           continue;
         }
         std::fill(acc.begin(), acc.end(), 0.0f);
-        code_span(x + at, rows, c, beta, a.y + at, acc.data());
+        if (a.planes == 1)
+          code_span<T, true>(x + at, rows, c, beta, a.y + at, acc.data());
+        else
+          code_span<T, false>(x + at, rows, c, beta, a.y + at, acc.data());
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < c; ++i) sum += (double)acc[i];
@@ -137,7 +155,20 @@ void codes_typed(const bdt_shape& d, const bdt_codes& a) {
       double total = 0;
       for (int64_t part = 0; part < split.parts; ++part) total += distances[n * split.parts + part];
       const double mean = total / ((double)d.s * (double)c);
-      a.alpha[n] = (float)std::exp((double)a.a[0] * (mean - 1.0));
+      if (a.planes == 1) {
+        a.alpha[n] = (float)std::exp((double)a.a[0] * (mean - 1.0));
+      } else {
+        steps[(size_t)n] = (float)(kBestStep * std::exp((double)a.a[0]) * mean);
+        a.alpha[n] = steps[(size_t)n] / 2;
+      }
+    }
+    if (a.planes == 2) {
+#pragma omp for schedule(static)
+      for (int64_t u = 0; u < units; ++u) {
+        const int64_t n = u / split.parts, part = u % split.parts, end = std::min(d.s, split.first(part + 1) * kSpan);
+        for (int64_t p = split.first(part) * kSpan; p < end; ++p)
+          level_row(x + (n * d.s + p) * c, c, a.beta + n * c, steps[(size_t)n], a.y + (n * d.s + p) * c);
+      }
     }
   }
 }

@@ -108,7 +108,7 @@ int32_t bdt_weight_backward(int64_t rows, int64_t columns, int32_t threads, cons
 }
 
 int32_t bdt_eval_codes(const bdt_shape* shape, const bdt_codes* args) {
-  if (bad(shape) || !shape->last) return 1;
+  if (bad(shape) || !shape->last || args->planes < 1 || args->planes > 2) return 1;
   return guarded([&](const Choice& c) { c.evaluation->codes(*shape, *args); });
 }
 

@@ -67,9 +67,10 @@ typedef struct bdt_post_grad {
   float *grad_weight, *grad_bias, *grad_bias_in, *grad_slope, *grad_bias_out;
 } bdt_post_grad;
 
-// Evaluation (bidensify/nn/arithmetic.py), channels innermost. Thresholds (n, c), -1 and +1 (n, s, c), and alpha (n) where a is
-// not null.
+// Evaluation (bidensify/exact), channels innermost. Thresholds (n, c), -1 and +1 (n, s, c), and alpha (n) where a is not null;
+// with two planes -3, -1, 1 and 3, and in alpha half a step.
 typedef struct bdt_codes {
+  int32_t planes;
   const void* x;
   const float *k, *b, *a;
   float *beta, *alpha, *y;
