@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
     from bidensify.costs.summary import summary
     from bidensify.data import register_data_set
+    from bidensify.deploy.export import export
     from bidensify.deploy.pack import pack
     from bidensify.deploy.pretrained import from_pretrained, save_pretrained
     from bidensify.losses import register_loss
@@ -29,6 +30,7 @@ _PUBLIC = {
     "available_methods": "bidensify.methods",
     "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
+    "export": "bidensify.deploy.export",
     "finetune": "bidensify.train",
     "from_pretrained": "bidensify.deploy.pretrained",
     "pack": "bidensify.deploy.pack",
@@ -48,6 +50,7 @@ __all__ = [
     "available_methods",
     "bidensify",
     "calibrate",
+    "export",
     "finetune",
     "from_pretrained",
     "pack",

@@ -1,7 +1,8 @@
-"""Export to ONNX, for other runtimes, or to a ``torch.export`` program.
+"""Export to ExecuTorch, which runs from bits without torch; to ONNX, for other runtimes; or to a ``torch.export`` program.
 
 ONNX knows no XNOR-popcount, so a packed layer is written as what it computes: bits unpacked to -1 and +1 by a mask, a
-convolution of signs, one scale and bias. The file stays small, since it holds the bits; the runtime runs float convolutions.
+convolution of signs, one scale and bias. The file holds the bits, but the runtime runs float convolutions: it gains neither
+speed nor memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,18 @@ from bidensify.errors import CheckError, ConfigError, FormatError, MissingExtraE
 from bidensify.exact import any_order
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 
-__all__ = ["Exported", "export"]
+__all__ = ["RUNTIMES", "Exported", "export"]
 
-_SUFFIXES = (".onnx", ".pt2")
+# For ExecuTorch, "height", "width" and "batch": (least, most, step).
+Sizes = Mapping[str, tuple[int, int, int]]
+
+RUNTIMES = {".pte": "executorch", ".onnx": "onnx", ".pt2": "torch_export"}
 _NEEDS = "A network packed by bidensify: `import bidensify.deploy` before torch.export.load, which needs its operators."
 _LARGEST_ONNX = 2_000_000_000
 # A rounding difference may flip single signs, so that a few values differ a lot; a wrong graph differs everywhere.
 _TOLERANCE = 1e-2
+# A .pte runs the same kernels, and its float rest rounds a little otherwise.
+_TOLERANCE_PTE, _TOLERANCE_INT8 = 1e-3, 0.5
 
 
 @dataclass(frozen=True)
@@ -39,49 +46,122 @@ class Exported:
     Attributes:
         path: the file.
         bytes: its size.
-        runtime: what ran the file again for comparison ("onnxruntime", "torch"), or None where it is not installed.
+        runtime: what ran the file again for comparison ("executorch", "onnxruntime", "torch"), or None where nothing did.
         difference: mean |file - model| over mean |model|, over all outputs on the example input; None if nothing ran it.
+        reason: why nothing ran it.
     """
 
     path: Path
     bytes: int
     runtime: str | None
     difference: float | None
+    reason: str = ""
 
 
 def export(
-    model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None, dynamic: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    runtime: str | None = None,
+    example_inputs: Any = None,
+    dynamic: bool | Sizes | None = None,
+    int8_rest: Sequence[Any] | None = None,
 ) -> Exported:
     """Writes a latent, packed or full-precision network in evaluation mode to one file and compares the file's outputs.
 
     Args:
         model: the network; it is left as it was.
-        path: ``*.onnx`` (opset 20, any runtime) or ``*.pt2`` (``torch.export``; a packed network's program calls the
-            operator ``bidensify::packed_layer``: ``import bidensify.deploy`` before ``torch.export.load``).
+        path: ``*.pte`` (ExecuTorch 1.5: a packed network runs from its bits, in a process without torch, from C++ or Python),
+            ``*.onnx`` (opset 20, any runtime, float arithmetic: it gains neither speed nor memory) or ``*.pt2``
+            (``torch.export``; a packed network's program calls the operator ``bidensify::packed_layer``: ``import
+            bidensify.deploy`` before ``torch.export.load``).
+        runtime: "executorch", "onnx" or "torch_export"; what the suffix says by default.
         example_inputs: a tensor, a tuple or a dict; derived from the model by default. Image tensors are (N, C, H, W).
-        dynamic: batch and image size may differ from the example's where the network allows it.
+        dynamic: batch and image size may differ from the example's where the network allows it (the default but for
+            ExecuTorch, which plans its memory for the largest: there ``{"height": (128, 512, 32), "width": (128, 512, 32)}``,
+            least, most and step, and "batch" likewise).
+        int8_rest: for ExecuTorch, example inputs to calibrate with: what is not binary runs in int8 then. Its outputs differ
+            from the network's more than rounding; ``difference`` says by how much.
 
     Raises:
-        ConfigError: another suffix.
-        MissingExtraError: ONNX's packages are not installed.
-        PlanError: the network does not run on the inputs, or ``torch.export`` cannot capture it.
+        ConfigError: another suffix, or arguments that do not go with the runtime.
+        MissingExtraError: the runtime's packages are not installed.
+        PlanError: the network does not run on the inputs, or ``torch.export`` or the runtime cannot capture it.
         FormatError: the network is too large for one ONNX file.
         CheckError: what was written does not compute what the network computes.
     """
     target = Path(path)
-    if target.suffix not in _SUFFIXES:
-        raise ConfigError(f"export to {target.name!r}: the suffix must be one of {list(_SUFFIXES)}")
+    if target.suffix not in RUNTIMES:
+        raise ConfigError(f"export to {target.name!r}: the suffix must be one of {list(RUNTIMES)}")
+    found = RUNTIMES[target.suffix]
+    if runtime not in (None, found):
+        raise ConfigError(f"runtime={runtime!r} does not write {target.name!r}; the suffixes are {RUNTIMES}")
+    if found == "executorch":
+        return _export_pte(model, target, example_inputs, dynamic, int8_rest)
+    if int8_rest is not None or not (dynamic is None or isinstance(dynamic, bool)):
+        raise ConfigError(f"{target.name!r}: int8_rest and bounds in dynamic are ExecuTorch's (*.pte)")
     if target.suffix == ".onnx":
         _need_onnx()
     with evaluation_flags(model), torch.no_grad():
         args, kwargs, output = _run(model, example_inputs)
-        program = _capture(model, args, kwargs, dynamic)
+        given = _any_shapes(model, args, kwargs) if dynamic or dynamic is None else None
+        program = _capture(model, args, kwargs, given)
         expected = _tensors(output)
         with atomic_write(target) as temporary:
             write = _write_program if target.suffix == ".pt2" else _write_onnx
-            runtime, outputs = write(program, temporary, args, kwargs)
+            ran, outputs = write(program, temporary, args, kwargs)
             difference = None if outputs is None else _compare(expected, outputs, target.name)
-    return Exported(target, target.stat().st_size, runtime, difference)
+    reason = "onnxruntime is not installed" if difference is None else ""
+    return Exported(target, target.stat().st_size, ran, difference, reason)
+
+
+def _export_pte(
+    model: nn.Module, target: Path, example_inputs: Any, dynamic: bool | Sizes | None, int8_rest: Sequence[Any] | None
+) -> Exported:
+    from bidensify.deploy.executorch import lower
+    from bidensify.deploy.executorch.build import executorch_folder
+
+    if dynamic is True:
+        raise ConfigError(
+            "dynamic=True has no bound, and ExecuTorch plans memory for the largest image; give "
+            "dynamic={'height': (128, 512, 32), 'width': (128, 512, 32)}: least, most, step"
+        )
+    executorch_folder()
+    with evaluation_flags(model), torch.no_grad():
+        args, kwargs, _ = _run(model, example_inputs)
+        made = lower.prepared(model)
+        shapes = lower.shapes_of(dynamic or None, args, kwargs, lambda: list(_names(model, list(args))))
+        program = _capture(made, args, kwargs, shapes)
+        if int8_rest is not None:
+            program = lower.with_int8_rest(program, int8_rest, lambda exact: _capture(exact, args, kwargs, shapes))
+        data = lower.lower(program)
+        runs = [(args, kwargs), *(_like(args, kwargs, seed) for seed in (1, 2))]
+        expected = [_tensors(made(*each, **named)) for each, named in runs]
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(data)
+            outputs = lower.run_again(temporary, [lower.flat(*each) for each in runs])
+            if isinstance(outputs, str):
+                difference = None
+            else:
+                limit = _TOLERANCE_PTE if int8_rest is None else _TOLERANCE_INT8
+                difference = max(_compare(a, b, target.name, limit) for a, b in zip(expected, outputs, strict=True))
+    size = target.stat().st_size
+    if isinstance(outputs, str):
+        return Exported(target, size, None, None, outputs)
+    return Exported(target, size, "executorch", difference)
+
+
+def _like(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+    """Other inputs of the same shapes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return noise * (value.std() if value.numel() > 1 else 1) + value.mean()
+
+    return torch.utils._pytree.tree_map(one, (args, kwargs))  # type: ignore[no-any-return]
 
 
 def _need_onnx() -> None:
@@ -118,13 +198,14 @@ def _dynamic(value: Any) -> Any:
     return None
 
 
-def _capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
-) -> torch.export.ExportedProgram:
+def _any_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     shapes = ([_dynamic(value) for value in args], {key: _dynamic(value) for key, value in kwargs.items()})
-    given: Any = None
-    if dynamic:
-        given = tuple(shapes[0]) if not kwargs else shapes[1] if not args else {**_names(model, shapes[0]), **shapes[1]}
+    return tuple(shapes[0]) if not kwargs else shapes[1] if not args else {**_names(model, shapes[0]), **shapes[1]}
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any
+) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=given)
     except Exception as error:
@@ -203,16 +284,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _compare(expected: list[Tensor], outputs: list[Tensor], name: str) -> float:
+def _compare(expected: list[Tensor], outputs: list[Tensor], name: str, tolerance: float = _TOLERANCE) -> float:
     shapes = [tuple(value.shape) for value in expected], [tuple(value.shape) for value in outputs]
     if shapes[0] != shapes[1]:
         raise CheckError(f"{name}: the file's outputs have shapes {shapes[1]}, the network's {shapes[0]}")
     error = sum(float((a.double().cpu() - b.double()).abs().sum()) for a, b in zip(expected, outputs))
     size = sum(float(a.double().abs().sum()) for a in expected)
     difference = error / size if size else error
-    if not difference <= _TOLERANCE:
+    if not difference <= tolerance:
         raise CheckError(
             f"{name}: the file's outputs differ from the network's by {difference:.3g} of their mean size, more than "
-            f"{_TOLERANCE}; nothing was written"
+            f"{tolerance}; nothing was written"
         )
     return difference
