@@ -22,10 +22,11 @@ from bidensify.cli.evaluate import evaluate
 from bidensify.cli.models import convert, plan, summary
 from bidensify.cli.predict import predict
 from bidensify.cli.runs import check, finetune
+from bidensify.cli.runtime import runtime
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (plan, summary, convert, check, finetune, evaluate, predict, compare, pack, bench, export, demo)
+COMMANDS = (plan, summary, convert, check, finetune, evaluate, predict, compare, pack, bench, export, runtime, demo)
 
 app = typer.Typer(
     name="bidensify",

@@ -94,6 +94,19 @@ def example_of(text: str | None) -> Tensor | None:
     return None if text is None else torch.zeros(parse_shape(text))
 
 
+def sizes_of(text: str) -> dict[str, tuple[int, int, int]]:
+    """Reads ``"128:512:32"``, the least and largest height and width and their step.
+
+    Raises:
+        ConfigError: another form.
+    """
+    try:
+        least, most, step = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise ConfigError(f"--sizes {text!r} is no range; write LEAST:MOST:STEP, for example 128:512:32") from None
+    return {"height": (least, most, step), "width": (least, most, step)}
+
+
 def parse_device(text: str) -> torch.device:
     """Reads ``--device``: a device that is here.
 

@@ -11,7 +11,7 @@ from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
 from bidensify.cli.options import Debug, Input, RecipeFile, SourceFolder, Trust
-from bidensify.cli.sources import load_source
+from bidensify.cli.sources import calibration_images, load_source
 from bidensify.errors import ConfigError
 
 
@@ -56,24 +56,40 @@ def pack(
 
 
 @command(
+    "bidensify export runs/scenes scenes.pte",
+    "bidensify export runs/scenes scenes.pte --sizes 128:512:32 --int8-rest",
     "bidensify export runs/scenes scenes.onnx",
     "bidensify export out/packed network.pt2 --input 2x3x256x256",
 )
 def export(
     source: SourceFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: *.onnx or *.pt2.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: *.pte, *.onnx or *.pt2.", show_default=False)],
     recipe: RecipeFile = None,
     input_shape: Input = None,
     latent: Annotated[
         bool, typer.Option(help="Export latent float weights; by default they are packed first.")
     ] = False,
-    static: Annotated[bool, typer.Option(help="Fix batch and image size to those of the example input.")] = False,
+    static: Annotated[
+        bool, typer.Option(help="Fix batch and image size to those of the example input (a .pte's are unless --sizes).")
+    ] = False,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEAST:MOST:STEP", help="Heights and widths that a .pte takes; its memory follows the largest."
+        ),
+    ] = None,
+    int8_rest: Annotated[
+        bool,
+        typer.Option("--int8-rest", help="In a .pte, what is not binary runs in int8, calibrated on training images."),
+    ] = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Write a network for other runtimes: ONNX, or a torch.export program. The file is run once and compared.
+    """Write a network for other runtimes; the file is run once and compared.
 
-    A program of a packed network (*.pt2) calls bidensify's operators: `import bidensify.deploy` before torch.export.load.
+    *.pte runs from bits under ExecuTorch, without torch (see `bidensify runtime`). *.onnx is for compatibility: bits in the file,
+    float arithmetic in the runtime, so that it gains neither speed nor memory. *.pt2 is a torch.export program, which calls
+    bidensify's operators: `import bidensify.deploy` before torch.export.load.
     """
     import bidensify
     from bidensify.deploy.export import export as write
@@ -85,10 +101,22 @@ def export(
     model = loaded.model
     if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
         model = bidensify.pack(model)
-    example = loaded.example(2) if input_shape is None else arguments.example_of(input_shape)
-    done = write(model, out, example_inputs=example, dynamic=not static)
+    pte = out.suffix == ".pte"
+    if not pte and (sizes or int8_rest):
+        raise ConfigError(f"--sizes and --int8-rest are for *.pte, not {out.name!r}")
+    example = loaded.example(1 if pte else 2) if input_shape is None else arguments.example_of(input_shape)
+    bounds = arguments.sizes_of(sizes) if sizes else False
+    calibration = calibration_images(loaded) if int8_rest else None
+    done = write(
+        model,
+        out,
+        example_inputs=example,
+        dynamic=bounds if pte else not static,
+        int8_rest=calibration,
+        constants=loaded.normalisation() if pte else None,
+    )
     compared = (
-        "not run again: onnxruntime is not installed"
+        f"not run again: {done.reason}"
         if done.difference is None
         else f"run again by {done.runtime}: mean difference {done.difference:.1e} of the outputs' mean size"
     )

@@ -28,7 +28,7 @@ from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 
 __all__ = [
-    "SPEC_VERSION", "direct", "from_parts", "from_tokens", "old_reference_operator", "reference_operator", "run_operator",
+    "SPEC_VERSION", "direct", "from_parts", "from_tokens",  "reference_operator", "run_operator",
     "spec_ints", "tokens",
 ]  # fmt: skip
 
@@ -262,11 +262,6 @@ def _old(*arguments: Any) -> Tensor:
         return _run(*_old_arguments(*arguments[:-1]))
     finally:
         _kernel.reset(token)
-
-
-def old_reference_operator(*arguments: Any) -> Tensor:
-    """``reference_operator`` of ``packed_conv2d``, which programs of earlier versions call."""
-    return reference_operator(*_old_arguments(*arguments[:-1]))
 
 
 _library: Any = torch.library.Library("bidensify", "DEF")  # type: ignore[no-untyped-call]

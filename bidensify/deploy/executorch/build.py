@@ -13,12 +13,13 @@ from pathlib import Path
 
 from bidensify.errors import ConfigError, MissingExtraError
 
-__all__ = ["RUNTIME_VARIABLE", "build_runtime", "executorch_folder", "find_runtime"]
+__all__ = ["RUNTIME_VARIABLE", "SOURCES", "build_runtime", "executorch_folder", "find_runtime"]
 
 RUNTIME_VARIABLE = "BIDENSIFY_EXECUTORCH"
 LIBRARY = f"libbidensify_executorch.{'dylib' if sys.platform == 'darwin' else 'so'}"
 PROGRAM = "bidensify_program.py"
 _HERE = Path(__file__).parent
+SOURCES = _HERE / "cpp"
 _KERNELS = _HERE.parents[1] / "kernels" / "csrc" / "packed"
 _NEEDS = "pip install 'bidensify[executorch]'"
 
@@ -56,8 +57,12 @@ def build_runtime(out: Path, cmake: tuple[str, ...] = ()) -> Path:
         raise MissingExtraError(f"building the runtime needs cmake: pip install cmake, or {_NEEDS}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        given = () if any(argument.startswith("-DCMAKE_PREFIX_PATH=") for argument in cmake) else (f"-DCMAKE_PREFIX_PATH={prefix}",)
-        _say([program, "-S", str(_HERE / "cpp"), "-B", place, f"-DBIDENSIFY_KERNELS={_KERNELS}", *given, *cmake])
+        given = (
+            ()
+            if any(argument.startswith("-DCMAKE_PREFIX_PATH=") for argument in cmake)
+            else (f"-DCMAKE_PREFIX_PATH={prefix}",)
+        )
+        _say([program, "-S", str(SOURCES), "-B", place, f"-DBIDENSIFY_KERNELS={_KERNELS}", *given, *cmake])
         _say([program, "--build", place, "--parallel", str(os.cpu_count() or 1)])
         _say([program, "--install", place, "--prefix", str(Path(place) / "installed")])
         # Renamed into place: a process that runs the former one keeps it.
@@ -85,7 +90,7 @@ def find_runtime() -> Path:
 def _cache() -> Path:
     digest = hashlib.sha256(str(executorch_folder()).encode())
     digest.update(importlib.metadata.version("executorch").encode())
-    for file in sorted([*(_HERE / "cpp").iterdir(), *_KERNELS.iterdir()]):
+    for file in sorted([*SOURCES.iterdir(), *_KERNELS.iterdir()]):
         digest.update(file.read_bytes())
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "bidensify" / f"executorch-{digest.hexdigest()[:16]}"

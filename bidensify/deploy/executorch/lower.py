@@ -26,11 +26,11 @@ from bidensify.deploy.layers import PackedLayer
 from bidensify.errors import CheckError, ConfigError, MissingExtraError, PlanError
 from bidensify.nn import BinaryLayer
 
-__all__ = ["Sizes", "lower", "prepared", "run_again", "shapes_of"]
+__all__ = ["AXES", "Sizes", "flat", "lower", "prepared", "run_again", "shapes_of", "with_int8_rest"]
 
 # name -> (least, most, step): "height", "width", "batch".
 Sizes = Mapping[str, tuple[int, int, int]]
-_AXES = {"batch": 0, "height": 2, "width": 3}
+AXES = {"batch": 0, "height": 2, "width": 3}
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -66,7 +66,7 @@ def _last(value: Any) -> Any:
     return value.to(memory_format=torch.channels_last) if image else value
 
 
-def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Callable[[], list[str]]) -> Any:
+def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What ``torch.export`` takes as dynamic shapes: the same for all images among the inputs.
 
     Raises:
@@ -76,20 +76,21 @@ def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, A
         return None
     dims: dict[int, Any] = {}
     for name, (least, most, step) in sizes.items():
-        if name not in _AXES or not 1 <= least <= most or step < 1 or least % step or most % step:
+        if name not in AXES or not 1 <= least <= most or step < 1 or least % step or most % step:
             raise ConfigError(
-                f"dynamic={{{name!r}: {(least, most, step)}}} must be {list(_AXES)} with (least, most, step), multiples of step"
+                f"dynamic={{{name!r}: {(least, most, step)}}} must be {list(AXES)} with (least, most, step), multiples of step"
             )
         if least < most:
             # ExecuTorch plans memory for the largest; a range of one value is no range.
             low = max(least // step, 1)
-            dims[_AXES[name]] = torch.export.Dim(name, min=low, max=most // step) * step if step > 1 else torch.export.Dim(name, min=low, max=most)
+            dim: Any = torch.export.Dim(name, min=low, max=most // step)
+            dims[AXES[name]] = dim * step if step > 1 else dim
 
     def one(value: Any) -> Any:
         return dict(dims) if isinstance(value, Tensor) and value.dim() == 4 else None
 
     given = [tree_map(one, value) for value in args]
-    return {**dict(zip(names(), given)), **{key: tree_map(one, value) for key, value in kwargs.items()}}
+    return {**dict(zip(names, given)), **{key: tree_map(one, value) for key, value in kwargs.items()}}
 
 
 @contextlib.contextmanager
@@ -98,15 +99,19 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
 
 
-def lower(program: torch.export.ExportedProgram) -> bytes:
-    """The .pte of a captured program.
+def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequence[float]] | None = None) -> bytes:
+    """The .pte of a captured program, with ``constants`` as methods of their own.
 
     Raises:
         PlanError: ExecuTorch does not take it.
@@ -117,7 +122,9 @@ def lower(program: torch.export.ExportedProgram) -> bytes:
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     except ImportError as error:
-        raise MissingExtraError(f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'") from error
+        raise MissingExtraError(
+            f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'"
+        ) from error
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
@@ -126,11 +133,54 @@ def lower(program: torch.export.ExportedProgram) -> bytes:
                 program,
                 transform_passes=[layout_pass()],
                 partitioner=[XnnpackPartitioner()],
+                constant_methods={name: [float(v) for v in values] for name, values in (constants or {}).items()},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             return bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise PlanError(f"ExecuTorch does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
+
+
+def with_int8_rest(
+    program: torch.export.ExportedProgram,
+    images: Sequence[Any],
+    again: Callable[[nn.Module], torch.export.ExportedProgram],
+) -> torch.export.ExportedProgram:
+    """The program with its float convolutions and linear layers in XNNPACK's int8 (per channel), calibrated on ``images``.
+
+    Additions and concatenations stay in float: packed layers read and write it, so that int8 there would be conversions alone.
+
+    Args:
+        images: example inputs, each as ``example_inputs`` of ``bidensify.export``.
+        again: captures a network as ``program`` was.
+
+    Raises:
+        ConfigError: no images.
+        MissingExtraError: ExecuTorch's quantizer cannot be imported.
+    """
+    if not len(images):
+        raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
+    try:
+        with _quiet():
+            from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    except ImportError as error:
+        raise MissingExtraError(
+            f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'"
+        ) from error
+    config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = xnnpack_quantizer.XNNPACKQuantizer()
+    aten = torch.ops.aten
+    for operator in (aten.conv2d.default, aten.conv_transpose2d.input, aten.linear.default):
+        quantizer.set_operator_type(operator, config)
+    with _quiet():
+        module = prepare_pt2e(program.module(), quantizer)
+        for image in images:
+            if isinstance(image, Mapping):
+                module(**image)
+            else:
+                module(*(image if isinstance(image, list | tuple) else (image,)))
+        return again(convert_pt2e(module))
 
 
 def run_again(path: Path, runs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | str:

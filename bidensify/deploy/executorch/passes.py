@@ -37,20 +37,20 @@ def read_in_parts(graph: fx.Graph) -> int:
     return changed
 
 
-def _parts(node: fx.Node, up: int) -> list[tuple[fx.Node, int]]:
+def _parts(node: Any, up: int) -> list[tuple[Any, int]]:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 4:
         return [(node, up)]
     if node.target is _aten.cat.default and len(node.args) > 1 and node.args[1] in (1, -3):
-        return [each for part in node.args[0] for each in _parts(part, up)]  # type: ignore[union-attr]
+        return [each for part in node.args[0] for each in _parts(part, up)]
     if node.target is _aten.upsample_nearest2d.vec:
         x, size, scales = node.args
-        times = _factor(x.meta["val"], value, size, scales)  # type: ignore[union-attr]
+        times = _factor(x.meta["val"], value, size, scales)
         if times is not None:
-            return _parts(x, up * times)  # type: ignore[arg-type]
+            return _parts(x, up * times)
     # In evaluation it does nothing.
     if node.target is _aten.dropout.default and node.args[2] is False:
-        return _parts(node.args[0], up)  # type: ignore[arg-type]
+        return _parts(node.args[0], up)
     return [(node, up)]
 
 

@@ -16,7 +16,17 @@ import numpy as np
 __all__ = ["Program"]
 
 # Numbers that ExecuTorch gives dtypes. NumPy has no bfloat16: it comes and goes as float32.
-_DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
+_DTYPES = {
+    0: "uint8",
+    1: "int8",
+    2: "int16",
+    3: "int32",
+    4: "int64",
+    5: "float16",
+    6: "float32",
+    7: "float64",
+    11: "bool",
+}
 _BFLOAT16 = 15
 
 
@@ -38,7 +48,8 @@ class Program:
     Args:
         path: the file.
         library: libbidensify_executorch; by default the one beside this file.
-        threads: of ExecuTorch's pool, which all programs of a process share; 0 leaves it as it is.
+        threads: of ExecuTorch's pool, which all programs of a process share; 0 leaves it as it is, which it must be once another
+            program was loaded.
 
     Attributes:
         inputs: (largest shape, dtype) of each input.
@@ -51,15 +62,19 @@ class Program:
         end = "dylib" if sys.platform == "darwin" else "so"
         found = ctypes.CDLL(str(library or Path(__file__).parent / f"libbidensify_executorch.{end}"))
         found.bidensify_open.restype = ctypes.c_void_p
-        for name in ("close", "counts", "input", "run", "output"):
-            # What bidensify_open gives is a pointer.
-            getattr(found, f"bidensify_{name}").argtypes = [ctypes.c_void_p] + {
-                "close": [],
-                "counts": [ctypes.c_void_p, ctypes.c_void_p],
-                "input": [ctypes.c_int32, ctypes.c_void_p],
-                "run": [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t],
-                "output": [ctypes.c_int32, ctypes.c_void_p],
-            }[name]
+        pointer: Any = ctypes.c_void_p
+        integer, text = ctypes.c_int32, ctypes.c_char_p
+        # What bidensify_open gives is the first argument of all others.
+        arguments: dict[str, list[Any]] = {
+            "close": [],
+            "counts": [pointer, pointer],
+            "input": [integer, pointer],
+            "run": [pointer, integer, text, ctypes.c_size_t],
+            "output": [integer, pointer],
+            "constant": [text, pointer, integer],
+        }
+        for name, rest in arguments.items():
+            getattr(found, f"bidensify_{name}").argtypes = [pointer, *rest]
         self._library, self._error = found, ctypes.create_string_buffer(1000)
         self.threads = int(found.bidensify_threads(threads))
         self._net = found.bidensify_open(str(path).encode(), self._error, ctypes.c_size_t(len(self._error)))
@@ -100,6 +115,12 @@ class Program:
         if self._library.bidensify_run(self._net, given, len(arrays), self._error, len(self._error)):
             raise RuntimeError(self._error.value.decode(errors="replace"))
         return [self._output(i) for i in range(self._outputs)]
+
+    def constant(self, name: str) -> list[float] | None:
+        """Numbers that ``bidensify export`` wrote beside the network (image_mean, image_std), or None."""
+        values = (ctypes.c_double * 64)()
+        count = self._library.bidensify_constant(self._net, name.encode(), values, len(values))
+        return None if count < 0 else list(values[:count])
 
     def _output(self, i: int) -> Any:
         info = _Tensor()

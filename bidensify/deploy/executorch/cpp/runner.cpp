@@ -165,6 +165,20 @@ int32_t bidensify_output(bidensify_net* net, int32_t i, bidensify_tensor* out) {
   return 0;
 }
 
+int32_t bidensify_constant(bidensify_net* net, const char* name, double* values, int32_t room) {
+  const auto names = net->module.method_names();
+  if (!names.ok() || names->count(name) == 0 || strcmp(name, "forward") == 0) return -1;
+  const auto result = net->module.execute(name);
+  if (!result.ok()) return -1;
+  int32_t i = 0;
+  for (const EValue& value : *result) {
+    if (!value.isDouble()) return -1;
+    if (i < room) values[i] = value.toDouble();
+    ++i;
+  }
+  return i;
+}
+
 int32_t bidensify_threads(int32_t wanted) {
   auto* pool = wanted > 0 ? executorch::extension::threadpool::get_threadpool() : nullptr;
   if (pool != nullptr && executorch::extension::get_thread_count() != wanted) pool->_unsafe_reset_threadpool((uint32_t)wanted);

@@ -39,7 +39,10 @@ BIDENSIFY_API int32_t bidensify_run(bidensify_net* net, const bidensify_tensor* 
                                     size_t error_size);
 // Output i of the last run, copied contiguously into out->data where that has room for out->bytes; out->bytes is what it needs.
 BIDENSIFY_API int32_t bidensify_output(bidensify_net* net, int32_t i, bidensify_tensor* out);
-// Of ExecuTorch's pool, for all programs of this process; 0 leaves it as it is. Returns the number.
+// Numbers that stand beside the network (image_mean, image_std): up to `room` of them; returns how many there are, -1 for none.
+BIDENSIFY_API int32_t bidensify_constant(bidensify_net* net, const char* name, double* values, int32_t room);
+// Of ExecuTorch's pool, for all programs of this process; 0 leaves it as it is. Returns the number. Call it before a program is
+// loaded: XNNPACK keeps the threads that were there then.
 BIDENSIFY_API int32_t bidensify_threads(int32_t wanted);
 
 #ifdef __cplusplus

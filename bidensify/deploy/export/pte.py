@@ -1,0 +1,80 @@
+"""A .pte: written whole, run again in a process without torch, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidensify._util.files import atomic_write
+from bidensify._util.modes import evaluation_flags
+from bidensify.deploy.executorch import lower
+from bidensify.deploy.executorch.build import executorch_folder
+from bidensify.deploy.executorch.lower import Sizes
+from bidensify.deploy.export.capture import Exported, argument_names, capture, compare, run, tensors
+from bidensify.errors import ConfigError
+
+__all__ = ["export_pte"]
+
+# It runs the same kernels, and its float rest rounds a little otherwise.
+_TOLERANCE, _TOLERANCE_INT8 = 1e-3, 0.5
+
+
+def export_pte(
+    model: nn.Module,
+    target: Path,
+    example_inputs: Any,
+    dynamic: bool | Sizes | None,
+    int8_rest: Sequence[Any] | None,
+    constants: Mapping[str, Sequence[float]] | None,
+) -> Exported:
+    """``bidensify.export`` to a .pte; see there."""
+    if dynamic is True:
+        raise ConfigError(
+            "dynamic=True has no bound, and ExecuTorch plans memory for the largest image; give "
+            "dynamic={'height': (128, 512, 32), 'width': (128, 512, 32)}: least, most, step"
+        )
+    executorch_folder()
+    with evaluation_flags(model), torch.no_grad():
+        args, kwargs, _ = run(model, example_inputs)
+        made = lower.prepared(model)
+        shapes = lower.shapes_of(dynamic or None, args, kwargs, list(argument_names(model, list(args))))
+        program = capture(made, args, kwargs, shapes)
+        if int8_rest is not None:
+            program = lower.with_int8_rest(program, int8_rest, lambda exact: capture(exact, args, kwargs, shapes))
+        data = lower.lower(program, constants)
+        least = {name: bounds[0] for name, bounds in dynamic.items()} if dynamic else {}
+        runs = [(args, kwargs), _like(args, kwargs, 1, {}), _like(args, kwargs, 2, least)]
+        expected = [tensors(made(*each, **named)) for each, named in runs]
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(data)
+            outputs = lower.run_again(temporary, [lower.flat(*each) for each in runs])
+            if isinstance(outputs, str):
+                difference = None
+            else:
+                limit = _TOLERANCE if int8_rest is None else _TOLERANCE_INT8
+                difference = max(compare(a, b, target.name, limit) for a, b in zip(expected, outputs, strict=True))
+    size = target.stat().st_size
+    if isinstance(outputs, str):
+        return Exported(target, size, None, None, outputs)
+    return Exported(target, size, "executorch", difference)
+
+
+def _like(args: Any, kwargs: Any, seed: int, sizes: Mapping[str, int]) -> tuple[Any, Any]:
+    """Other inputs of the same shapes, but for ``sizes`` of images."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        shape = list(value.shape)
+        if len(shape) == 4:
+            for name, size in sizes.items():
+                shape[lower.AXES[name]] = size
+        noise = torch.randn(shape, generator=generator).to(value)
+        return noise * (value.std() if value.numel() > 1 else 1) + value.mean()
+
+    return torch.utils._pytree.tree_map(one, (args, kwargs))  # type: ignore[no-any-return]
