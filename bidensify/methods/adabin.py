@@ -30,8 +30,8 @@ class AdaptiveSet(ActivationBinarizer):
 
     def __init__(self, channels: int, dim: int = 1) -> None:
         super().__init__(channels, dim)
-        self.alpha = nn.Parameter(torch.ones(()))
-        self.beta = nn.Parameter(torch.zeros(()))
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.beta = nn.Parameter(torch.zeros(1))
 
     def _values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         alpha, beta = self.alpha.detach().to(dtype), self.beta.detach().to(dtype)
@@ -42,7 +42,7 @@ class AdaptiveSet(ActivationBinarizer):
 
     def stored(self) -> dict[str, Tensor] | None:
         beta, low, high = self._values(torch.float32)
-        return {"b": beta.expand(self.channels), "levels": torch.stack([low, high])}
+        return {"b": beta.expand(self.channels), "levels": torch.cat([low, high])}
 
     def binarize(self, x: Tensor) -> Tensor:
         threshold, low, high = self.codes(x)

@@ -35,7 +35,7 @@ class RedistributedSign(AffineSign):
         super().__init__(channels, dim)
         self.k = nn.Parameter(torch.ones(channels))
         self.b = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.ones(()))
+        self.beta = nn.Parameter(torch.ones(1))
 
     def affine(self) -> tuple[Tensor, Tensor]:
         return self.k, self.b

@@ -46,6 +46,10 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str]) -> str:
     network, title = unwrap(model), f"weights {os.fspath(source)!r}"
     state, notes = read_state(source)
     state, more = _named_as(network, state, title)
+    for name, own in network.state_dict().items():
+        # One value is one value, with or without a dimension.
+        if name in state and own.numel() == state[name].numel() == 1:
+            state[name] = state[name].reshape(own.shape)
     check_state(network, state, title)
     network.load_state_dict(state)
     return "; ".join([*notes, *more])

@@ -17,7 +17,7 @@ from bidensify.kernels.recompute import Recomputed
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, quiet
 from bidensify.nn.norm import fusible_norm
-from bidensify.nn.torch_tools import asked_by_name, one_step, refuse_script, traced
+from bidensify.nn.torch_tools import SeenWeight, asked_by_name, one_step, refuse_script, traced
 from bidensify.nn.used_weight import UsedWeight, parametrized, used_weight
 from bidensify.nn.weight import WeightBinarizer
 
@@ -31,7 +31,8 @@ class BinaryLayer(nn.Module):
 
     It stands before an ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear`` (or any subclass) in the class's bases.
     The latent weight stays the parameter named "weight" (state_dict, optimizers); reading ``.weight`` gives the
-    binarized tensor, so that a subclass's own ``forward`` computes with it. A layer that makes its weight (weight
+    binarized tensor, so that a subclass's own ``forward`` computes with it, and changing that in place changes the latent
+    weight (``torch_tools.SeenWeight``). A layer that makes its weight (weight
     standardisation, a parametrization, a hook) reads its latent weight as ever, and what it made is binarized where it
     enters the convolution; its parameters and their names stay.
 
@@ -109,6 +110,8 @@ class BinaryLayer(nn.Module):
             return signs
         recomputed: Recomputed | None = self.__dict__.get("_recomputed")
         binarizer = self.weight_binarizer
+        if not self.__dict__.get("_computing", False) and not torch.compiler.is_compiling():
+            return SeenWeight.of(weight, binarizer(weight))
         if recomputed is None or not quiet(binarizer) or not binarizer.native(weight):
             return cast(Tensor, binarizer(weight))
         binary, scale = autograd.binarize_rows(
@@ -125,7 +128,7 @@ class BinaryLayer(nn.Module):
         else:
             self.__dict__["weight"] = value
 
-    weight = property(_get_weight, _set_weight)
+    weight = property(_get_weight, _set_weight, lambda self: self.__dict__.pop("weight"))
     __prepare_scriptable__ = refuse_script
 
     def binary_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -135,8 +138,14 @@ class BinaryLayer(nn.Module):
 
     def conv_only(self, a: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bare layer of the class below, on an input that is binarized already: C_in -> C_out channels."""
-        if not self.makes_weight:
+        if not self.makes_weight and torch.compiler.is_compiling():
             return self.bare_forward(a, *args, **kwargs)
+        if not self.makes_weight:
+            self.__dict__["_computing"] = True
+            try:
+                return self.bare_forward(a, *args, **kwargs)
+            finally:
+                self.__dict__.pop("_computing", None)
         with UsedWeight(self.weight_binarizer if self.binarize_weights else nn.Identity()):
             return self.bare_forward(a, *args, **kwargs)
 

@@ -170,6 +170,14 @@ class ActivationBinarizer(nn.Module):
         self.enabled = True
         self.calibrating = False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Earlier releases had parameters without dimensions, which FSDP does not take.
+        for name, parameter in self._parameters.items():
+            value = state_dict.get(prefix + name)
+            if parameter is not None and value is not None and parameter.shape == (1,) and value.dim() == 0:
+                state_dict[prefix + name] = value.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(threshold, low, high), each broadcastable to ``x`` and in its dtype.
 

@@ -60,7 +60,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         dim: 1 for (N, C, H, W), -1 for (N, tokens..., C).
         planes: bit planes, 1 or 2.
 
-    Shape: kept. ``k`` and ``b`` are (1, C, 1, 1) for ``dim=1`` and (C,) for ``dim=-1``; ``a`` is a scalar.
+    Shape: kept. ``k`` and ``b`` are (1, C, 1, 1) for ``dim=1`` and (C,) for ``dim=-1``; ``a`` is (1,).
     """
 
     # The sum of the mean, the shift, the sum of distances, the comparison.
@@ -80,7 +80,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         shape = (1, channels, 1, 1) if dim == 1 else (channels,)
         self.k = nn.Parameter(torch.randn(shape) * 1e-3)
         self.b = nn.Parameter(torch.zeros(shape))
-        self.a = nn.Parameter(torch.randn(()) * 1e-3)
+        self.a = nn.Parameter(torch.randn(1) * 1e-3)
         if act_scale == "none":
             self.a.requires_grad_(False)
 

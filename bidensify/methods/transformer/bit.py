@@ -36,7 +36,7 @@ class ElasticBinarizer(ActivationBinarizer):
         super().__init__(channels, dim)
         self.nonnegative = nonnegative
         self.b = nn.Parameter(torch.zeros(channels))
-        self.alpha = nn.Parameter(torch.ones(()))
+        self.alpha = nn.Parameter(torch.ones(1))
         self._batches = 0
 
     def _values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ class ElasticBinarizer(ActivationBinarizer):
 
     def stored(self) -> dict[str, Tensor] | None:
         threshold, low, high = self._values(torch.float32)
-        return {"b": threshold, "levels": torch.stack([low, high])}
+        return {"b": threshold, "levels": torch.cat([low, high])}
 
     def binarize(self, x: Tensor) -> Tensor:
         threshold, low, high = self.codes(x)
