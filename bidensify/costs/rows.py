@@ -29,6 +29,7 @@ class LayerSummary:
         output: shape of one sample's output, the largest of several; empty where nothing was called.
         act_bits: bits of an activation that binary weights meet.
         kept: why the layer stays in full precision, as the plan says; empty where it does not, or there is no plan.
+        product_macs: those of ``float_macs`` that multiply two activations, as attention does; no method binarizes them here.
     """
 
     path: str
@@ -41,6 +42,7 @@ class LayerSummary:
     output: tuple[int, ...] = ()
     kept: str = ""
     act_bits: int = 1
+    product_macs: int = 0
 
     @property
     def params(self) -> float:
@@ -113,7 +115,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able totals and ``layers``, a row each."""
-        names = ("binary_params", "float_params", "binary_macs", "float_macs", "elementwise")
+        names = ("binary_params", "float_params", "binary_macs", "float_macs", "product_macs", "elementwise")
         totals: dict[str, Any] = {name: int(self.total(name)) for name in names}
         totals.update(params=self.total("params"), bytes=int(self.total("bytes")), ops=self.total("ops"))
         totals.update(file_bytes=self.file_bytes, float_bytes=self.float_bytes, uncounted=list(self.uncounted))
@@ -148,7 +150,14 @@ class Summary:
 
     def notes(self) -> list[str]:
         """What the figures do not say by themselves."""
-        return [self.weight(), *([f"not counted: {'; '.join(self.uncounted)}"] if self.uncounted else [])]
+        lines = [self.weight()]
+        products = self.total("product_macs")
+        if products and self.state != "FLOAT":
+            lines.append(
+                f"attention: its products of two activations stay in full precision, {products / 1e6:,.2f} of the "
+                f"{self.total('float_macs') / 1e6:,.2f} 32-bit MMACs"
+            )
+        return [*lines, *([f"not counted: {'; '.join(self.uncounted)}"] if self.uncounted else [])]
 
     def table(self, width: int | None = None) -> Table:
         """A rich table with a row per layer and a total; MACs and OPs in millions per sample.

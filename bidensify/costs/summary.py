@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,16 @@ from torch import nn
 
 from bidensify._util.wrappers import unwrap
 from bidensify.costs import work
+from bidensify.costs.held import held
 from bidensify.costs.rows import LayerSummary, Summary
 from bidensify.errors import ConfigError, PlanError
-from bidensify.nn import BinaryLayer, FrozenLayer, RPReLU
+from bidensify.nn import BinaryLayer, FrozenLayer
 from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.recorder import record
 
 # Of a tensor in the table that a safetensors file begins with, its name left out.
-_ENTRY = 68
+_ENTRY = 62
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -55,6 +56,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     functions, uncounted = work.functions_of(run)
     rows: list[LayerSummary] = []
     inside: tuple[str, ...] = ()
+    latent: dict[str, BinaryLayer] = {}
     states = {"FLOAT"}
     plan = getattr(model, "bidensify_plan", None)
     reasons = {layer.path: layer.reason for layer in plan.kept} if isinstance(plan, Plan) else {}
@@ -65,21 +67,24 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
         kind = type(module).__name__
         if isinstance(module, BinaryLayer) or frozen:
             inside = (*inside, path + ".")
+            if isinstance(module, BinaryLayer):
+                latent[path] = module
             row = _latent(module, calls[path]) if isinstance(module, BinaryLayer) else _packed(module, calls[path])
             states.add("LATENT" if isinstance(module, BinaryLayer) else "PACKED")
             bits = module.binarizer.planes if isinstance(module, BinaryLayer) else module.counts().act_bits  # type: ignore[operator]
             rows.append(LayerSummary(path, kind, *row, output=_output(calls[path]), act_bits=bits))
             continue
         own = sum(p.numel() for p in module._parameters.values() if p is not None)
-        macs, elements = functions.get(path, (0, 0))
-        for call in calls[path]:
-            more, other = work.layer_work(module, call)
-            macs, elements = macs + more, elements + other
-        if own or macs or elements or (calls[path] and not isinstance(module, nn.Identity)):
-            reason = reasons.get(path, "")
-            rows.append(LayerSummary(path or "(model)", kind, 0, own, 0, macs, elements, _output(calls[path]), reason))
+        done = sum((work.layer_work(module, call) for call in calls[path]), functions.get(path, work.Work()))
+        if own or done.macs or done.elements or (calls[path] and not isinstance(module, nn.Identity)):
+            rows.append(
+                LayerSummary(
+                    path or "(model)", kind, 0, own, 0, done.macs, done.elements, _output(calls[path]),
+                    reasons.get(path, ""), done.products,
+                )
+            )  # fmt: skip
     state = "PACKED" if "PACKED" in states else "LATENT" if "LATENT" in states else "FLOAT"
-    return Summary(tuple(rows), state, size[1:], uncounted, _file_bytes(model, rows, inside))
+    return Summary(tuple(rows), state, size[1:], uncounted, _file_bytes(model, latent))
 
 
 def _output(calls: Sequence[work.LayerCall]) -> tuple[int, ...]:
@@ -87,41 +92,27 @@ def _output(calls: Sequence[work.LayerCall]) -> tuple[int, ...]:
     return max((call.output[1:] for call in calls), key=math.prod, default=())
 
 
-def _file_bytes(model: nn.Module, rows: Sequence[LayerSummary], binary: tuple[str, ...]) -> int:
+def _file_bytes(model: nn.Module, latent: Mapping[str, BinaryLayer]) -> int:
     """What the tensors of the network weigh in their file once it is packed, with the file's own table of names."""
-    saved = {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(binary)}
+    inside = tuple(f"{path}." for path in latent)
+    saved = {name: value for name, value in model.state_dict(keep_vars=True).items() if not name.startswith(inside)}
     tensors = {id(value): (name, value.numel() * value.element_size()) for name, value in saved.items()}
-    total: int = 8 + sum(size + _ENTRY + len(name) for name, size in tensors.values())
-    modules = dict(model.named_modules())
-    for row in rows:
-        layer = modules.get(row.path)
-        if row.binary_params:
-            floats = _folded(layer) if isinstance(layer, BinaryLayer) else row.float_params
-            total += 4 * floats + -(-row.binary_params // 8) + 2 * (_ENTRY + len(row.path) + len(".bits"))
-    return total
-
-
-def _folded(layer: BinaryLayer) -> int:
-    """Floats of a latent layer that packing leaves: norm, bias and scale become one scale and one shift per channel,
-    which takes in RPReLU's first bias too."""
-    own = sum(p.numel() for p in layer.binarizer.parameters())
-    after = sum(p.numel() for p in layer.activation.parameters())
-    channels = next(int(value) for name in ("out_channels", "out_features") if (value := getattr(layer, name, None)))
-    return own + 2 * channels + after - (channels if isinstance(layer.activation, RPReLU) else 0)
+    entries = list(tensors.values())
+    for path, layer in latent.items():
+        entries += [(f"{path}.{name}", size) for name, size in held(layer).tensors.items()]
+    return 8 + sum(size + _ENTRY + len(name) for name, size in entries)
 
 
 def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
-    """(binary parameters, float parameters, binary MACs, float MACs, elementwise) as the packed layer will have them."""
+    """(binary parameters, float parameters, binary MACs, float MACs, elementwise): parameters as they are trained, the rest as the
+    packed layer will have it."""
     weights = layer.latent_weight.numel()
     floats = sum(p.numel() for p in layer.parameters()) - weights
     if layer.weight_binarizer.scaled:
         floats += len(layer.weight_binarizer.rows(layer.latent_weight))
-    macs = elements = 0
-    for call in calls:
-        macs += macs_of(layer, call.output)
-        elements += work.numel(call.input) * layer.binarizer.work
-        after = 2 + (layer.bypass is not None) + work.per_element(layer.activation)
-        elements += work.numel(call.output) * after
+    macs = sum(macs_of(layer, call.output) for call in calls)
+    before, after = held(layer).work
+    elements = sum(work.numel(call.input) * before + work.numel(call.output) * after for call in calls)
     return weights, floats, macs, 0, elements
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bidensify.nn import RPReLU
@@ -35,6 +36,8 @@ _MULTIPLIES_TEXT = (
     "inner outer"
 )
 _MOVES, _MULTIPLIES = frozenset(_MOVES_TEXT.split()), frozenset(_MULTIPLIES_TEXT.split())
+# Of the functions above, layers written as functions: one of their factors is a weight.
+_LAYERS = frozenset(name for name in _MULTIPLIES if name.startswith("conv") or "linear" in name)
 _STILL = (nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 
 
@@ -88,23 +91,36 @@ def per_element(module: nn.Module) -> int:
     return 2 if is_norm(module) else 1
 
 
-def layer_work(module: nn.Module, call: LayerCall) -> tuple[int, int]:
-    """(multiply-accumulates, elementwise operations) per sample of one call of a full-precision layer."""
+@dataclass
+class Work:
+    """Per sample: multiply-accumulates, those of them whose factors are both activations, elementwise operations."""
+
+    macs: int = 0
+    products: int = 0
+    elements: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.macs + other.macs, self.products + other.products, self.elements + other.elements)
+
+
+def layer_work(module: nn.Module, call: LayerCall) -> Work:
+    """What one call of a full-precision layer computes."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-        return macs_of(module, call.output), 0
+        return Work(macs_of(module, call.output))
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _counted(module, call.node), 0
-    return 0, per_element(module) * numel(call.output)
+            macs = _counted(module, call.node)
+        return Work(macs, _attended(module, call.node) if isinstance(module, nn.MultiheadAttention) else 0)
+    return Work(elements=per_element(module) * numel(call.output))
 
 
-def functions_of(record: Record) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """Path of a block -> (multiply-accumulates, elementwise operations) of the functions in its own code.
+def functions_of(record: Record) -> tuple[dict[str, Work], tuple[str, ...]]:
+    """Path of a block -> what the functions in its own code compute.
 
     Returns:
         The counts, and a line for each function whose multiply-accumulates could not be counted.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, Work] = defaultdict(Work)
     failures: dict[str, str] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for node in record.graph.nodes:
@@ -115,16 +131,33 @@ def functions_of(record: Record) -> tuple[dict[str, tuple[int, int]], tuple[str,
             shape = _largest(node.meta.get("spec"))
             if name in _MOVES or not shape:
                 continue
-            macs, elements = found.get(path, (0, 0))
-            if name in _MULTIPLIES:
-                try:
-                    macs += _counted(node.target, node)
-                except Exception as error:
-                    failures[f"{path or '(model)'}: {name}"] = f"{type(error).__name__}: {str(error)[:80]}"
-            else:
-                elements += numel(shape)
-            found[path] = (macs, elements)
+            if name not in _MULTIPLIES:
+                found[path] += Work(elements=numel(shape))
+                continue
+            try:
+                macs = _counted(node.target, node)
+            except Exception as error:
+                failures[f"{path or '(model)'}: {name}"] = f"{type(error).__name__}: {str(error)[:80]}"
+                continue
+            weighs = name in _LAYERS or any(_fixed(factor) for factor in node.all_input_nodes)
+            found[path] += Work(macs, 0 if weighs else macs)
     return found, tuple(f"{where} ({why})" for where, why in failures.items())
+
+
+def _fixed(node: fx.Node) -> bool:
+    """Whether a value is made of parameters and buffers alone."""
+    if node.op == "call_function" and node.all_input_nodes:
+        return all(_fixed(source) for source in node.all_input_nodes)
+    return node.op == "get_attr"
+
+
+def _attended(module: nn.MultiheadAttention, node: fx.Node) -> int:
+    """Multiply-accumulates per sample of queries with keys and of attention with values, without the projections."""
+    given = [*node.args, *(node.kwargs[name] for name in ("query", "key") if name in node.kwargs)][:2]
+    shapes = [value.meta["spec"].shape for value in given if isinstance(value, fx.Node)]
+    queries, keys = ([shape[-2 if module.batch_first or len(shape) == 2 else 0] for shape in shapes] * 2)[:2]
+    keys += (module.bias_k is not None) + module.add_zero_attn
+    return int(2 * queries * keys * module.embed_dim)
 
 
 def _counted(function: Any, node: fx.Node) -> int:
@@ -141,7 +174,8 @@ def _counted(function: Any, node: fx.Node) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one fused operator hides the products from the counter
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Written out as products: of the fused attention on a CPU torch's counter knows nothing.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             function(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bidensify as bd
 from bidensify.costs.summary import summary
 from bidensify.deploy.layers import packed_layers
 from bidensify.errors import ConfigError, PlanError
+from bidensify.methods import get_method
 from bidensify.models import build_model
+
+CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 
 
 class Attention(nn.Module):
@@ -44,7 +48,8 @@ def counted(model: nn.Module, size: tuple[int, int, int]) -> int:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Of torch's fused attention on a CPU its counter knows nothing.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.randn(1, *size))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -75,7 +80,7 @@ def test_float_macs_are_those_of_torchs_counter(name: str, model: nn.Module) -> 
     assert result.total("float_params") == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["bidense", "bnn"])
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_latent_and_packed_networks_do_the_work_of_the_original(method: str) -> None:
     from bidensify.models.unet import unet
 
@@ -93,6 +98,46 @@ def test_latent_and_packed_networks_do_the_work_of_the_original(method: str) -> 
     kept = sum(p.numel() for m in bd.pack(student).modules() for p in m._parameters.values() if p is not None)
     side = sum(layer.side.numel() for layer in packed_layers(bd.pack(student)).values())
     assert packed.total("float_params") == kept + side
+
+
+class Tables(nn.Module):
+    """Products with what is no activation: parameters, and what is made of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        return y @ self.table @ self.table.t() + F.linear(y, self.table) + torch.einsum("bnc,cd->bnd", y, self.table)
+
+
+def test_products_of_activations_are_told_from_layers() -> None:
+    result = summary(Attention(), (3, 64, 64))
+    # 256 tokens of 16 channels; each of the four attentions multiplies twice.
+    assert result.total("product_macs") == 4 * 2 * 256 * 256 * 16
+    assert "attention:" not in str(result)
+    result = summary(Tables(), (8, 4, 4))
+    assert (result.total("float_macs"), result.total("product_macs")) == (4 * 16 * 8 * 8, 0)
+
+
+@pytest.mark.parametrize("method", ["bidense", "bibert", "bit", "bivit"])
+def test_attention_stays_in_full_precision_and_the_summary_says_so(method: str) -> None:
+    student = bd.bidensify(Attention(), bd.BidensifyConfig(method=method, linear="all")).eval()
+    for network in (student, bd.pack(student)):
+        result = summary(network, (3, 64, 64))
+        products, whole = result.total("product_macs"), result.total("float_macs")
+        line = (
+            f"attention: its products of two activations stay in full precision, {products / 1e6:,.2f} of the "
+            f"{whole / 1e6:,.2f} 32-bit MMACs"
+        )
+        assert products == 4 * 2 * 256 * 256 * 16
+        assert line in result.notes()
+        assert line in result.to_markdown()
+        assert result.to_dict()["product_macs"] == products
+    from bidensify.models.unet import unet
+
+    assert "attention" not in str(summary(bd.bidensify(unet(width=8), method="bidense"), (3, 64, 64)))
 
 
 class Small(nn.Module):
@@ -180,7 +225,7 @@ def test_layers_by_hand(
     assert (row.bytes, row.ops, row.elementwise) == (4 * params, 2 * macs, 0)
 
 
-@pytest.mark.parametrize("method", ["bidense", "bnn"])
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_what_the_file_weighs(method: str, tmp_path: Path) -> None:
     student = bd.bidensify(build_model("demo:unet"), method=method).eval()
     packed = bd.pack(student)

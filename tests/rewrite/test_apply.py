@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.errors import PlanError
+from bidensify.methods import LayerParts, LayerSpec
+from bidensify.methods.registry import _METHODS
 from bidensify.models import build_model
-from bidensify.nn import BinaryLayer, RPReLU, binary_layers
+from bidensify.nn import BinaryLayer, RPReLU, ShiftedSign, WeightBinarizer, binary_layers
 from bidensify.rewrite import Plan, apply_plan
 
 
@@ -131,6 +133,33 @@ def test_plan_replays_on_the_meta_device_without_a_forward_pass() -> None:
     student.load_state_dict(reference.state_dict(), assign=True)
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(student.eval()(x), reference.eval()(x))
+
+
+class RememberingWeight(WeightBinarizer):
+    """A weight binarizer with a parameter and a buffer that know nothing of the network's device and precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+        self.register_buffer("seen", torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float64), ("meta", torch.float32), ("cpu", torch.bfloat16)]
+)
+def test_every_part_follows_the_networks_device_and_precision(device: str, dtype: torch.dtype) -> None:
+    @bd.register_method("remembering", activation=RPReLU, bypass="all")
+    def remembering(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+        return LayerParts(ShiftedSign(spec.in_channels, spec.dim), RememberingWeight())
+
+    try:
+        plan = bd.plan(Net(), bd.BidensifyConfig(method="remembering"))
+        student = apply_plan(Net().to(device=device, dtype=dtype), plan)
+    finally:
+        _METHODS.pop("remembering")
+    values = [*student.parameters(), *(buffer for buffer in student.buffers() if buffer.is_floating_point())]
+    assert sum(isinstance(part, RememberingWeight) for part in student.modules()) > 5
+    assert {(value.device.type, value.dtype) for value in values} == {(device, dtype)}
 
 
 def test_a_plan_of_another_model_is_refused_and_nothing_changes() -> None:

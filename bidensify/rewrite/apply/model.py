@@ -115,7 +115,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     assert isinstance(module, BinaryLayer)
     module.install(
         binarizer=parts.binarizer.to(device=latent.device, dtype=latent.dtype),
-        weight_binarizer=parts.weight_binarizer,
+        weight_binarizer=parts.weight_binarizer.to(device=latent.device, dtype=latent.dtype),
         norm=norm,
         bypass=bypass,
         activation=activation,
