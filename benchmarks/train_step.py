@@ -37,6 +37,7 @@ def networks(source: str, size: tuple[int, int]) -> dict[str, nn.Module]:
 
     torch.manual_seed(0)
     options: dict[str, Any] = {"classes": 11, "encoder_weights": None} if source.startswith("smp:") else {}
+    options = {"num_classes": 11} if source.startswith("demo:") else options
     full = build_model(source, **options)
     # The rewrite is the same for every input size; a small one is recorded sooner.
     example = torch.zeros(1, 3, *(min(side, 96) for side in size))
@@ -191,7 +192,7 @@ def main() -> None:
         print(peak(arguments, arguments.formats[0], arguments.dtypes[0], arguments.peak))
         return
 
-    from bidensify.nn import native
+    from bidensify.kernels.dense import instruction_set
 
     results: dict[str, Any] = {
         "model": arguments.model,
@@ -200,7 +201,7 @@ def main() -> None:
         "threads": arguments.threads,
         "cpu": cpu_name(),
         "torch": torch.__version__,
-        "kernels": native.instruction_set(),
+        "kernels": instruction_set(),
         "rows": [],
     }
     pair = {} if arguments.memory else networks(arguments.model, arguments.size)

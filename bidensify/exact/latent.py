@@ -19,6 +19,7 @@ from bidensify.errors import ConfigError
 from bidensify.exact.definition import check_flips, own_codes
 from bidensify.exact.fold import fold
 from bidensify.exact.forward import binarize, forward
+from bidensify.kernels import popcounts
 
 __all__ = ["WEIGHTED_FUNCTIONS", "evaluate", "own_signal", "signs_in_use", "weight_argument"]
 
@@ -110,7 +111,21 @@ class _LayerSums(TorchFunctionMode):
 
     def dot(self, signs: Tensor) -> Tensor:
         """See ``Sums``."""
-        return self._run(signs, self.signs)
+        counted = self._counted(signs)
+        return self._run(signs, self.signs) if counted is None else counted
+
+    def _counted(self, signs: Tensor) -> Tensor | None:
+        """The same by popcounts, where the bare layer is a plain convolution that kernels take."""
+        layer, weight = self.layer, self.signs
+        plain = issubclass(type(layer), nn.Conv2d) and not self.args and not self.kwargs and layer.plain_forward()
+        if not plain or weight is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
+        if not popcounts.takes(signs, weight):
+            return None
+        ones = weight.new_ones(weight.shape[0])
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        counted: Tensor = popcounts.binary_conv(signs, None, None, weight, ones, None, *geometry)
+        return counted
 
     def window(self, signs: Tensor) -> Tensor:
         """See ``Sums``."""

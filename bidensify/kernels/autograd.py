@@ -40,10 +40,19 @@ class _Dab(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int, owned: bool
+        ctx: Any,
+        x: Tensor,
+        k: Tensor,
+        b: Tensor,
+        a: Tensor,
+        scale: int,
+        groups: int,
+        dim: int,
+        owned: bool,
+        signs: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         fusing = 0 < groups < x.shape[dim]
-        y, fused, statistics = ops.dab(x, k, b, a, scale, groups if fusing else 0, dim)
+        y, fused, statistics = ops.dab(x, k, b, a, scale, groups if fusing else 0, dim, signs)
         if groups == x.shape[dim]:
             fused = x.view_as(x)
         ctx.save_for_backward(x, statistics)
@@ -72,11 +81,20 @@ class _Dab(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def dab(
-    x: Tensor, k: Tensor, b: Tensor, a: Tensor, act_scale: str, groups: int, dim: int, owned: bool = False
+    x: Tensor,
+    k: Tensor,
+    b: Tensor,
+    a: Tensor,
+    act_scale: str,
+    groups: int,
+    dim: int,
+    owned: bool = False,
+    signs: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The distribution-adaptive binarizer and, with it, the bypass's view of the input.
 
@@ -84,12 +102,13 @@ def dab(
         x: (N, C, ...) with ``dim=1`` or (N, ..., C) with ``dim=-1``, dense.
         groups: 0; or C, which passes ``x`` on; or fewer, which gives ``fusion_down(x, groups)``.
         owned: nothing else will see the binarized input's gradient: it may be overwritten.
+        signs: False, where channels are innermost: the binarized input is a stand-in that autograd knows, without values.
 
     Returns:
         The binarized input, the bypass's input (empty for ``groups=0``) and the statistics (4, N, C): mean, beta,
         distance, alpha.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, ops.SCALES[act_scale], groups, dim, owned)
+    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, ops.SCALES[act_scale], groups, dim, owned, signs)
     return result
 
 

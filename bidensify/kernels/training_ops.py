@@ -35,7 +35,7 @@ SCALES = {"per_tensor": 0, "per_channel": 1, "none": 2}
 
 _SCHEMAS = (
     "dab_statistics(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int dim) -> Tensor",
-    "dab(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int groups, int dim) -> (Tensor, Tensor, Tensor)",
+    "dab(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int groups, int dim, bool signs=True) -> (Tensor, Tensor, Tensor)",
     "dab_again(Tensor x, Tensor statistics, int scale, int dim) -> Tensor",
     "dab_backward(Tensor grad, Tensor? grad_fused, Tensor x, Tensor statistics, int scale, int dim, Tensor(a!) out) "
     "-> Tensor",
@@ -86,12 +86,17 @@ def _dab_statistics(x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, dim:
     return statistics
 
 
+def _signs(x: Tensor, signs: bool) -> Tensor:
+    """Room for the binarized input, or one element that stands for all of them."""
+    return torch.empty_like(x) if signs else x.new_empty(()).expand(x.shape)
+
+
 def _dab(
-    x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int
+    x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int, signs: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = _geometry(x, dim)
     statistics = x.new_empty((4, g.n, g.c), dtype=torch.float32)
-    y = torch.empty_like(x)
+    y = _signs(x, signs)
     fused = _grouped(x, groups, dim, g.last) if groups else x.new_empty(0)
     arguments = structures.Dab(
         scale,
@@ -101,7 +106,7 @@ def _dab(
         b.data_ptr(),
         a.data_ptr(),
         *_statistics_arguments(statistics),
-        y.data_ptr(),
+        y.data_ptr() if signs else None,
         fused.data_ptr() if groups else None,
     )
     call("bdt_dab_forward", ctypes.byref(g.shape(x)), ctypes.byref(arguments))
@@ -226,9 +231,11 @@ def _weight_backward(grad: Tensor, w: Tensor, scale: Tensor, out: Tensor) -> Non
     call("bdt_weight_backward", rows, w.numel() // rows, torch.get_num_threads(), *pointers)
 
 
-def _fake_dab(x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int) -> tuple[Tensor, ...]:
+def _fake_dab(
+    x: Tensor, k: Tensor, b: Tensor, a: Tensor, scale: int, groups: int, dim: int, signs: bool = True
+) -> tuple[Tensor, ...]:
     fused = _grouped(x, groups, dim, not x.is_contiguous()) if groups else x.new_empty(0)
-    return torch.empty_like(x), fused, x.new_empty((4, x.shape[0], x.shape[dim]), dtype=torch.float32)
+    return _signs(x, signs), fused, x.new_empty((4, x.shape[0], x.shape[dim]), dtype=torch.float32)
 
 
 _LIBRARY: Any = torch.library.Library("bidensify", "FRAGMENT")  # type: ignore[no-untyped-call]

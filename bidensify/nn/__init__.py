@@ -9,7 +9,7 @@ from bidensify.nn.calibration import calibrate
 from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, set_progress
 from bidensify.nn.dab import DistributionAdaptiveBinarizer
 from bidensify.nn.layers import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-from bidensify.nn.norm import BatchNormLast
+from bidensify.nn.native import BatchNormLast
 from bidensify.nn.rprelu import ByWidth, RPReLU
 from bidensify.nn.signs import AffineSign, ShiftedSign, SignBinarizer
 from bidensify.nn.ste import (

@@ -16,7 +16,7 @@ from bidensify.kernels.dense import supports
 from bidensify.kernels.recompute import Recomputed
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, quiet
-from bidensify.nn.norm import fusible_norm
+from bidensify.nn.native import convolve, countable, fusible_norm
 from bidensify.nn.torch_tools import SeenWeight, asked_by_name, one_step, refuse_script, traced
 from bidensify.nn.used_weight import UsedWeight, parametrized, used_weight
 from bidensify.nn.weight import WeightBinarizer
@@ -115,7 +115,7 @@ class BinaryLayer(nn.Module):
         if recomputed is None or not quiet(binarizer) or not binarizer.native(weight):
             return cast(Tensor, binarizer(weight))
         binary, scale = autograd.binarize_rows(
-            weight, scaled=binarizer.scaled, ste_scaled=binarizer.ste_scaled, owned=self._torch_forward()
+            weight, scaled=binarizer.scaled, ste_scaled=binarizer.ste_scaled, owned=self.plain_forward()
         )
         recomputed.add(binary, source := weight.detach(), lambda: ops.weight_again(source, scale))
         return binary
@@ -175,7 +175,7 @@ class BinaryLayer(nn.Module):
         y = cast(Tensor, self.activation(y))
         return y if side is None or not self.activation_first else y + side.to(y.dtype)
 
-    def _torch_forward(self) -> bool:
+    def plain_forward(self) -> bool:
         """Whether ``conv_only`` is torch's own, which uses its input and weight once and hands their gradients on."""
         function = getattr(super().forward, "__func__", None)
         inner = getattr(type(self), "_conv_forward", None)
@@ -186,11 +186,12 @@ class BinaryLayer(nn.Module):
         binarizer, bypass, dim = self.binarizer, self.bypass, self.binarizer.dim
         recomputed = Recomputed()
         split = None
+        counts = not args and not kwargs and not binarizer.calibrating and countable(self, x)
         if quiet(binarizer) and binarizer.enabled and not binarizer.calibrating and x.dim() > 1:
             known = bypass is not None and type(bypass).forward is Bypass.forward and quiet(bypass)
             groups = min(bypass.out_channels, binarizer.channels) if bypass is not None and known else 0
             if x.shape[dim] == binarizer.channels:
-                split = binarizer.split(x, groups, self._torch_forward())
+                split = binarizer.split(x, groups, self.plain_forward(), signs=not counts)
         if split is None:
             a = binarizer(x)
         else:
@@ -199,7 +200,9 @@ class BinaryLayer(nn.Module):
         self.__dict__["_recomputed"] = recomputed
         try:
             with recomputed.hooks():
-                y = binarizer.weigh(x, self.conv_only(a, *args, **kwargs), self)
+                y = convolve(self, a, split) if counts else None
+                if y is None:
+                    y = binarizer.weigh(x, self.conv_only(a, *args, **kwargs), self)
         finally:
             self.__dict__.pop("_recomputed", None)
             recomputed.forget()

@@ -25,7 +25,7 @@ _CALIBRATION_SAMPLES = 4096
 _ROUNDING = 1e-6
 
 
-def _undeclared(self: Any, *unused: Any) -> None:
+def _undeclared(self: Any, *unused: Any, **also: Any) -> None:
     """Nothing is declared: the part is called."""
     return
 
@@ -53,12 +53,14 @@ class Split(NamedTuple):
         passed: the bypass's input, or None for ``groups=0``.
         source: what ``remake`` makes ``binary`` of, detached.
         remake: gives ``binary`` again, so that it need not be kept for the backward pass.
+        codes: thresholds (N, C) and levels (N, 2) that ``binary`` is made with, where it is a stand-in without values; or None.
     """
 
     binary: Tensor
     passed: Tensor | None
     source: Tensor
     remake: Callable[[], Tensor]
+    codes: tuple[Tensor, Tensor] | None = None
 
 
 class FrozenLayer(nn.Module):
@@ -201,13 +203,14 @@ class ActivationBinarizer(nn.Module):
         """
         return None
 
-    def split(self, x: Tensor, groups: int, owned: bool) -> Split | None:
+    def split(self, x: Tensor, groups: int, owned: bool, signs: bool = True) -> Split | None:
         """``binarize`` and the bypass's view of ``x`` in one pass of a training kernel, or None where there is none for it.
 
         Args:
             x: the input.
             groups: 0; or C, which hands ``x`` on; or fewer, which gives ``fusion_down(x, groups)``.
             owned: nothing else will see the binarized input's gradient, which may be overwritten.
+            signs: False, for an ``x`` in channels_last: codes will do, the binarized input need have no values.
         """
         return None
 

@@ -152,16 +152,21 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         found: dict[str, Tensor] = {"k": self.k, "b": self.b}
         return found if self.act_scale == "none" else {**found, "a": self.a}
 
-    def split(self, x: Tensor, groups: int, owned: bool) -> Split | None:
+    def split(self, x: Tensor, groups: int, owned: bool, signs: bool = True) -> Split | None:
         if not self.native(x):
             return None
         x = dense(x, self.dim)
-        y, passed, statistics = self._dab(x, groups, owned)
-        source, scale = x.detach(), ops.SCALES[self.act_scale]
-        return Split(y, passed if groups else None, source, lambda: ops.dab_again(source, statistics, scale, self.dim))
+        signs = signs or self.act_scale == "per_channel"
+        y, passed, statistics = self._dab(x, groups, owned, signs)
+        source, scale, codes = x.detach(), ops.SCALES[self.act_scale], None
+        if not signs:
+            alpha = statistics[3].flatten()[: x.shape[0]]
+            codes = statistics[1], torch.stack([-alpha, alpha], 1)
+        again = lambda: ops.dab_again(source, statistics, scale, self.dim)  # noqa: E731
+        return Split(y, passed if groups else None, source, again, codes)
 
-    def _dab(self, x: Tensor, groups: int, owned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return autograd.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim, owned)
+    def _dab(self, x: Tensor, groups: int, owned: bool = False, signs: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        return autograd.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim, owned, signs)
 
     def binarize(self, x: Tensor) -> Tensor:
         if self.native(x):

@@ -12,7 +12,7 @@ from torch import nn
 from bidensify.nn.binary_layer import BinaryLayer
 from bidensify.nn.bypass import Bypass
 from bidensify.nn.dab import DistributionAdaptiveBinarizer
-from bidensify.nn.norm import BatchNormLast, make_norm
+from bidensify.nn.native import BatchNormLast, make_norm
 from bidensify.nn.rprelu import RPReLU
 from bidensify.nn.weight import WeightBinarizer
 

@@ -9,6 +9,7 @@ so that neither a colour nor a texture tells the class.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ def generate(seed: int, split: str, index: int, size: tuple[int, int]) -> Render
     random = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), index]))
     height, width = size
     return render(random, draw_layout(random, height / width), height, width)
+
+
+def _scene(seed: int, split: str, index: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    image, mask, depth = generate(seed, split, index, size)
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask), torch.from_numpy(depth)
+
+
+@lru_cache(maxsize=2)
+def _cached(seed: int, split: str, length: int, size: tuple[int, int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The scenes of the last two data sets that asked to keep them: teacher and students of one job draw them once."""
+    return [_scene(seed, split, index, size) for index in range(length)]
 
 
 @register_data_set("scenes")
@@ -80,18 +92,16 @@ class Scenes(DenseDataset):
         )
         self._cache: list[tuple[Tensor, Tensor, Tensor]] | None = None
         if cache:
-            self._cache = [self._generate(index) for index in range(length)]
+            self._cache = _cached(seed, split, length, self.size)
 
     def __len__(self) -> int:
         return self.length
 
-    def _generate(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        image, mask, depth = generate(self.seed, self.split, index, self.size)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask), torch.from_numpy(depth)
-
     def load(self, index: int) -> Sample:
         """Returns scene ``index`` before the transforms: ``image``, ``mask`` and ``depth``."""
-        image, mask, depth = self._generate(index) if self._cache is None else self._cache[index]
+        image, mask, depth = (
+            _scene(self.seed, self.split, index, self.size) if self._cache is None else self._cache[index]
+        )
         return {
             "image": tv_tensors.Image(image.clone()),
             "mask": tv_tensors.Mask(mask.to(torch.int64)),

@@ -82,6 +82,9 @@ BD_API void bd_set_parallel(bd_parallel parallel);
 BD_API int32_t bd_packed_conv2d(const bd_conv_args* args);
 // The same where x lies in parts, which hold its channels in order; args->x is not read.
 BD_API int32_t bd_packed_conv2d_parts(const bd_conv_args* args, const bd_part* parts, int32_t count);
+// Weight words of a layer, of w >= 0: w is float32 (cout, cin / groups, kh, kw) with these strides in elements. Of args its
+// sizes, groups, depthwise and tiles_length are read; no transposed layers.
+BD_API int32_t bd_weight_tiles(const bd_conv_args* args, const float* w, const int64_t* strides, uint32_t* tiles);
 
 // Memory for a tensor (n, c, h, w), dense NHWC, which the library keeps from one tensor to the next: a DLManagedTensor of
 // DLPack, whose deleter gives the memory back, from any thread. The type as DLPack says it: a code (0 int, 2 float, 4 bfloat)

@@ -16,6 +16,14 @@ constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kMostParts = 256;
 constexpr int64_t kArrangeUnits = 16;
 
+// Whether some sample's two values are not -v and v.
+bool lopsided(const bd_conv_args& a) {
+  if (a.levels == nullptr) return false;
+  for (int64_t i = 0; i < (a.per_sample_levels ? a.n : 1); ++i)
+    if (a.levels[2 * i] + a.levels[2 * i + 1] != 0) return true;
+  return false;
+}
+
 // Of the thread that called: words, thresholds, scales, for the length of one call.
 thread_local Buffer shared_buffer;
 
@@ -57,7 +65,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
     blocks_ *= a_.groups * ((tiles_ + inner_.max_tiles - 1) / inner_.max_tiles);
   }
 
-  const bool middle = a_.levels != nullptr;
+  const bool middle = lopsided(a_);
   const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
                                               (a_.groups == 1 || a_.depthwise || out_group_ % kMaxChannels == 0));
   const bool whole_down = a_.cout < a_.cin && a_.cin % a_.cout == 0;

@@ -29,7 +29,7 @@ typedef struct bdt_shape {
 } bdt_shape;
 
 // DAB. Statistics (mean, beta, distance: (n, c); alpha: (n) or, per channel, (n, c)) and the output in the dtype of x.
-// fused, where groups > 0, is the fusion-down of x to `groups` channels. A null y gives the statistics alone.
+// fused, where groups > 0, is the fusion-down of x to `groups` channels. A null y is not written (with channels first, fused neither).
 typedef struct bdt_dab {
   int32_t scale;
   int64_t groups;
