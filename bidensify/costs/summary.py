@@ -80,7 +80,7 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
             rows.append(
                 LayerSummary(
                     path or "(model)", kind, 0, own, 0, done.macs, done.elements, _output(calls[path]),
-                    reasons.get(path, ""), done.products,
+                    reasons.get(path, ""), product_macs=done.products,
                 )
             )  # fmt: skip
     state = "PACKED" if "PACKED" in states else "LATENT" if "LATENT" in states else "FLOAT"
@@ -100,12 +100,12 @@ def _file_bytes(model: nn.Module, latent: Mapping[str, BinaryLayer]) -> int:
     entries = list(tensors.values())
     for path, layer in latent.items():
         entries += [(f"{path}.{name}", size) for name, size in held(layer).tensors.items()]
-    return 8 + sum(size + _ENTRY + len(name) for name, size in entries)
+    return 8 + int(sum(size + _ENTRY + len(name) for name, size in entries))
 
 
 def _latent(layer: BinaryLayer, calls: Sequence[work.LayerCall]) -> tuple[int, int, int, int, int]:
-    """(binary parameters, float parameters, binary MACs, float MACs, elementwise): parameters as they are trained, the rest as the
-    packed layer will have it."""
+    """(binary parameters, float parameters, binary MACs, float MACs, elementwise): parameters as they are trained, the
+    rest as the packed layer will have it."""
     weights = layer.latent_weight.numel()
     floats = sum(p.numel() for p in layer.parameters()) - weights
     if layer.weight_binarizer.scaled:

@@ -32,8 +32,8 @@ def downsampling_shortcut(spec: LayerSpec) -> str:
     """Why a 1x1 convolution with a stride stays: it is the projection of a residual network's shortcut.
 
     The authors of Bi-Real Net, IR-Net, ReCU and AdaBin leave every projection in full precision. One without a stride (behind a
-    pooling, as in Bi-Real Net and AdaBin, or where the channels alone change, as in a ResNet of bottlenecks) is told from any other
-    1x1 convolution by nothing in its shape, so it is binarized here; a rule keeps it: ``Rule("*.downsample.*", "keep")``.
+    pooling, as in Bi-Real Net and AdaBin, or where the channels alone change, as in a ResNet of bottlenecks) is told from any
+    other 1x1 convolution by nothing in its shape, so it is binarized here; a rule keeps it: ``Rule("*.downsample.*", "keep")``.
     """
     if spec.kind == "conv2d" and spec.kernel_size == (1, 1) and max(spec.stride) > 1:
         return "the authors leave the 1x1 convolution of a downsampling shortcut in full precision"

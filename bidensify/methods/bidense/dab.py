@@ -4,8 +4,9 @@ A layer is y = BatchNorm(binary_conv(DAB(x))), then RPReLU: ``bidense``'s parts,
 (``BiDenseConv2d``) with its ``bypass=False``. The network's own residual adds stay where they are, since no bypass carries what
 they carry.
 
-What the authors had where no CFB is, nothing or the shortcut of equal shapes that their ReActNet baseline has around its depthwise
-convolutions, neither the abstract nor the published configurations say (they hold no network of this ablation); here it is nothing.
+What the authors had where no CFB is, nothing or the shortcut of equal shapes that their ReActNet baseline has around its
+depthwise convolutions, neither the abstract nor the published configurations say (they hold no network of this ablation); here
+it is nothing.
 """
 
 from __future__ import annotations
