@@ -17,12 +17,11 @@ from bidensify._util.version import __version__
 from bidensify.cli.bench import bench
 from bidensify.cli.compare import compare
 from bidensify.cli.demo import demo
-from bidensify.cli.deploy import export, pack
+from bidensify.cli.deploy import export, pack, runtime
 from bidensify.cli.evaluate import evaluate
 from bidensify.cli.models import convert, plan, summary
 from bidensify.cli.predict import predict
 from bidensify.cli.runs import check, finetune
-from bidensify.cli.runtime import runtime
 
 __all__ = ["COMMANDS", "app", "main"]
 

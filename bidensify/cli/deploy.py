@@ -1,4 +1,4 @@
-"""``pack`` and ``export``: from a trained student to a small file."""
+"""``pack``, ``export`` and ``runtime``: from a trained student to a small file, and what runs it."""
 
 from __future__ import annotations
 
@@ -121,3 +121,32 @@ def export(
         else f"run again by {done.runtime}: mean difference {done.difference:.1e} of the outputs' mean size"
     )
     console().print(f"{done.path}: {done.bytes:,} bytes, {compared}", soft_wrap=True)
+
+
+@command(
+    "bidensify runtime build --out runtime",
+    "bidensify runtime build --out arm --cmake -DCMAKE_TOOLCHAIN_FILE=aarch64.cmake --cmake -DCMAKE_PREFIX_PATH=executorch-arm",
+)
+def runtime(
+    action: Annotated[
+        Literal["build", "sources"], typer.Argument(help="build: compile it. sources: print where its C++ lies.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to build into.", show_default="a cache that export uses")
+    ] = None,
+    cmake: Annotated[
+        list[str] | None, typer.Option(metavar="ARGUMENT", help="An argument for cmake; repeat for more.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Build the C++ runtime of exported networks (*.pte) against the ExecuTorch that is installed.
+
+    Beside the library comes bidensify_program.py, which runs a .pte from Python with NumPy alone.
+    """
+    from bidensify.deploy.executorch.build import SOURCES, build_runtime, find_runtime
+
+    if action == "sources":
+        print(SOURCES)
+        return
+    library = find_runtime() if out is None and not cmake else build_runtime(out or Path("runtime"), tuple(cmake or ()))
+    console().print(f"{library}: {library.stat().st_size:,} bytes", soft_wrap=True)
