@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bidensify._util.version import __version__ as __version__
-from bidensify.integrations.hook import register_with_transformers
+from bidensify.integrations.hook import register
 
 if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
@@ -65,8 +65,8 @@ __all__ = [
 ]
 
 
-# A checkpoint whose configuration names bidensify loads with transformers once this package is imported.
-register_with_transformers()
+# A checkpoint whose configuration names bidensify loads with the library that it is for once this package is imported.
+register()
 
 
 def __getattr__(name: str) -> Any:

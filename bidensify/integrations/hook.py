@@ -1,7 +1,7 @@
-"""Registers bidensify with transformers at the moment when transformers' quantizers are imported, in either order.
+"""Registers integrations with other libraries at the moment when these are imported, in either order.
 
-``import bidensify`` must cost nothing, so it cannot import transformers; and a checkpoint that names "bidensify" must load
-wherever bidensify was imported, so registration cannot wait until somebody asks for it.
+``import bidensify`` must cost nothing, so it cannot import them; and a checkpoint that names "bidensify" must load (or be
+refused) wherever bidensify was imported, so registration cannot wait until somebody asks for it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,28 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["register_with_transformers"]
+__all__ = ["register"]
 
-_QUANTIZERS = "transformers.quantizers.auto"
-_INTEGRATION = "bidensify.integrations.transformers"
+# Another library's module -> ours, which is imported behind it.
+_INTEGRATIONS = {
+    "transformers.quantizers.auto": "bidensify.integrations.transformers",
+    "huggingface_hub.hub_mixin": "bidensify.integrations.hub",
+    "torch.nn.modules.module": "bidensify.integrations.strict",
+}
 
 
-def _register() -> None:
+def _register(module: str) -> None:
     try:
-        importlib.import_module(_INTEGRATION)
+        importlib.import_module(_INTEGRATIONS[module])
     except ImportError as error:
-        # transformers itself must stay importable, whatever its version.
-        warnings.warn(
-            f"bidensify could not register with the installed transformers ({error}); "
-            "from_pretrained(quantization_config=...) needs transformers 5 or later",
-            stacklevel=2,
+        # The library itself must stay importable, whatever its version.
+        library = module.partition(".")[0]
+        needs = (
+            "; from_pretrained(quantization_config=...) needs transformers 5 or later"
+            if library == "transformers"
+            else ""
         )
+        warnings.warn(f"bidensify could not register with the installed {library} ({error}){needs}", stacklevel=2)
 
 
 class _Loader(importlib.abc.Loader):
@@ -47,18 +53,22 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register()
+        _register(module.__name__)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Answers for one module, once."""
+    """Answers for each of the modules, once."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.waiting = set(modules)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _QUANTIZERS:
+        if fullname not in self.waiting:
             return None
-        if self in sys.meta_path:
+        self.waiting.discard(fullname)
+        if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -66,9 +76,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def register_with_transformers() -> None:
-    """Registers now if transformers' quantizers are imported already, else as soon as they are."""
-    if _QUANTIZERS in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+def register() -> None:
+    """Registers now with what is imported already, else as soon as it is."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    missing = [module for module in _INTEGRATIONS if module not in sys.modules]
+    if missing:
+        sys.meta_path.insert(0, _Finder(missing))
+    for module in _INTEGRATIONS:
+        if module in sys.modules:
+            _register(module)

@@ -74,21 +74,22 @@ def test_what_the_user_sees_without_bidensify(folder: Path) -> None:
 def test_an_integration_that_fails_does_not_break_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     from bidensify.integrations import hook
 
-    monkeypatch.setattr(hook, "_INTEGRATION", "bidensify.integrations.no_such_module")
+    monkeypatch.setitem(hook._INTEGRATIONS, "transformers.quantizers.auto", "bidensify.integrations.no_such_module")
     with pytest.warns(UserWarning, match="could not register with the installed transformers"):
-        hook.register_with_transformers()
+        hook._register("transformers.quantizers.auto")
 
 
 def test_registering_twice_changes_nothing() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    from bidensify.integrations.hook import _Finder, register_with_transformers
+    from bidensify.integrations.hook import register
     from bidensify.integrations.transformers import BidensifyQuantizer, StoredBidensify
 
-    register_with_transformers()
+    finders = list(sys.meta_path)
+    register()
     assert AUTO_QUANTIZER_MAPPING["bidensify"] is BidensifyQuantizer
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["bidensify"] is StoredBidensify
-    assert not any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    assert sys.meta_path == finders
 
 
 @pytest.mark.parametrize("packed", [False, True])
