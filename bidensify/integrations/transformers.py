@@ -11,6 +11,7 @@ Importing this module registers the quantizer "bidensify"; ``import bidensify`` 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from bidensify.errors import ConfigError, FormatError
 from bidensify.integrations.stored import NAME, StoredBidensify
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from bidensify.rewrite.plan.schema import Plan
 
@@ -145,6 +146,8 @@ class BidensifyQuantizer(HfQuantizer):  # type: ignore[misc]
             return bidensify(model, self.quantization_config.config, inplace=True)
         _initialize_as_before(model)
         _refuse_missing(model)
+        if type(model).__name__ == self.quantization_config.plan.get("model_class"):
+            _tell_missing(model)
         if self._packed:
             _finish_packed(model, self.quantization_config.float_dtype)
         return model
@@ -214,18 +217,40 @@ def _refuse_missing(model: nn.Module) -> None:
     from bidensify.deploy.layers import PackedLayer
     from bidensify.nn import BinaryLayer
 
-    lacking = [
-        f"{path}.{name}"
+    held = [
+        (path, name, _comes_from_elsewhere(value))
         for path, module in model.named_modules()
         if isinstance(module, (BinaryLayer, PackedLayer))
         for name, value in module.state_dict(keep_vars=True).items()
-        # What stays on the meta device is offloaded: it is read from disk when it is used.
-        if value.device.type != "meta" and not getattr(value, "_is_hf_initialized", False)
     ]
+    lacking = [f"{path}.{name}" for path, name, loaded in held if not loaded]
+    if lacking and not any(loaded for _, name, loaded in held if name != "weight"):
+        raise FormatError(
+            f"the checkpoint of {type(model).__name__} holds none of what binary layers have, and its config.json says that it was rewritten: a "
+            "full-precision model that was made from a rewritten one's config; take quantization_config out of config.json"
+        )
     if lacking:
         raise FormatError(
             f"the checkpoint of {type(model).__name__} lacks {len(lacking)} tensors of binary layers, the first "
             f"{lacking[0]!r}; it is not whole, or its config.json is of another checkpoint: save the model again"
+        )
+
+
+def _comes_from_elsewhere(value: Tensor) -> bool:
+    """Whether a tensor was loaded, or will be: what stays on the meta device is offloaded, and read when it is used."""
+    return value.device.type == "meta" or bool(getattr(value, "_is_hf_initialized", False))
+
+
+def _tell_missing(model: nn.Module) -> None:
+    """Warns of full-precision tensors that were drawn, where the checkpoint is of this very class (a head is new elsewhere)."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    state = model.state_dict(keep_vars=True).items()
+    drawn = [name for name, value in state if name not in tied and not _comes_from_elsewhere(value)]
+    if drawn:
+        warnings.warn(
+            f"the checkpoint of {type(model).__name__} has no tensor of the right size for {len(drawn)} full-precision ones, the "
+            f"first {drawn[0]!r}: they were drawn at random",
+            stacklevel=2,
         )
 
 

@@ -7,10 +7,12 @@ saved model or a run's folder: it runs nobody's code and fetches no weights.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bidensify._util.modules import import_own
 from bidensify._util.names import near
@@ -26,6 +28,8 @@ _SOURCES: Registry[SourceFunction] = Registry("model source", "bidensify.registe
 _FETCHING: dict[str, frozenset[str]] = {}
 # Options of every source: what is loaded once the network is built.
 _LOADING = ("weights_file", "encoder_imagenet")
+# What a network may have that a file names, 16 GiB in float32: a file must not fill the memory.
+_MOST_VALUES = 2**32
 
 
 def register_source(name: str, *, fetching: Sequence[str] = ()) -> Callable[[SourceFunction], SourceFunction]:
@@ -211,7 +215,26 @@ def rebuild_model(spec: str, options: Mapping[str, Any], where: str, *, trust: b
     settings = _without(settings, _FETCHING[source])
     if "architecture_only" in _SOURCES.options(source):
         settings["architecture_only"] = True
-    return _named(_from_source(str(spec), source, name, settings), spec, options)
+    with _Bounded(where):
+        return _named(_from_source(str(spec), source, name, settings), spec, options)
+
+
+class _Bounded(TorchDispatchMode):
+    """Refuses to make more values than a network has, before their memory is asked for."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.made = where, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], (list, tuple)) and all(isinstance(size, int) for size in args[0]):
+            self.made += math.prod(args[0])
+            if self.made > _MOST_VALUES:
+                raise ConfigError(
+                    f"{self.where} names a network of more than {_MOST_VALUES:,} values, and a file must not ask for that much "
+                    "memory; build the network yourself and give it"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def _without(value: Any, keys: frozenset[str]) -> Any:

@@ -169,7 +169,8 @@ class Loop:
         final = epoch.index == len(self.plan) - 1
         text, metrics = f"{title}  loss {record['loss']:.4f}", None
         if (epoch.index + 1) % recipe.evaluate.every == 0 or final:
-            # Evaluation may fail for reasons of its own; the epoch's training is not lost with it.
+            # Evaluation may fail for reasons of its own; the epoch's training is not lost with it. A resume from here
+            # evaluates again, to the same figures.
             self._checkpoint()
             self._progress()
             with self.ema.swapped() if self.ema is not None else nullcontext():
@@ -185,7 +186,7 @@ class Loop:
         self.log.write("epoch", record)
         self.log.say(f"{text}  {record['images_per_second']:.1f} images/s")
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, []
-        if (epoch.index + 1) % recipe.checkpoint.every == 0 or final:
+        if final or (metrics is None and (epoch.index + 1) % recipe.checkpoint.every == 0):
             self._checkpoint()
 
     def _measure(self, model: nn.Module) -> dict[str, float]:

@@ -91,3 +91,32 @@ def test_a_checkpoint_with_a_head_goes_into_the_base_class(student: Any, packed:
     base = transformers.SegformerModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(base(X).last_hidden_state, whole.segformer(X).last_hidden_state)
+
+
+def test_a_checkpoint_that_lacks_a_float_tensor_is_told(student: Any, tmp_path: Path, recwarn: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    student.save_pretrained(tmp_path)
+    Head.from_pretrained(tmp_path)
+    assert not [w for w in recwarn if "drawn at random" in str(w.message)]
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["decode_head.classifier.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"1 full-precision ones, the first 'decode_head.classifier.weight': they were drawn"
+    ):
+        Head.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="2 full-precision ones"):
+        Head.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+
+
+def test_a_float_model_of_a_rewritten_ones_configuration_says_how_it_loads(student: Any, tmp_path: Path) -> None:
+    Head(student.config).save_pretrained(tmp_path)
+    with pytest.raises(
+        FormatError, match=r"holds none of what binary layers have.*take quantization_config out of config.json"
+    ):
+        Head.from_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    plain = {key: value for key, value in json.loads(file.read_text()).items() if key != "quantization_config"}
+    file.write_text(json.dumps(plain))
+    assert not list(binary_layers(Head.from_pretrained(tmp_path)))

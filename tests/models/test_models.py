@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +176,18 @@ def test_a_folder_of_transformers_gives_its_architecture_alone(tmp_path: Path) -
     config.write_text('{"attn_implementation": "somebody/kernels",' + good.lstrip()[1:])
     with pytest.raises(ConfigError, match="attn_implementation.*code from the hub"):
         rebuild_model(spec, {}, "x")
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("demo:unet", {"num_classes": 2, "width": 2**20}),
+        ("demo:unet", {"num_classes": 2**40}),
+        ("smp:Unet/resnet18", {"decoder_channels": [2**22, 16, 16, 16, 16]}),
+        ("torchvision:fcn_resnet50", {"num_classes": 2**31}),
+    ],
+)
+def test_a_file_names_no_network_that_fills_the_memory(spec: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"header names a network of more than 4,294,967,296 values"):
+        rebuild_model(spec, options, "header")
+    assert sum(p.numel() for p in rebuild_model("demo:unet", {"num_classes": 2, "width": 8}, "header").parameters()) > 0
