@@ -31,7 +31,7 @@ _ACT_BITS = (1, 2)
 
 
 def _check_act_bits(bits: Any, where: str) -> None:
-    if bits not in _ACT_BITS or isinstance(bits, bool):
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in _ACT_BITS:
         raise ConfigError(f"{where}: act_bits={bits!r} must be 1 or 2, the bits of an activation")
 
 

@@ -19,6 +19,7 @@ def test_json_round_trip() -> None:
         rules=(
             bd.Rule("encoder.*", "keep"),
             bd.Rule(nn.Conv2d, {"act_scale": "per_channel", "bypass": False}, where={"kernel_size": (None, 3)}),
+            bd.Rule("wide.*", {"act_bits": 2}),
         ),
     )
     assert bd.BidensifyConfig.from_json(config.to_json()) == config
@@ -40,6 +41,9 @@ def test_configurations_are_values() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"act_bits": 3}, r"act_bits=3 must be 1 or 2"),
+        ({"act_bits": True}, r"act_bits=True must be 1 or 2"),
+        ({"act_bits": "2"}, r"act_bits='2' must be 1 or 2"),
         ({"act_scale": "per_tenser"}, r"act_scale='per_tenser' is none of its values; did you mean 'per_tensor'"),
         ({"residual": True}, "residual=True is none of its values; known: auto, keep, double"),
         ({"keep_first": "yes"}, "keep_first='yes' must be true or false"),
@@ -69,6 +73,7 @@ def test_mistakes(fields: dict[str, object], message: str) -> None:
     [
         (("",), "match=''"),
         (("a", 3), "action=3"),
+        (("a", {"act_bits": 4}), r"Rule\('a'\): act_bits=4 must be 1 or 2"),
         (("a", {"act_scal": "none"}), "unknown override 'act_scal'; did you mean 'act_scale'"),
         (("a", {"activation": "gelu"}), "activation='gelu' must be one of rprelu, keep"),
         (("a", "keep", {"kernel": (1, 1)}), "unknown predicate 'kernel'; did you mean 'kernel_size'"),

@@ -82,6 +82,12 @@ def test_layers_in_every_variant(tmp_path: Path) -> None:
     assert "Peak" not in text
 
 
+def test_both_bits_of_activations_stand_beside_float() -> None:
+    result = run_bench(cases=[SMALL], kernels=[KERNEL], seconds=0.01, latent=True, bfloat16=False, act_bits=[1, 2])
+    wanted = ["float", "latent", KERNEL, "latent 2 bits", f"{KERNEL} 2 bits"]
+    assert list(result["rows"][0]["milliseconds"]) == wanted
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float_and_latent_layers_of_a_case_have_one_shape(case: Case) -> None:
     small = replace(case, shape=(*case.shape[:2], 8, 8) if len(case.shape) == 4 else (1, 8, case.shape[2]))
@@ -109,6 +115,10 @@ def test_bad_requests_are_refused() -> None:
         run_bench(cases=[SMALL], threads=[0])
     with pytest.raises(ConfigError, match="sse9"):
         run_bench(cases=[SMALL], kernels=["sse9"])
+    with pytest.raises(ConfigError, match=r"act_bits=\[3\]"):
+        run_bench(cases=[SMALL], act_bits=[3])
+    with pytest.raises(ConfigError, match=r"act_bits=\[1, 2\]"):
+        run_bench(nn.Conv2d(3, 3, 1), act_bits=[1, 2])
     with pytest.raises(ConfigError, match="spec="):
         run_bench(nn.Conv2d(3, 3, 1), memory=True)
 

@@ -56,6 +56,8 @@ def test_plan_prints_a_table(cli: CliRunner) -> None:
     [
         (["plan", "demo:vnet"], 2, "demo:unet"),
         (["plan", "demo:unet", "--method", "nonsense"], 2, "bidense"),
+        (["plan", "demo:unet", "--method", "xnor", "--act-bits", "2"], 2, "has activations of 1 bit"),
+        (["plan", "demo:unet", "--act-bits", "3"], 2, "--act-bits"),
         (["plan", "demo:unet", "-o", "width"], 2, "is not NAME=VALUE"),
         (["plan", "demo:unet", "--input", "3x0x8"], 2, "--input '3x0x8' is no shape"),
         (["plan", "demo:unet", "--config", "no-such.yaml"], 2, "no-such.yaml"),
@@ -85,10 +87,12 @@ def test_an_error_is_one_panel_and_debug_shows_the_traceback(cli: CliRunner) -> 
     assert isinstance(loud.exception, ConfigError)
 
 
-def test_convert_writes_a_latent_network(cli: CliRunner, tmp_path: Path) -> None:
-    result = cli.invoke(app, ["convert", "demo:unet", str(tmp_path / "out")])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_convert_writes_a_latent_network(cli: CliRunner, tmp_path: Path, bits: int) -> None:
+    result = cli.invoke(app, ["convert", "demo:unet", str(tmp_path / "out"), "--act-bits", str(bits)])
     assert result.exit_code == 0, text_of(result)
     model = bd.from_pretrained(tmp_path / "out")
+    assert {layer.binarizer.planes for _, layer in bd.nn.binary_layers(model)} == {bits}
     assert model(torch.zeros(1, 3, 32, 32)).shape[-2:] == (32, 32)
 
 

@@ -21,6 +21,7 @@ from bidensify.methods import get_method
 from bidensify.models import build_model
 
 CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
+WITH_BITS = [(name, bits) for name in CONVOLUTIONAL for bits in get_method(name).act_bits]
 
 
 class Attention(nn.Module):
@@ -80,19 +81,21 @@ def test_float_macs_are_those_of_torchs_counter(name: str, model: nn.Module) -> 
     assert result.total("float_params") == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", CONVOLUTIONAL)
-def test_latent_and_packed_networks_do_the_work_of_the_original(method: str) -> None:
+@pytest.mark.parametrize(("method", "bits"), WITH_BITS)
+def test_latent_and_packed_networks_do_the_work_of_the_original(method: str, bits: int) -> None:
     from bidensify.models.unet import unet
 
     model = unet(width=8)
     total = counted(model, (3, 64, 64))
-    student = bd.bidensify(model, method=method).eval()
+    student = bd.bidensify(model, bd.BidensifyConfig(method=method, act_bits=bits)).eval()
     binary = sum(layer.latent_weight.numel() for _, layer in bd.nn.binary_layers(student))
     latent, packed = summary(student, (3, 64, 64)), summary(bd.pack(student), (3, 64, 64))
     assert (latent.state, packed.state) == ("LATENT", "PACKED")
     for result in (latent, packed):
         assert result.total("binary_macs") + result.total("float_macs") == total
         assert result.total("binary_params") == binary
+        floats, ones = result.total("float_macs"), result.total("binary_macs")
+        assert result.total("ops") == 2 * floats + 2 * ones * bits / 64 + result.total("elementwise")
     for name in ("binary_macs", "float_macs", "elementwise"):
         assert latent.total(name) == packed.total(name), name
     kept = sum(p.numel() for m in bd.pack(student).modules() for p in m._parameters.values() if p is not None)
@@ -225,9 +228,9 @@ def test_layers_by_hand(
     assert (row.bytes, row.ops, row.elementwise) == (4 * params, 2 * macs, 0)
 
 
-@pytest.mark.parametrize("method", CONVOLUTIONAL)
-def test_what_the_file_weighs(method: str, tmp_path: Path) -> None:
-    student = bd.bidensify(build_model("demo:unet"), method=method).eval()
+@pytest.mark.parametrize(("method", "bits"), WITH_BITS)
+def test_what_the_file_weighs(method: str, bits: int, tmp_path: Path) -> None:
+    student = bd.bidensify(build_model("demo:unet"), bd.BidensifyConfig(method=method, act_bits=bits)).eval()
     packed = bd.pack(student)
     bd.save_pretrained(packed, tmp_path)
     written = (tmp_path / "model.safetensors").stat().st_size

@@ -56,6 +56,22 @@ def test_onnx_runs_elsewhere_on_other_sizes_and_stays_small(packed: nn.Module, t
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
 
 
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_two_bits_of_activations_run_elsewhere(tmp_path: Path, name: str, state: str) -> None:
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    student = bd.bidensify(unet(width=8), bd.BidensifyConfig(act_bits=2)).eval()
+    bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
+    network = bd.pack(student) if state == "packed" else student
+    done = export(network, tmp_path / name, example_inputs=torch.randn(2, 3, 64, 64))
+    assert done.runtime is not None
+    assert done.difference is not None
+    assert done.difference < 1e-3
+
+
 @pytest.mark.parametrize("method", CONVOLUTIONAL)
 def test_a_latent_network_goes_to_onnx(method: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -90,6 +90,24 @@ def test_only_packed_models_are_written(tmp_path: Path) -> None:
         write_packed(tmp_path, network())
 
 
+def test_two_planes_are_a_file_of_version_2(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = settle(BiDenseConv2d(20, 24, 3, 2, 1, act_bits=2))
+    packed = nn.Sequential(freeze(layer), freeze(settle(BiDenseConv2d(24, 8, 1))))
+    write_packed(tmp_path, packed)
+    header, tensors = read_packed(tmp_path)
+    assert header["format_version"] == 2
+    assert [meta["spec"].get("planes", 1) for meta in header["layers"].values()] == [2, 1]
+    again = nn.Sequential(*(empty_from_meta(meta) for meta in header["layers"].values()))
+    again.load_state_dict(tensors)
+    x = torch.randn(2, 20, 9, 8)
+    with torch.no_grad():
+        assert torch.equal(again(x), packed(x))
+    rehash(tmp_path, _set("format_version", value=1))
+    with pytest.raises(FormatError, match="planes=2 in a file of version 1"):
+        read_packed(tmp_path)
+
+
 VERSION_1 = Path(__file__).parent / "data" / "version_1"
 CLASSES = {cls.__name__: cls for cls in (PackedConv2d, PackedConvTranspose2d, PackedLinear)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +172,65 @@ def test_sign_of_zero_and_of_nan(name: str) -> None:
     dots = choose_backend(name).run(x, tiles, torch.zeros(spec.side_length), spec, None, None, None, dots=True)
     # sign(0) = sign(-0) = +1; a NaN is on no side and counts as low, as torch.where(x >= beta, ...) has it.
     assert dots.item() == 1
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_both_planes_of_values_on_thresholds_and_of_nan(name: str) -> None:
+    spec = PackedSpec("conv", 1, 1, levels=True, planes=2)
+    tiles = tiles_from_bits(bits_from_signs(torch.ones(spec.weight_shape)), spec)
+    side = torch.zeros(spec.side_length)
+    side[:2] = torch.tensor([-1.0, 1.0])  # thresholds -1, 0, 1
+    below = [float(np.nextafter(np.float32(at), np.float32(-9))) for at in (-1, 0, 1)]
+    x = torch.tensor([-1.0, -0.0, 0.0, 1.0, *below, 9.0, -9.0, float("inf"), -float("inf"), float("nan")]).view(
+        1, 1, 1, -1
+    )
+    dots = choose_backend(name).run(x, tiles, side, spec, None, None, None, dots=True)
+    assert dots.flatten().tolist() == [-1, 1, 1, 3, -3, -1, 1, 3, -3, 3, -3, -3]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.5, 2.5), (1.5, 2.5), (0.25, 0.5), (-2.5, -1.5), (-0.5, 1.5), (-2.0, 0.5), (2.0, 2.0)]
+)
+@pytest.mark.parametrize("geometry", ["3x3", "groups", "1x1", "strided", "depthwise", "transposed"])
+def test_planes_that_are_constant(name: str, low: float, high: float, geometry: str) -> None:
+    # With the step 1, values of (0.5, 2.5) leave the first plane constant, of (-0.5, 1.5) the second, of (1.5, 2.5) both.
+    spec = {
+        "3x3": PackedSpec("conv", 40, 70, (3, 3), padding=(1, 1, 1, 1)),
+        "groups": PackedSpec("conv", 66, 99, (3, 2), padding=(1, 1, 1, 1), groups=3),
+        "1x1": PackedSpec("conv", 70, 40),
+        "strided": PackedSpec("conv", 32, 64, (3, 3), (2, 2), (1, 1, 1, 1), (2, 1)),
+        "depthwise": PackedSpec("conv", 35, 35, (3, 3), padding=(1, 1, 1, 1), groups=35),
+        "transposed": PackedSpec("conv_transpose", 33, 20, (3, 3), (2, 2), (1, 1, 1, 1)),
+    }[geometry]
+    spec = replace(spec, planes=2, offset=True, levels=True)
+    generator = torch.Generator().manual_seed(5)
+    signs = random_signs(spec.weight_shape, generator)
+    tiles = tiles_from_bits(bits_from_signs(signs), spec)
+    side = torch.randn(spec.side_length, generator=generator)
+    side[:2] = torch.tensor([-1.0, 1.0])
+    # The second sample has every value: a plane is constant of one sample, not of another.
+    x = torch.where(torch.rand((2, spec.in_channels, 9, 11), generator=generator) < 0.5, low, high)
+    x[1] = torch.randn(x[1].shape, generator=generator) * 2
+    levels = (x >= 0) * 2 + torch.where(x >= 0, x >= 1, x >= -1) * 1 - 1.5
+    dots = choose_backend(name).run(x, tiles, side, spec, None, None, None, dots=True)
+    assert torch.equal(dots.double(), float_convolution(levels * 2, signs, spec))
+    assert torch.equal(choose_backend(name).run(x, tiles, side, spec), packed_reference(x, tiles, side, spec))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("constant", [False, True])
+def test_long_sums_of_two_planes_do_not_overflow_narrow_counters(name: str, constant: bool) -> None:
+    spec = PackedSpec("linear", 70_001, 33, levels=True, planes=2)
+    tiles = tiles_from_bits(bits_from_signs(torch.ones(spec.weight_shape)), spec)
+    side = torch.zeros(spec.side_length)
+    side[:2] = torch.tensor([-1.0, 1.0])
+    x = torch.full((1, spec.in_channels, 3, 1), -9.0)
+    if not constant:
+        x[:, 0, 2] = 9.0
+    dots = choose_backend(name).run(x, tiles, side, spec, None, None, None, dots=True)
+    assert dots[:, :, :2].unique().tolist() == [-3 * 70_001]
+    assert dots[:, :, 2].unique().tolist() == [-3 * 70_001 + (0 if constant else 6)]
 
 
 @pytest.mark.parametrize("name", NATIVE)

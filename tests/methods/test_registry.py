@@ -139,6 +139,20 @@ def test_unknown_method() -> None:
         get_method("bidence")
 
 
+def test_bits_of_activations_are_what_the_method_was_registered_with() -> None:
+    with pytest.raises(ConfigError, match=r"act_bits=\(1, 3\) must be \(1,\), \(1, 2\) or \(2,\)"):
+        bd.register_method("threes", act_bits=(1, 3))
+    spec = LayerSpec("conv2d", 4, 4)
+    with pytest.raises(ConfigError, match="act_bits=2: the method 'irnet' has activations of 1 bit; 2 have bidense"):
+        get_method("irnet").parts(spec, bd.BidensifyConfig(method="irnet", act_bits=2))
+    try:
+        bd.register_method("forgets", act_bits=(1, 2))(plain)
+        with pytest.raises(ConfigError, match="'forgets' gave SignBinarizer, whose planes=1, for act_bits=2"):
+            get_method("forgets").parts(spec, bd.BidensifyConfig(method="forgets", act_bits=2))
+    finally:
+        _METHODS.pop("forgets", None)
+
+
 def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     return LayerParts(SignBinarizer(spec.in_channels, spec.dim), WeightBinarizer(transposed=spec.transposed))
 

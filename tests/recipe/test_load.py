@@ -61,6 +61,8 @@ def test_every_mistake_is_reported_with_its_path(tiny: ModuleType) -> None:
         ("binarize.metod=bnn", "binarize.metod: unknown key; did you mean 'method'?"),
         ("binarize.method=bidens", "binarize.method: there is no method 'bidens'; did you mean 'bidense'"),
         ("binarize.act_scale=tensor", "binarize: "),
+        ("binarize={method: xnor, act_bits: 2}", "binarize.act_bits=2: the method 'xnor' has activations of 1 bit"),
+        ("binarize.act_bits=3", "binarize: BidensifyConfig: act_bits=3 must be 1 or 2"),
         ("stages[0].losses.kll=1", "stages[0].losses.kll: unknown key; did you mean 'kl'?"),
         ("stages[0].losses.kl.temperature=0", "stages[0].losses.kl.temperature: input should be greater than 0, got 0"),
         ("stages[0].losses.features=1", "stages[0].losses.features.layers: missing"),

@@ -65,6 +65,7 @@ def test_overrides_reach_the_layers() -> None:
         bd.Rule("up1.conv", {"method": "bnn"}),
         bd.Rule("up2.conv", "bnn"),
         bd.Rule("head", "binarize"),
+        bd.Rule("deep.1.conv2", {"act_bits": 2}),
     )
     student = bd.bidensify(Net(), bd.BidensifyConfig(rules=rules))
     assert student.basic[0].conv1.binarizer.act_scale == "per_channel"
@@ -74,6 +75,18 @@ def test_overrides_reach_the_layers() -> None:
     assert student.up1.conv.method == student.up2.conv.method == "bnn"
     assert student.up1.conv.bypass is None
     assert student.head.method == "bidense"
+    assert [path for path, layer in bd.nn.binary_layers(student) if layer.binarizer.planes == 2] == ["deep.1.conv2"]
+
+
+def test_bits_that_a_method_does_not_have_are_an_error_that_names_the_layer_and_those_that_do() -> None:
+    words = "deep.1.conv2: act_bits=2: the method 'xnor' has activations of 1 bit; 2 have .*bidense, .*bnn"
+    with pytest.raises(ConfigError, match=words):
+        bd.plan(Net(), bd.BidensifyConfig(rules=(bd.Rule("deep.1.conv2", {"method": "xnor", "act_bits": 2}),)))
+    student = bd.bidensify(Net(), bd.BidensifyConfig(act_bits=2, rules=(bd.Rule("deep.*", {"act_bits": 1}),)))
+    bits = {path: layer.binarizer.planes for path, layer in bd.nn.binary_layers(student)}
+    assert {path for path, number in bits.items() if number == 1} == {path for path in bits if path.startswith("deep.")}
+    replayed = bd.rewrite.Plan.from_dict(student.bidensify_plan.to_dict(compact=True))
+    assert {layer.path: layer.act_bits for layer in replayed.binary} == bits
 
 
 def test_counts_are_shown_and_rules_of_one_pattern_are_told_apart() -> None:
