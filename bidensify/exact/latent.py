@@ -124,7 +124,11 @@ class _LayerSums(TorchFunctionMode):
             return None
         ones = weight.new_ones(weight.shape[0])
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        counted: Tensor = popcounts.binary_conv(signs, None, None, weight, ones, None, *geometry)
+        planes, levels = layer.binarizer.planes, None
+        if planes == 2:
+            # Of -3, -1, 1 and 3: four levels two apart.
+            levels = signs.new_tensor([-2.0, 2.0]).repeat(signs.shape[0], 1)
+        counted: Tensor = popcounts.binary_conv(signs, None, levels, weight, ones, None, *geometry, planes)
         return counted
 
     def window(self, signs: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def dab(
     k: Tensor,
     b: Tensor,
     a: Tensor,
-    act_scale: str,
+    scale: int,
     groups: int,
     dim: int,
     owned: bool = False,
@@ -100,6 +100,7 @@ def dab(
 
     Args:
         x: (N, C, ...) with ``dim=1`` or (N, ..., C) with ``dim=-1``, dense.
+        scale: of ``training_ops.SCALES``, plus ``TWO_PLANES`` where there are two.
         groups: 0; or C, which passes ``x`` on; or fewer, which gives ``fusion_down(x, groups)``.
         owned: nothing else will see the binarized input's gradient: it may be overwritten.
         signs: False, where channels are innermost: the binarized input is a stand-in that autograd knows, without values.
@@ -108,7 +109,7 @@ def dab(
         The binarized input, the bypass's input (empty for ``groups=0``) and the statistics (4, N, C): mean, beta,
         distance, alpha.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, ops.SCALES[act_scale], groups, dim, owned, signs)
+    result: tuple[Tensor, Tensor, Tensor] = _Dab.apply(x, k, b, a, scale, groups, dim, owned, signs)
     return result
 
 

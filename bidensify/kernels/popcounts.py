@@ -27,7 +27,7 @@ _LEAST_FAN_IN = 64
 _FAST = (2, 1, 3)
 _SCHEMA = (
     "binary_conv(Tensor x, Tensor? thresholds, Tensor? levels, Tensor weight, Tensor scale, Tensor? bias, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups) -> Tensor"
+    "int[2] padding, int[2] dilation, int groups, int planes=1) -> Tensor"
 )
 
 
@@ -85,6 +85,7 @@ def _run(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    planes: int = 1,
 ) -> Tensor:
     found, tier = library(), _tier()
     assert found is not None
@@ -107,7 +108,7 @@ def _run(
     tiles = torch.empty(count, dtype=torch.int32)
     shift = scale.new_zeros(cout) if bias is None else bias
     arguments = PackedArguments(
-        n, height, width, cin, *size, cout, kh, kw, *stride, *dilation, *padding, groups, 0, depthwise, 1
+        n, height, width, cin, *size, cout, kh, kw, *stride, *dilation, *padding, groups, 0, depthwise, planes
     )  # fmt: skip
     arguments.tier, arguments.threads = tier, torch.get_num_threads()
     arguments.x, arguments.y, arguments.tiles, arguments.tiles_length = (
@@ -135,15 +136,16 @@ _LIBRARY.define(_SCHEMA)
 _LIBRARY.impl("binary_conv", _run, "CPU")
 torch.library.register_fake(
     "bidensify::binary_conv",
-    lambda x, thresholds, levels, weight, scale, bias, stride, padding, dilation, groups: _empty(
+    lambda x, thresholds, levels, weight, scale, bias, stride, padding, dilation, groups, planes=1: _empty(
         x, weight, stride, padding, dilation
     )[0],
     lib=_LIBRARY,
 )
 
-# (x, thresholds, levels, weight, scale, bias, stride, padding, dilation, groups) -> y: the convolution, plus bias, of high where
-# x >= threshold and low elsewhere with scale * sign(weight). x: (N, C_in, H, W) dense in channels_last; thresholds: (N, C_in), or
-# None for 0; levels: (N, 2), low and high, or None for -1 and +1; scale: (C_out,). All float32; padding is with zeros.
+# (x, thresholds, levels, weight, scale, bias, stride, padding, dilation, groups, planes) -> y: the convolution, plus bias, of
+# high where x >= threshold and low elsewhere with scale * sign(weight). x: (N, C_in, H, W) dense in channels_last; thresholds:
+# (N, C_in), or None for 0; levels: (N, 2), low and high, or None for -1 and +1; scale: (C_out,). All float32; padding is with
+# zeros. With two planes x stands for one of four levels, see ``bidensify.nn.ActivationBinarizer``.
 binary_conv = torch.ops.bidensify.binary_conv.default
 
 
@@ -161,11 +163,12 @@ class _Convolve(torch.autograd.Function):
         scale: Tensor,
         remake: Sequence[Callable[[], Tensor]],
         geometry: tuple[Any, ...],
+        planes: int,
     ) -> Tensor:
         ctx.remake, ctx.geometry, ctx.bias = remake, geometry, None if bias is None else list(bias.shape)
         # Saved so that a change in place between the passes is noticed.
         ctx.save_for_backward(source, weight)
-        y: Tensor = binary_conv(source, thresholds, levels, weight, scale, bias, *geometry)
+        y: Tensor = binary_conv(source, thresholds, levels, weight, scale, bias, *geometry, planes)
         return y
 
     @staticmethod
@@ -187,7 +190,7 @@ class _Convolve(torch.autograd.Function):
             groups,
             list(ctx.needs_input_grad[:3]),
         )
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 def convolve(
@@ -202,6 +205,7 @@ def convolve(
     scale: Tensor,
     remake: Sequence[Callable[[], Tensor]],
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    planes: int = 1,
 ) -> Tensor:
     """The differentiable convolution of a binarized input with a binarized weight; its forward pass is ``binary_conv``.
 
@@ -211,8 +215,9 @@ def convolve(
         source, thresholds, levels, weight, scale: what both are made of, see ``binary_conv``; detached.
         remake: give the values of ``activation`` and of ``binary`` for the backward pass.
         geometry: stride, padding, dilation, groups.
+        planes: bit planes of the binarized input.
     """
     result: Tensor = _Convolve.apply(
-        activation, binary, bias, source, thresholds, levels, weight, scale, remake, geometry
+        activation, binary, bias, source, thresholds, levels, weight, scale, remake, geometry, planes
     )
     return result

@@ -18,6 +18,7 @@ from bidensify.kernels.library import call
 
 __all__ = [
     "SCALES",
+    "TWO_PLANES",
     "dab",
     "dab_again",
     "dab_backward",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 SCALES = {"per_tensor": 0, "per_channel": 1, "none": 2}
+# Added to one of them: alpha is the step of two bit planes.
+TWO_PLANES = 4
 
 _SCHEMAS = (
     "dab_statistics(Tensor x, Tensor k, Tensor b, Tensor a, int scale, int dim) -> Tensor",

@@ -123,7 +123,12 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
 
     def native(self, x: Tensor) -> bool:
         """Whether the training kernels compute this layer for ``x``."""
-        return supports(x) and self.k.dtype == torch.float32 and x.dim() > 1 and self.planes == 1
+        return supports(x) and self.k.dtype == torch.float32 and x.dim() > 1
+
+    @property
+    def _kind(self) -> int:
+        """What the kernels call the granularity and the number of planes."""
+        return ops.SCALES[self.act_scale] + (ops.TWO_PLANES if self.planes == 2 else 0)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.native(x):
@@ -135,7 +140,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
 
     @torch.no_grad()
     def _native_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        statistics = ops.dab_statistics(x, self.k, self.b, self.a, ops.SCALES[self.act_scale], self.dim)
+        statistics = ops.dab_statistics(x, self.k, self.b, self.a, self._kind, self.dim)
         n, ones = x.shape[0], [1] * (x.dim() - 2)
         per_channel = (n, self.channels, *ones) if self.dim == 1 else (n, *ones, self.channels)
         beta = statistics[1].view(per_channel).to(x.dtype)
@@ -158,7 +163,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         x = dense(x, self.dim)
         signs = signs or self.act_scale == "per_channel"
         y, passed, statistics = self._dab(x, groups, owned, signs)
-        source, scale, codes = x.detach(), ops.SCALES[self.act_scale], None
+        source, scale, codes = x.detach(), self._kind, None
         if not signs:
             alpha = statistics[3].flatten()[: x.shape[0]]
             codes = statistics[1], torch.stack([-alpha, alpha], 1)
@@ -166,7 +171,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         return Split(y, passed if groups else None, source, again, codes)
 
     def _dab(self, x: Tensor, groups: int, owned: bool = False, signs: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        return autograd.dab(x, self.k, self.b, self.a, self.act_scale, groups, self.dim, owned, signs)
+        return autograd.dab(x, self.k, self.b, self.a, self._kind, groups, self.dim, owned, signs)
 
     def binarize(self, x: Tensor) -> Tensor:
         if self.native(x):

@@ -76,9 +76,9 @@ def countable(layer: Any, x: Tensor) -> bool:
 
 
 def _unit(binarizer: ActivationBinarizer) -> bool | None:
-    """Whether the binarized values are -1 and +1; None where they are not known to be one pair per sample."""
+    """Whether the binarized values are -1 and +1; None where they are not known to be of one scale per sample."""
     stored = binarizer.stored()
-    return None if stored is None else not ("a" in stored or "levels" in stored)
+    return None if stored is None else binarizer.planes == 1 and not ("a" in stored or "levels" in stored)
 
 
 def convolve(layer: Any, a: Tensor, split: Split | None) -> Tensor | None:
@@ -113,4 +113,5 @@ def convolve(layer: Any, a: Tensor, split: Split | None) -> Tensor | None:
         scale=scale,
         remake=(again, lambda: ops.weight_again(latent, scale)),
         geometry=(layer.stride, layer.padding, layer.dilation, layer.groups),
+        planes=layer.binarizer.planes,
     )

@@ -51,17 +51,34 @@ def test_sums_are_those_of_a_convolution_over_signs(geometry: tuple[int, ...], l
     torch.testing.assert_close(y, want)
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_sums_of_four_levels(geometry: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    cin, cout, kernel, stride, padding, dilation, groups = geometry
+    x, weight, thresholds, step = given(cin), torch.randn(cout, cin // groups, kernel, kernel), torch.randn(3, cin), 0.5
+    u = (x - thresholds[:, :, None, None]) / step
+    levels = (u.floor() + 0.5).clamp(-1.5, 1.5)
+    place = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    want = step * F.conv2d(levels, torch.where(weight >= 0, 1.0, -1.0), None, *place)
+    values = torch.tensor([[-step, step]]).repeat(3, 1)
+    y = popcounts.binary_conv(x, thresholds, values, weight, torch.ones(cout), None, *place, 2)
+    assert torch.equal(y, want)
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES[:-1], ids=str)
 @pytest.mark.parametrize("act_scale", ["per_tensor", "none"])
+@pytest.mark.parametrize("act_bits", [1, 2])
 def test_a_training_step_is_that_of_the_float_convolution(
-    geometry: tuple[int, ...], act_scale: str, monkeypatch: pytest.MonkeyPatch
+    geometry: tuple[int, ...], act_scale: str, act_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     cin, cout, kernel, stride, padding, dilation, groups = geometry
-    layer = bnn.BiDenseConv2d(cin, cout, kernel, stride, padding, dilation, groups, bias=True, act_scale=act_scale)
+    layer = bnn.BiDenseConv2d(
+        cin, cout, kernel, stride, padding, dilation, groups, bias=True, act_scale=act_scale, act_bits=act_bits
+    )
     with torch.no_grad():
         for parameter in (layer.binarizer.k, layer.binarizer.b, layer.binarizer.a):
-            parameter.normal_()
+            parameter.normal_(std=1.0 if act_bits == 1 else 0.3)
     x = given(cin)
     assert countable(layer, x)
     weights = torch.randn(layer(x).shape)
@@ -86,10 +103,11 @@ def test_a_training_step_is_that_of_the_float_convolution(
 
 
 @pytest.mark.parametrize("method", ["SignBinarizer", "ShiftedSign"])
-def test_binarizers_without_a_kernel_are_counted_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("planes", [1, 2])
+def test_binarizers_without_a_kernel_are_counted_too(method: str, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = bnn.BiDenseConv2d(32, 48, 3, padding=1)
-    layer.binarizer = getattr(__import__("bidensify.nn.signs", fromlist=[method]), method)(32)
+    layer.binarizer = getattr(__import__("bidensify.nn.signs", fromlist=[method]), method)(32, planes=planes)
     x = given(32).requires_grad_()
     layer(x).square().sum().backward()
     got, x.grad = x.grad, None

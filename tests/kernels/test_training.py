@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -60,17 +60,31 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 70), st.integers(1, 40), st
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, last=st.booleans(), scale=st.sampled_from(list(ops.SCALES)), data=st.data())
-def test_dab(shape: tuple[int, ...], last: bool, scale: str, data: st.DataObject) -> None:
+@given(
+    shape=shapes,
+    last=st.booleans(),
+    scale=st.sampled_from(list(ops.SCALES)),
+    planes=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_dab(shape: tuple[int, ...], last: bool, scale: str, planes: int, data: st.DataObject) -> None:
     """Values, the bypass's input and every gradient; float64 in torch operations is the reference."""
     channels = shape[1]
     groups = data.draw(st.integers(0, channels))
-    layer: Any = shake(DistributionAdaptiveBinarizer(channels, scale), seed=channels)
+    layer: Any = shake(DistributionAdaptiveBinarizer(channels, scale, planes=planes), seed=channels)
     twin = copy.deepcopy(layer).double()
     x = torch.randn(shape).contiguous(memory_format=FORMATS[last])
-    # Away from the threshold, where float32 and float64 fall on different sides.
-    beta = twin.codes(x.double())[0]
-    x = torch.where((x - beta).abs() < 1e-4, x + 1e-3, x).float().contiguous(memory_format=FORMATS[last])
+
+    def nearest(x: torch.Tensor) -> torch.Tensor:
+        """How far each value is from where something changes."""
+        beta, _, step = twin.codes(x.double())
+        edges = [beta + k * step for k in ((0,) if planes == 1 else (-2, -1, 0, 1, 2))]
+        return torch.stack([(x - edge).abs().expand_as(x) for edge in edges]).amin(0)
+
+    # Away from the thresholds, where float32 and float64 fall on different sides.
+    for _ in range(3):
+        x = torch.where(nearest(x) < 1e-4, x + 1e-3, x).float().contiguous(memory_format=FORMATS[last])
+    assume(float(nearest(x).min()) > 1e-5)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y, passed, _ = layer._dab(leaf, groups)
     theirs = twin(wide)
@@ -209,11 +223,13 @@ def same(layer: nn.Module, x: torch.Tensor, reference: Any, tolerance: float = 2
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("act_scale", ["per_tensor", "per_channel", "none"])
-def test_whole_layers(form: torch.memory_format, act_scale: str, reference: Any) -> None:
+@pytest.mark.parametrize("act_bits", [1, 2])
+def test_whole_layers(form: torch.memory_format, act_scale: str, act_bits: int, reference: Any) -> None:
     torch.manual_seed(0)
     for sizes in ((16, 16), (16, 40), (48, 16), (33, 7)):
         for stride in (1, 2):
-            layer = shake(BiDenseConv2d(*sizes, 3, stride, 1, act_scale=act_scale)).to(memory_format=form)
+            layer = shake(BiDenseConv2d(*sizes, 3, stride, 1, act_scale=act_scale, act_bits=act_bits))
+            layer = layer.to(memory_format=form)
             same(layer, torch.randn(2, sizes[0], 14, 18).contiguous(memory_format=form), reference)
 
 

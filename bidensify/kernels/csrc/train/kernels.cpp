@@ -20,10 +20,15 @@ void dab_forward_typed(const bdt_shape& d, const bdt_dab& a) {
   with_channels(d.c, [&](auto cc) { dab_forward_last<T, cc.value>(d, a); });
 }
 
+template <class T, bool TWO>
+void dab_backward_of(const bdt_shape& d, const bdt_dab_grad& a) {
+  if (!d.last) return dab_backward_first<T, TWO>(d, a);
+  with_channels(d.c, [&](auto cc) { dab_backward_last<T, cc.value, TWO>(d, a); });
+}
+
 template <class T>
 void dab_backward_chosen(const bdt_shape& d, const bdt_dab_grad& a) {
-  if (!d.last) return dab_backward_first<T>(d, a);
-  with_channels(d.c, [&](auto cc) { dab_backward_last<T, cc.value>(d, a); });
+  two_planes(a.scale) ? dab_backward_of<T, true>(d, a) : dab_backward_of<T, false>(d, a);
 }
 
 void dab_forward(const bdt_shape& d, const bdt_dab& a) { d.half ? dab_forward_typed<uint16_t>(d, a) : dab_forward_typed<float>(d, a); }

@@ -19,7 +19,8 @@ extern "C" {
 
 
 
-enum bdt_scale { BDT_PER_TENSOR = 0, BDT_PER_CHANNEL = 1, BDT_NO_SCALE = 2 };
+// With BDT_TWO_PLANES added, alpha is the step of four levels, 1.248 * exp(a) * distance, or 1.
+enum bdt_scale { BDT_PER_TENSOR = 0, BDT_PER_CHANNEL = 1, BDT_NO_SCALE = 2, BDT_TWO_PLANES = 4 };
 
 // An activation of n samples, c channels and s positions: (n, c, s) dense, or (n, s, c) with last = 1;
 // float32, or bfloat16 with half = 1.
