@@ -1,6 +1,7 @@
-// A segmentation network without Python: mask NET.pte IMAGE MASK.png [THREADS]
+// A segmentation network without Python: mask NET.pte IMAGE MASK.png [THREADS [RUNS]]
 //
-// NET.pte comes from `bidensify export RUN net.pte`. MASK.png gets the class of every pixel, 0 to 255; what was found is printed.
+// NET.pte comes from `bidensify export RUN net.pte`. MASK.png gets the class of every pixel, 0 to 255; what was found is printed,
+// and the median time of RUNS runs.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor_ptr_maker.h>
 #define STB_IMAGE_IMPLEMENTATION
@@ -62,9 +63,9 @@ static std::vector<float> prepare(const unsigned char* rgb, int w, int h, int wi
 }
 
 int main(int argc, char** argv) {
-  if (argc < 4 || argc > 5) return std::fprintf(stderr, "usage: mask NET.pte IMAGE MASK.png [THREADS]\n"), 2;
+  if (argc < 4 || argc > 6) return std::fprintf(stderr, "usage: mask NET.pte IMAGE MASK.png [THREADS [RUNS]]\n"), 2;
   // Before anything is loaded: what is loaded keeps the threads that were there.
-  const int threads = bidensify_threads(argc == 5 ? std::atoi(argv[4]) : 0);
+  const int threads = bidensify_threads(argc > 4 ? std::atoi(argv[4]) : 0);
   Module net(argv[1], Module::LoadMode::Mmap);
   // Reads the file's parts and checks that they lie inside it.
   Error error = net.load(executorch::runtime::Program::Verification::InternalConsistency);
@@ -85,10 +86,13 @@ int main(int argc, char** argv) {
   stbi_image_free(rgb);
   auto input = from_blob(image.data(), {1, 3, height, width});
 
-  const auto warm = net.forward(input);
-  const auto start = std::chrono::steady_clock::now();
   const auto result = net.forward(input);
-  const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  std::vector<double> times;
+  for (int i = 0; result.ok() && i < (argc > 5 ? std::max(std::atoi(argv[5]), 1) : 1); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    if (!net.forward(input).ok()) break;
+    times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+  }
   // The log above says which layer refused what.
   if (!result.ok() || result->empty() || !(*result)[0].isTensor())
     return std::fprintf(stderr, "%s does not run: %s\n", argv[1], executorch::runtime::to_string(result.error())), 1;
@@ -111,6 +115,8 @@ int main(int argc, char** argv) {
       ++found[best];
     }
   if (!stbi_write_png(argv[3], columns, rows, 1, mask.data(), columns)) return std::fprintf(stderr, "cannot write %s\n", argv[3]), 1;
+  std::sort(times.begin(), times.end());
+  const double ms = times.empty() ? 0 : times[times.size() / 2];
   rusage usage;
   getrusage(RUSAGE_SELF, &usage);
   std::printf("%s: %dx%d, %.1f ms on %d threads, %.1f MiB at its peak\n", argv[3], columns, rows, ms, threads,

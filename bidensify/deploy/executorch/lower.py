@@ -62,8 +62,10 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def _last(value: Any) -> Any:
-    image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return value.to(memory_format=torch.channels_last) if image else value
+    if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return value
+    # One pixel lies in both orders, and XNNPACK refuses a copy that is none.
+    return value if value.shape[2:] == (1, 1) else value.to(memory_format=torch.channels_last)
 
 
 def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:

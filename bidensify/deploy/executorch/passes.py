@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bidensify.deploy.operator import SPEC_VERSION
 
@@ -44,27 +44,21 @@ def _parts(node: Any, up: int) -> list[tuple[Any, int]]:
     if node.target is _aten.cat.default and len(node.args) > 1 and node.args[1] in (1, -3):
         return [each for part in node.args[0] for each in _parts(part, up)]
     if node.target is _aten.upsample_nearest2d.vec:
-        x, size, scales = node.args
-        times = _factor(x.meta["val"], value, size, scales)
+        times = _factor(node.args[0].meta["val"], value)
         if times is not None:
-            return _parts(x, up * times)
+            return _parts(node.args[0], up * times)
     # In evaluation it does nothing.
     if node.target is _aten.dropout.default and node.args[2] is False:
         return _parts(node.args[0], up)
     return [(node, up)]
 
 
-def _factor(x: Tensor, y: Tensor, size: Any, scales: Sequence[float] | None) -> int | None:
+def _factor(x: Tensor, y: Tensor) -> int | None:
     """The power of two by which height and width grow; there alone is every rounding of indices exact."""
-    if scales is not None:
-        factors = {float(scale) for scale in scales}
-    elif all(isinstance(length, int) for length in (*x.shape[2:], *y.shape[2:])):
-        factors = {y.shape[2] / x.shape[2], y.shape[3] / x.shape[3]}
-    else:
-        return None
-    factor = factors.pop()
-    whole = int(factor)
-    return whole if not factors and whole == factor and whole > 1 and whole & (whole - 1) == 0 else None
+    for times in (2, 4, 8, 16, 32):
+        if all(statically_known_true(y.shape[axis] == times * x.shape[axis]) for axis in (2, 3)):
+            return times
+    return None
 
 
 def layout_pass() -> Any:

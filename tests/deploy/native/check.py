@@ -1,10 +1,12 @@
-"""Kernels outside Python: ``python tests/deploy/native/check.py [asan] [neon] [fuzz]``.
+"""Kernels outside Python: ``python tests/deploy/native/check.py [asan] [neon] [fuzz] [operator]``.
 
 * asan: builds the library and a replay program with AddressSanitizer and UndefinedBehaviorSanitizer and replays random
   layers recorded from the reference path through every tier of this processor.
 * neon: cross-compiles both for aarch64 and replays the same layers under qemu-user. Needs g++-12-aarch64-linux-gnu and
   qemu-user (Debian: apt-get install g++-12-aarch64-linux-gnu qemu-user). Speed is not measured.
 * fuzz: loads 10 000 mutated packed files, running what loads on the sanitized kernels.
+* operator: replays random calls of the deployed operator (bidensify/deploy/executorch/cpp) with both sanitizers on every kernel,
+  then 10 000 calls with mutated arguments; neon replays the same calls.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[2] / "bidensify" / "kernels" / "csrc" / "packed"
-CASES = 400
+DEPLOYED = HERE.parents[2] / "bidensify" / "deploy" / "executorch" / "cpp"
+CASES, CALLS = 400, 300
 FLAGS = [
     "-std=c++17",
     "-O2",
@@ -90,6 +93,25 @@ def record(folder: Path) -> Path:
 
 
 @cache
+def record_calls(folder: Path) -> Path:
+    """Writes calls of the operator."""
+    sys.path.insert(0, str(HERE))
+    from operator_cases import write_operator_cases
+
+    path = folder / "calls.bin"
+    write_operator_cases(path, CALLS)
+    return path
+
+
+def operator_program(folder: Path, compiler: str, flags: list[str], made: list[Path]) -> Path:
+    """Builds ``operator.cpp`` with the deployed operator's own files, over kernels that are compiled already."""
+    program = folder / f"operator_{compiler}"
+    own = [DEPLOYED / "call.cpp", DEPLOYED / "spec.cpp", HERE / "operator.cpp"]
+    say(compiler, *FLAGS, *flags, f"-I{SOURCES}", f"-I{DEPLOYED}", *own, *made, "-o", program, "-pthread")
+    return program
+
+
+@cache
 def sanitized(folder: Path) -> list[Path]:
     """The library's files with both sanitizers; compiled once for all checks."""
     x86 = os.uname().machine in ("x86_64", "amd64")
@@ -130,6 +152,14 @@ def fuzz(folder: Path, count: int = 10_000) -> None:
         sys.exit(f"fuzz: the shares ended with {codes}")
 
 
+def operator(folder: Path, count: int = 10_000) -> None:
+    """See above."""
+    compiler = os.environ.get("CXX", "g++")
+    program = operator_program(folder, compiler, SANITIZE, sanitized(folder))
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    say(program, record_calls(folder), str(count), env=environment)
+
+
 def neon(folder: Path) -> None:
     """See above."""
     compiler = next(
@@ -146,11 +176,12 @@ def neon(folder: Path) -> None:
     program = folder / "replay_neon"
     say(compiler, *FLAGS, f"-I{SOURCES}", HERE / "replay.cpp", *made, "-o", program, "-static", "-pthread")
     say(emulator, program, record(folder))
+    say(emulator, operator_program(place, compiler, ["-static"], made), record_calls(folder), "0")
 
 
 def main(names: list[str]) -> None:
     """Runs the named checks, all of them by default."""
-    known = {"asan": asan, "neon": neon, "fuzz": fuzz}
+    known = {"asan": asan, "neon": neon, "fuzz": fuzz, "operator": operator}
     unknown = sorted(set(names) - set(known))
     if unknown:
         sys.exit(f"unknown checks {unknown}; there are {sorted(known)}")
