@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from bidensify.data import DenseDataset
     from bidensify.tasks import Task
 
-__all__ = ["INPUT", "TRUTH", "error_map", "pick", "shots"]
+__all__ = ["INPUT", "TRUTH", "error_map", "pick", "sheet", "shots"]
 
 INPUT, TRUTH = "input", "ground truth"
 _RIGHT, _WRONG, _UNKNOWN = (44, 52, 64), (236, 72, 60), (120, 126, 136)
@@ -105,6 +106,33 @@ def shots(
         name = val.name_of(index)
         found.append(Shot(f"image {name}" if name.isdigit() else name, pictures, errors))
     return found
+
+
+def sheet(shown: Sequence[Shot], width: int = 144) -> bytes:
+    """One PNG of the images under every network, a row for each network, as papers print them.
+
+    Args:
+        shown: at least one.
+        width: of a picture, in pixels; all of one row's are as high as the first image is.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    names = list(shown[0].pictures)
+    font = ImageFont.load_default(13)
+    side = 12 + max(int(font.getlength(name)) for name in names)
+    first = Image.open(io.BytesIO(shown[0].pictures[names[0]]))
+    height, gap = max(1, round(width * first.height / first.width)), 4
+    page = Image.new("RGB", (side + (width + gap) * len(shown), (height + gap) * len(names)), "white")
+    draw = ImageDraw.Draw(page)
+    for row, name in enumerate(names):
+        top = row * (height + gap)
+        draw.text((6, top + height // 2), name, "#1b1f27", font, anchor="lm")
+        for column, shot in enumerate(shown):
+            picture = Image.open(io.BytesIO(shot.pictures[name])).convert("RGB")
+            page.paste(picture.resize((width, height)), (side + column * (width + gap), top))
+    buffer = io.BytesIO()
+    page.quantize(128).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _size(truth: Mapping[str, Tensor], image: Tensor) -> tuple[int, int]:

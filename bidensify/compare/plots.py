@@ -15,6 +15,8 @@ __all__ = ["Bars", "Mark", "Panel", "Scatter", "bars", "colour_of", "curves", "s
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8F98")
 REFERENCE_COLOUR = "#8A8F98"
 _MARKERS = "osD^vPX<>*hp"
+_LINES = ("-", "--", ":")
+_NAMES_INSIDE = 6
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,24 @@ def curves(title: str, panels: Sequence[Panel], *, note: str = "", names: Sequen
     def draw(axes: Any, panel: Panel, ink: _Ink) -> None:
         for name, points in panel.series.items():
             xs, ys = [x for x, _ in points], [y for _, y in points]
-            axes.plot(xs, ys, color=colour_of(name, order), linewidth=2, label=name, marker="o", markersize=2.5)
+            # Where colours come round again, dashes tell the lines apart.
+            dashes = _LINES[order.index(name) // len(COLOURS) % len(_LINES)]
+            axes.plot(
+                xs,
+                ys,
+                color=colour_of(name, order),
+                linestyle=dashes,
+                linewidth=2,
+                label=name,
+                marker="o",
+                markersize=2.5,
+            )
         for name, value in panel.references.items():
             axes.axhline(value, color=REFERENCE_COLOUR, linewidth=1.5, linestyle="--", label=name)
         if panel.xlabel == "epoch":
             axes.xaxis.get_major_locator().set_params(integer=True)
         if panel.log:
             axes.set_yscale("log")
-        axes.legend(frameon=False, labelcolor=ink.text, fontsize=9)
 
     alt = "; ".join(f"{panel.ylabel} over {panel.xlabel} of {', '.join(panel.series)}" for panel in panels)
     return _figure(title, panels, draw, alt, note)
@@ -113,7 +125,6 @@ def scatters(title: str, panels: Sequence[Scatter], names: Sequence[str], *, not
                 label=mark.name,
             )  # fmt: skip
         axes.margins(x=0.25, y=0.15)
-        axes.legend(frameon=False, labelcolor=ink.text, fontsize=9)
 
     alt = "; ".join(
         f"{panel.ylabel} over {panel.xlabel} of {', '.join(mark.name for mark in panel.marks)}" for panel in panels
@@ -135,7 +146,6 @@ def bars(title: str, panels: Sequence[Bars], names: Sequence[str], *, note: str 
             range(len(panel.groups)), panel.groups, rotation=40 if turned else 0, ha="right" if turned else "center"
         )
         axes.grid(False, axis="x")
-        axes.legend(frameon=False, labelcolor=ink.text, fontsize=9, ncols=2)
 
     alt = "; ".join(f"{panel.ylabel} of {', '.join(panel.values)} for {', '.join(panel.groups)}" for panel in panels)
     return _figure(title, panels, draw, alt, note)
@@ -169,14 +179,24 @@ def _draw(panels: Sequence[Any], draw: Callable[[Any, Any, _Ink], None], ink: _I
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(ink.line)
         draw(axes, panel, ink)
-        for text in axes.get_legend().get_texts():
-            text.set_parse_math(False)
+    shown = _legends(canvas, ink)
+    for text in (text for legend in shown for text in legend.get_texts()):
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     # Metadata would make two equal plots differ between days and versions of matplotlib.
     drop = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with matplotlib.rc_context({"svg.hashsalt": "bidensify", "svg.fonttype": "path"}):
         canvas.savefig(buffer, format=kind, dpi=160, transparent=True, metadata=drop)
     return buffer.getvalue()
+
+
+def _legends(canvas: Any, ink: _Ink) -> list[Any]:
+    """A legend in each set of axes, or, of many names, one for all beside them, where it hides nothing."""
+    every = {label: mark for axes in canvas.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    options = {"frameon": False, "labelcolor": ink.text, "fontsize": 9}
+    if len(every) <= _NAMES_INSIDE:
+        return [axes.legend(**options) for axes in canvas.axes]
+    return [canvas.legend(every.values(), every.keys(), loc="outside right center", **options)]
 
 
 def _plain(text: str) -> str:

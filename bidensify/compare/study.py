@@ -16,7 +16,7 @@ from bidensify.compare.entropy import first_binarization
 from bidensify.compare.matrix import Matrix
 from bidensify.compare.measure import Network, binary_networks, float_networks, timed
 from bidensify.compare.page import class_table, main_table, plots, report
-from bidensify.compare.pictures import shots
+from bidensify.compare.pictures import sheet, shots
 from bidensify.compare.report import Shot, write_report
 from bidensify.compare.results import Cell, Results
 from bidensify.compare.tables import to_csv, to_latex, to_markdown
@@ -141,6 +141,9 @@ def write_files(out: Path, results: Results, shown: Sequence[Shot], legend: Sequ
         for suffix, data in (("png", figure.light), ("svg", figure.svg)):
             with atomic_write(out / "plots" / f"{name}.{suffix}") as temporary:
                 temporary.write_bytes(data)
+    if shown:
+        with atomic_write(out / "plots" / "pictures.png") as temporary:
+            temporary.write_bytes(sheet(shown))
     for name, table in (("results", main_table(results)), ("classes", class_table(results))):
         for suffix, form in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
             if table is not None:

@@ -48,7 +48,8 @@ def block_sums(x: Tensor) -> Tensor:
     if x.device.type not in ("cpu", "meta"):
         # An order of small sums costs a GPU a launch for each; in float64 no order shows, and one launch does.
         return x.sum(-1, dtype=wide(x.device))
-    padded = F.pad(x, (0, -x.shape[2] % BLOCK))
+    rest = -x.shape[2] % BLOCK
+    padded = F.pad(x, (0, rest)) if rest else x  # a pad of nothing would be a copy
     quads = padded.reshape(*x.shape[:2], -1, BLOCK // 4, 4)
     sums = (quads[..., 0] + quads[..., 1]) + (quads[..., 2] + quads[..., 3])
     blocks = sums[..., 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,3 +54,45 @@ def test_channels_last_layers_and_networks_without_any() -> None:
     assert len(found.after) == 5
     with pytest.raises(PlanError, match="called no binary layer"):
         first_binarization(nn.Sequential(nn.Conv2d(3, 3, 1)), [torch.zeros(1, 3, 4, 4)])
+
+
+def entropy_of_counts(values: np.ndarray) -> float:
+    share = np.unique(values, return_counts=True)[1] / values.size
+    return float(-(share * np.log2(share)).sum())
+
+
+@pytest.mark.parametrize("method", ["bidense", "react", "bnn"])
+def test_a_network_against_numpy_from_the_methods_equations(method: str) -> None:
+    torch.manual_seed(0)
+    student = bd.bidensify(unet(width=8), method=method)
+    images = [torch.randn(2, 3, 32, 32) + 0.3, torch.randn(1, 3, 24, 40)]
+    bd.calibrate(student, images)
+    layer = student.encoder[0][0].conv1
+    parameters = dict(layer.binarizer.named_parameters())
+    with torch.no_grad():
+        for value in parameters.values():
+            value.add_(torch.randn(value.shape) * 0.3)
+    inputs: list[np.ndarray] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double().numpy()))
+    student.eval()
+    with torch.no_grad():
+        for batch in images:
+            student(batch)
+    handle.remove()
+    found = first_binarization(student, images)
+    plain = {name: value.detach().double().numpy().reshape(1, -1, 1, 1) for name, value in parameters.items()}
+    for channel in range(8):
+        values, bits = [], []
+        for x in inputs:
+            threshold = {
+                "bidense": plain.get("k", 0) * x.mean((2, 3), keepdims=True) + plain.get("b", 0),
+                "react": -plain.get("b", 0) * np.ones_like(x),
+                "bnn": np.zeros_like(x),
+            }[method]
+            away = x - threshold
+            values.append(x[:, channel].ravel())
+            bits.append((away[:, channel] >= 0).ravel())
+        joined = np.concatenate(values)
+        levels = np.round((joined - joined.min()) / (joined.max() - joined.min()) * 255)
+        assert found.before[channel] == pytest.approx(entropy_of_counts(levels), abs=1e-3)
+        assert found.after[channel] == pytest.approx(entropy_of_counts(np.concatenate(bits)), abs=5e-3)

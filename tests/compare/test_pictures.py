@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from bidensify.compare.pictures import shots
+from bidensify.compare.images import png
+from bidensify.compare.pictures import sheet, shots
+from bidensify.compare.report import Shot
 from bidensify.data import DataInfo, DenseDataset, Sample, build_transforms
 from bidensify.tasks import SegmentationTask
 
@@ -53,3 +55,24 @@ def test_image_truth_and_prediction_agree(resize: str) -> None:
     assert 0.4 < truth.mean() < 0.6
     wrong = np.array(Image.open(io.BytesIO(shot.errors["net"])))
     assert len(np.unique(wrong.reshape(-1, 3), axis=0)) <= 2
+
+
+def test_the_sheet_has_a_row_for_each_network_and_a_column_for_each_image() -> None:
+    def plain(red: int) -> bytes:
+        picture = torch.zeros(3, 20, 40, dtype=torch.uint8)
+        picture[0] = red
+        return png(picture)
+
+    shown = [
+        Shot(f"{column}", {f"net $_{row}": plain(60 * column + 20 * row + 40) for row in range(3)})
+        for column in range(2)
+    ]
+    page = np.array(Image.open(io.BytesIO(sheet(shown, width=80))).convert("RGB"))
+    assert page.shape[0] == 3 * 44
+    side = page.shape[1] - 2 * 84
+    assert side > 40
+    for row in range(3):
+        for column in range(2):
+            middle = page[row * 44 + 20, side + column * 84 + 40]
+            assert middle.tolist() == pytest.approx([60 * column + 20 * row + 40, 0, 0], abs=3)
+        assert page[row * 44 : row * 44 + 40, :side].min() < 100  # its name
