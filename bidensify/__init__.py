@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bidensify.config import BidensifyConfig, Rule
     from bidensify.costs.summary import summary
     from bidensify.data import register_data_set
+    from bidensify.deploy.between.compiled import compile
     from bidensify.deploy.export import export
     from bidensify.deploy.pack import pack
     from bidensify.deploy.pretrained import from_pretrained, save_pretrained
@@ -30,6 +31,7 @@ _PUBLIC = {
     "available_methods": "bidensify.methods",
     "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
+    "compile": "bidensify.deploy.between.compiled",
     "export": "bidensify.deploy.export",
     "finetune": "bidensify.train",
     "from_pretrained": "bidensify.deploy.pretrained",
@@ -50,6 +52,7 @@ __all__ = [
     "available_methods",
     "bidensify",
     "calibrate",
+    "compile",
     "export",
     "finetune",
     "from_pretrained",

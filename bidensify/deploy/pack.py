@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bidensify._util.listeners import announce
 from bidensify._util.wrappers import unwrap
 from bidensify.deploy.backends import check_kernel
+from bidensify.deploy.between.compiled import compile as compile_packed
 from bidensify.deploy.between.deferred import defer_concatenations
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.layers import PackedLayer, packed_layers
@@ -21,7 +22,9 @@ from bidensify.nn.used_weight import copy_model
 __all__ = ["pack", "replace_layers", "set_float_dtype", "set_kernel"]
 
 
-def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | None = None) -> nn.Module:
+def pack(
+    model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | None = None, compile: bool = False
+) -> nn.Module:
     """Freezes a binarized model to bits.
 
     The result is a deep copy in evaluation mode whose binary layers are ``PackedConv2d``, ``PackedConvTranspose2d`` and
@@ -34,6 +37,7 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
             environment variable BIDENSIFY_KERNEL says what "auto" is.
         float_dtype: dtype of what is not binary (``torch.bfloat16`` halves its memory and time); None keeps it. The
             model still takes and gives float32.
+        compile: the result goes through ``bidensify.compile``: faster between its layers, equal to rounding.
 
     Raises:
         PackError: ``model`` is no network or has no binary layer, or a layer cannot be frozen exactly; the message names it.
@@ -57,6 +61,8 @@ def pack(model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | N
     packed: nn.Module = frozen[""] if "" in frozen else copy_model(model, memo)
     packed.eval()
     settle(packed)
+    if compile:
+        compile_packed(packed)
     if float_dtype is not None:
         return set_float_dtype(packed, float_dtype)
     announce(packed)
