@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bidensify.deploy.backends import choose_backend
-from bidensify.deploy.between.deferred import Deferred, Part, only_deferring
+from bidensify.deploy.between.deferred import Deferred, Part
+from bidensify.deploy.between.mode import only_deferring
 from bidensify.deploy.reference import packed_reference
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError

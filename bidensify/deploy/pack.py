@@ -11,7 +11,7 @@ from bidensify._util.listeners import announce
 from bidensify._util.wrappers import unwrap
 from bidensify.deploy.backends import check_kernel
 from bidensify.deploy.between.compiled import compile as compile_packed
-from bidensify.deploy.between.deferred import defer_concatenations
+from bidensify.deploy.between.mode import defer_concatenations
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.layers import PackedLayer, packed_layers
 from bidensify.errors import ConfigError, PackError

@@ -9,7 +9,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-from bidensify.kernels.structures import PackedArguments, PartArguments
+from bidensify.kernels.structures import PackedArguments, PartArguments, SumArguments
 
 __all__ = ["LIBRARY_VARIABLE", "call", "library", "training_library"]
 
@@ -73,6 +73,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.bd_tiers.restype = ctypes.c_uint32
     found.bd_packed_conv2d.argtypes = [ctypes.POINTER(PackedArguments)]
     found.bd_packed_conv2d_parts.argtypes = [ctypes.POINTER(PackedArguments), ctypes.POINTER(PartArguments), _I]
+    found.bd_sum.argtypes = [ctypes.POINTER(SumArguments)]
     found.bd_weight_tiles.argtypes = [ctypes.POINTER(PackedArguments), _P, ctypes.POINTER(_L), _P]
     found.bd_tensor_new.argtypes, found.bd_tensor_new.restype = [ctypes.POINTER(_L), _I, _I], _P
     found.bd_tensor_free.argtypes, found.bd_tensor_free.restype = [_P], None

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["Codes", "Dab", "DabGrad", "Finish", "PackedArguments", "PartArguments", "Post", "PostGrad", "Shape"]
+__all__ = [
+    "Codes",
+    "Dab",
+    "DabGrad",
+    "Finish",
+    "PackedArguments",
+    "PartArguments",
+    "Post",
+    "PostGrad",
+    "Shape",
+    "SumArguments",
+]
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -89,3 +100,15 @@ class PartArguments(ctypes.Structure):
     """``bd_part``."""
 
     _fields_ = [("x", _P), ("channels", _L), ("up_h", _I), ("up_w", _I)]
+
+
+class SumArguments(ctypes.Structure):
+    """``bd_sum_args``."""
+
+    _fields_ = [
+        *((name, _L) for name in ("n", "h", "w", "c")),
+        ("threads", _I),
+        ("count", _I),
+        ("parts", ctypes.POINTER(PartArguments)),
+        *_pointers("bias_in slope bias_out y"),
+    ]

@@ -230,7 +230,8 @@ def test_whole_layers(form: torch.memory_format, act_scale: str, act_bits: int, 
         for stride in (1, 2):
             layer = shake(BiDenseConv2d(*sizes, 3, stride, 1, act_scale=act_scale, act_bits=act_bits))
             layer = layer.to(memory_format=form)
-            same(layer, torch.randn(2, sizes[0], 14, 18).contiguous(memory_format=form), reference)
+            # A popcount is exact where the convolution rounds: a value at an activation's kink may lie on its other side.
+            same(layer, torch.randn(2, sizes[0], 14, 18).contiguous(memory_format=form), reference, tolerance=4e-3)
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (12, 40), (48, 16)])

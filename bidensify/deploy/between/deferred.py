@@ -1,48 +1,41 @@
-"""Concatenations and nearest-neighbour upsamplings that are never made: a packed layer reads their parts where they lie.
+"""Concatenations, nearest-neighbour upsamplings and sums that are never made: what uses them reads their parts where they lie.
 
 A decoder's ``torch.cat([upsampled, skip], 1)`` is often the largest tensor of a network, and a packed layer keeps nothing of
 it but one bit per value. While a packed model runs without gradients, ``torch.cat`` over channels and ``F.interpolate`` by a
 power of two give a ``Deferred`` in place of a tensor. A packed layer takes it apart and computes the same bits from its
-parts. For anything else it is a tensor like others: the first operation that is not a packed layer makes it.
+parts. For anything else it is a tensor like others: the first operation that is not a packed layer makes it. A sum waits for one
+operation: another sum, or the RPReLU behind it, which then take one pass together (``sums``).
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from bidensify.deploy.between.placed import placed
+from bidensify.deploy.between import sums
+from bidensify.deploy.between.sums import Part
+from bidensify.kernels import memory
 
-__all__ = ["Deferred", "Part", "defer_concatenations", "made", "only_deferring"]
+__all__ = ["Deferred", "Part", "add", "concatenate", "interpolate", "made", "parts_of"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-# They read no value and write none; neither do the getters of properties (`__get__`).
-_LOOKS = frozenset(
-    ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "__len__")
-)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some channels of a deferred tensor: ``x`` (N, C, H / up, W / up), channels_last, each pixel standing for up x up."""
-
-    x: Tensor
-    up: int
 
 
 class Deferred(Tensor):
-    """(N, C, H, W) in parts; makes itself a plain tensor as soon as anything but a packed layer uses it."""
+    """(N, C, H, W) in parts; makes itself a plain tensor as soon as anything but a packed layer uses it.
 
+    Attributes:
+        kind: "channels", parts side by side; "sum", parts that are added; or "stack", tensors on a dimension before the others,
+            (T, N, C, H, W).
+    """
+
+    kind: str
     _parts: tuple[Part, ...]
     _recipe: Callable[[], Tensor] | None
     _made: Tensor | None
@@ -51,20 +44,37 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[Deferred], shape: tuple[int, int, int, int], parts: tuple[Part, ...], recipe: Callable[[], Tensor]
+        cls: type[Deferred],
+        shape: tuple[int, ...],
+        parts: tuple[Part, ...],
+        recipe: Callable[[], Tensor],
+        kind: str = "channels",
     ) -> Deferred:
-        _, c, h, w = shape
+        *outer, c, h, w = shape
         like = parts[0].x
+        dense = (h * w * c, 1, w * c, c)
+        strides = dense if len(outer) == 1 else (outer[1] * h * w * c, c * h * w, h * w, w, 1)
         self: Deferred = Tensor._make_wrapper_subclass(
-            cls, shape, strides=(h * w * c, 1, w * c, c), dtype=like.dtype, device=like.device
+            cls, shape, strides=strides, dtype=like.dtype, device=like.device
         )
+        self.kind = kind
         self._parts, self._recipe, self._made, self.consumed = parts, recipe, None, False
         return self
 
     @property
     def parts(self) -> tuple[Part, ...] | None:
-        """What it consists of, or None once it was made."""
-        return self._parts if self._made is None else None
+        """What its channels consist of, or None once it was made."""
+        return self._parts if self._made is None and self.kind == "channels" else None
+
+    @property
+    def terms(self) -> tuple[Part, ...] | None:
+        """What is added up to it, or None once it was made."""
+        return self._parts if self._made is None and self.kind == "sum" else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was not made yet."""
+        return self._made is None
 
     def make(self) -> Tensor:
         """The plain tensor, made at the first call."""
@@ -87,62 +97,7 @@ def made(value: Any) -> Any:
     return value.make() if type(value) is Deferred else value
 
 
-class _Mode(TorchFunctionMode):
-    """Active while a packed model runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: list[weakref.ref[Deferred]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _CONCATENATIONS or func is F.interpolate:
-            result = (_interpolate if func is F.interpolate else _concatenate)(func, args, kwargs)
-            if result is not None:
-                self.live.append(weakref.ref(result))
-                return result
-        elif self.live and not _only_looks(func):
-            self._settle(func, kwargs)
-            args, kwargs = tree_map(made, args), tree_map(made, kwargs)
-        plain = placed(func, args, kwargs)
-        return func(*args, **kwargs) if plain is None else plain
-
-    def _settle(self, func: Any, kwargs: dict[str, Any]) -> None:
-        """Nothing may happen between a concatenation and its use that could change the parts: what waits is made before
-        any other operation, and what a packed layer has used already before any that could write in place.
-        """
-        writes = _may_write(func, kwargs)
-        kept = []
-        for reference in self.live:
-            deferred = reference()
-            if deferred is None or deferred.parts is None:
-                continue
-            if writes or not deferred.consumed:
-                deferred.make()
-            else:
-                kept.append(reference)
-        self.live = kept
-
-
-def _only_looks(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__get__" or name in _LOOKS
-
-
-def _may_write(func: Any, kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "_")
-    private = name.startswith("__") and name.endswith("__")
-    in_place = (
-        name.startswith("__i") or name in ("__set__", "__setitem__", "__delitem__") if private else name.endswith("_")
-    )
-    # Functional forms with an `inplace` argument may be given it by position.
-    functional = getattr(func, "__module__", "") == F.__name__ and "inplace" in getattr(
-        getattr(func, "__code__", None), "co_varnames", ()
-    )
-    return bool(in_place or functional or kwargs.get("inplace") or kwargs.get("out") is not None)
-
-
-def _parts_of(value: Any) -> tuple[Part, ...] | None:
+def parts_of(value: Any) -> tuple[Part, ...] | None:
     """What a tensor consists of, or None where kernels could not read it."""
     if type(value) is Deferred:
         if value.parts is not None:
@@ -155,17 +110,70 @@ def _parts_of(value: Any) -> tuple[Part, ...] | None:
     return (Part(value, 1),)
 
 
-def _concatenate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
+def _terms_of(value: Any) -> tuple[Part, ...] | None:
+    """What a term of a sum is a sum of itself, in float32, or None where kernels could not add it."""
+    if type(value) is Deferred and value.terms is not None:
+        return value.terms
+    found = parts_of(value) if type(value) is not Deferred or value.kind == "channels" else None
+    return found if found is not None and len(found) == 1 and found[0].x.dtype == torch.float32 else None
+
+
+def add(func: Any, args: Any, kwargs: Any) -> Deferred | None:
+    """A sum that waits, of tensors or of a stack; a stack of what may be summed; or None."""
+    if func in sums.SUMS:
+        stack = sums.terms_of_sum(args, kwargs)
+        if type(stack) is not Deferred or stack.kind != "stack" or not stack.waits:
+            return None
+        stack.consumed = True
+        return _waiting(tuple(stack.shape[1:]), stack._parts)
+    tensors = sums.terms_of_stack(args, kwargs) if func is torch.stack else sums.terms_of_add(args, kwargs)
+    found = [_terms_of(tensor) for tensor in tensors or ()]
+    # A sum on the right would be added before what is on its left.
+    if not found or found[0] is None or any(terms is None or len(terms) != 1 for terms in found[1:]):
+        return None
+    assert tensors is not None
+    shape = tuple(tensors[0].shape)
+    if any(tuple(tensor.shape) != shape for tensor in tensors) or not memory.takes(shape, torch.float32):
+        return None
+    parts = tuple(part for terms in found for part in terms or ())
+    if func is not torch.stack:
+        return _waiting(shape, parts)
+    if len(parts) != len(tensors) or any(part.up != 1 for part in parts):
+        return None
+    return Deferred((len(parts), *shape), parts, lambda: func(*args, **kwargs), "stack")
+
+
+def _waiting(shape: tuple[int, ...], parts: tuple[Part, ...]) -> Deferred:
+    return Deferred(shape, parts, lambda: _add_up(shape, parts), "sum")
+
+
+def _add_up(shape: tuple[int, ...], parts: tuple[Part, ...]) -> Tensor:
+    found = sums.add_up(shape, parts)
+    if found is not None:
+        return found
+    whole = [part.x if part.up == 1 else F.interpolate(part.x, scale_factor=part.up, mode="nearest") for part in parts]
+    return reduce(torch.add, whole)
+
+
+def _plain(value: Any) -> bool:
+    return type(value) is Tensor and value.dim() == 4 and value.device.type == "cpu" and value.is_contiguous()
+
+
+def concatenate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
     tensors = args[0] if args else kwargs.get("tensors")
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     if not isinstance(tensors, list | tuple) or dim not in (1, -3) or kwargs.get("out") is not None:
         return None
+    found = [parts_of(tensor) for tensor in tensors]
+    if not any(found):
+        return None
     parts: list[Part] = []
-    for tensor in tensors:
-        found = _parts_of(tensor)
-        if found is None:
+    for tensor, known in zip(tensors, found, strict=True):
+        # One in another order (the pooled branch of an ASPP) is copied, not all of them.
+        known = known or parts_of(memory.channels_last(tensor) if _plain(tensor) else None)
+        if known is None:
             return None
-        parts.extend(found)
+        parts.extend(known)
     n, _, h, w = tensors[0].shape
     if any(t.shape[0] != n or t.shape[2:] != (h, w) or t.dtype != tensors[0].dtype for t in tensors):
         return None
@@ -173,7 +181,7 @@ def _concatenate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
     return Deferred(shape, tuple(parts), lambda: func(*args, **kwargs))
 
 
-def _interpolate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
+def interpolate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
     names = ("input", "size", "scale_factor", "mode")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     # A mode is given every argument of the function, the defaults among them.
@@ -181,7 +189,7 @@ def _interpolate(func: Any, args: Any, kwargs: Any) -> Deferred | None:
     if len(args) > len(names) or given.get("mode", "nearest") != "nearest" or any(kwargs.get(key) for key in others):
         return None
     x = given["input"]
-    found = _parts_of(x)
+    found = parts_of(x)
     if found is None:
         return None
     n, c, h, w = x.shape
@@ -204,57 +212,3 @@ def _factor(size: Any, scale: Any, h: int, w: int) -> int | None:
     factor = factors.pop()
     whole = int(factor)
     return whole if not factors and whole == factor and whole > 1 and whole & (whole - 1) == 0 else None
-
-
-def only_deferring() -> bool:
-    """Whether no ``TorchFunctionMode`` is active but, perhaps, the one of this module."""
-    active = torch._C._len_torch_function_stack()
-    return active == 0 or (active == 1 and type(torch._C._get_function_stack_at(0)) is _Mode)
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, _Mode | None]] = []
-
-
-_stack = _Stack()
-
-
-def _on_cpu(model: nn.Module) -> bool:
-    """Whether kernels can read parts: a mode costs each operation of the model some time, in vain elsewhere."""
-    first = next(model.buffers(), None)
-    return first is None or first.device.type == "cpu"
-
-
-class _Enter:
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed
-        mode = None if idle or any(outer for _, outer in _stack.calls) or not _on_cpu(module) else _Mode()
-        _stack.calls.append((module, mode))
-        if mode is not None:
-            mode.__enter__()  # type: ignore[no-untyped-call]
-
-
-class _Leave:
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # After an exception in another hook, _Enter may not have run.
-        if torch.compiler.is_compiling() or not _stack.calls or _stack.calls[-1][0] is not module:
-            return None
-        _, mode = _stack.calls.pop()
-        if mode is None:
-            return None
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if any(reference() is not None for reference in mode.live):
-            return tree_map(made, output)
-        return None
-
-
-def defer_concatenations(model: nn.Module) -> nn.Module:
-    """Lets the packed layers of ``model`` read concatenations in parts, in place; see the module."""
-    model.register_forward_pre_hook(_Enter())
-    # Also after an exception: the mode must not outlive the call.
-    model.register_forward_hook(_Leave(), always_call=True)
-    return model

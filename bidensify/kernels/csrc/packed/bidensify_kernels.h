@@ -86,6 +86,16 @@ BD_API int32_t bd_packed_conv2d_parts(const bd_conv_args* args, const bd_part* p
 // sizes, groups, depthwise and tiles_length are read; no transposed layers.
 BD_API int32_t bd_weight_tiles(const bd_conv_args* args, const float* w, const int64_t* strides, uint32_t* tiles);
 
+// y = parts[0] + parts[1] + ..., one after the other, then RPReLU where slope is not null; float32, dense NHWC.
+typedef struct bd_sum_args {
+  int64_t n, h, w, c;
+  int32_t threads, count;  // of parts: 2 to 16, all of c channels
+  const bd_part* parts;
+  const float *bias_in, *slope, *bias_out;  // (c) each, or all null
+  float* y;
+} bd_sum_args;
+BD_API int32_t bd_sum(const bd_sum_args* args);
+
 // Memory for a tensor (n, c, h, w), dense NHWC, which the library keeps from one tensor to the next: a DLManagedTensor of
 // DLPack, whose deleter gives the memory back, from any thread. The type as DLPack says it: a code (0 int, 2 float, 4 bfloat)
 // and bits. Null where there is none to be had: take other memory.

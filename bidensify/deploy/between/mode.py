@@ -1,0 +1,149 @@
+"""The mode that is active while a packed model runs: which operations wait (``deferred``), and what makes them real."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from bidensify.deploy.between import sums
+from bidensify.deploy.between.deferred import Deferred, add, concatenate, interpolate, made
+from bidensify.deploy.between.placed import placed
+
+__all__ = ["defer_concatenations", "only_deferring"]
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_ADDED = sums.ADDITIONS | sums.SUMS | {torch.stack}
+# They read no value and write none; neither do the getters of properties (`__get__`).
+_LOOKS = frozenset(
+    ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "__len__")
+)
+
+
+class _Mode(TorchFunctionMode):
+    """Active while a packed model runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: list[weakref.ref[Deferred]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONCATENATIONS or func is F.interpolate:
+            result = (interpolate if func is F.interpolate else concatenate)(func, args, kwargs)
+            if result is not None:
+                self.live.append(weakref.ref(result))
+                return result
+        elif (summed := self._summed(func, args, kwargs)) is not None:
+            return summed
+        elif self.live and not _only_looks(func):
+            self._settle(func, kwargs)
+            args, kwargs = tree_map(made, args), tree_map(made, kwargs)
+        plain = placed(func, args, kwargs)
+        return func(*args, **kwargs) if plain is None else plain
+
+    def _summed(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """What a sum, or the activation behind one, gives; None where ``func`` is none or not of dense tensors."""
+        if func is sums.POST and args and type(args[0]) is Deferred:
+            terms, activation = args[0].terms, sums.activation_of(args, kwargs)
+            found = None if terms is None or activation is None else sums.add_up(args[0].shape, terms, activation)
+            args[0].consumed = args[0].consumed or found is not None
+            return found
+        result = add(func, args, kwargs) if func in _ADDED else None
+        if result is not None:
+            self.live.append(weakref.ref(result))
+        return result
+
+    def _settle(self, func: Any, kwargs: dict[str, Any]) -> None:
+        """Nothing may happen between a concatenation and its use that could change the parts: what waits is made before
+        any other operation, and what a packed layer has used already before any that could write in place.
+        """
+        writes = _may_write(func, kwargs)
+        kept = []
+        for reference in self.live:
+            deferred = reference()
+            if deferred is None or not deferred.waits:
+                continue
+            if writes or not deferred.consumed:
+                deferred.make()
+            else:
+                kept.append(reference)
+        self.live = kept
+
+
+def _only_looks(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__get__" or name in _LOOKS
+
+
+def _may_write(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "_")
+    private = name.startswith("__") and name.endswith("__")
+    in_place = (
+        name.startswith("__i") or name in ("__set__", "__setitem__", "__delitem__") if private else name.endswith("_")
+    )
+    # Functional forms with an `inplace` argument may be given it by position.
+    functional = getattr(func, "__module__", "") == F.__name__ and "inplace" in getattr(
+        getattr(func, "__code__", None), "co_varnames", ()
+    )
+    return bool(in_place or functional or kwargs.get("inplace") or kwargs.get("out") is not None)
+
+
+def only_deferring() -> bool:
+    """Whether no ``TorchFunctionMode`` is active but, perhaps, the one of this module."""
+    active = torch._C._len_torch_function_stack()
+    return active == 0 or (active == 1 and type(torch._C._get_function_stack_at(0)) is _Mode)
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, _Mode | None]] = []
+
+
+_stack = _Stack()
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    """Whether kernels can read parts: a mode costs each operation of the model some time, in vain elsewhere."""
+    first = next(model.buffers(), None)
+    return first is None or first.device.type == "cpu"
+
+
+class _Enter:
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed
+        mode = None if idle or any(outer for _, outer in _stack.calls) or not _on_cpu(module) else _Mode()
+        _stack.calls.append((module, mode))
+        if mode is not None:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+
+class _Leave:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        # After an exception in another hook, _Enter may not have run.
+        if torch.compiler.is_compiling() or not _stack.calls or _stack.calls[-1][0] is not module:
+            return None
+        _, mode = _stack.calls.pop()
+        if mode is None:
+            return None
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if any(reference() is not None for reference in mode.live):
+            return tree_map(made, output)
+        return None
+
+
+def defer_concatenations(model: nn.Module) -> nn.Module:
+    """Lets the packed layers of ``model`` read concatenations in parts, in place; see the module."""
+    model.register_forward_pre_hook(_Enter())
+    # Also after an exception: the mode must not outlive the call.
+    model.register_forward_hook(_Leave(), always_call=True)
+    return model
