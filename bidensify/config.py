@@ -135,6 +135,8 @@ class BidensifyConfig:
             binarizers into BiDense's layer, to tell the binarizer from the frame.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
+        keep_slower: keep in full precision what is slower as bits on this machine, by the table that
+            ``bidensify bench NETWORK --layers`` measured; a layer without a row there is an error.
 
     Raises:
         ConfigError: a field outside its choices.
@@ -153,6 +155,7 @@ class BidensifyConfig:
     activation: str = "rprelu"
     keep_first: bool = True
     keep_last: bool = True
+    keep_slower: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -172,7 +175,7 @@ class BidensifyConfig:
             if value not in choices:
                 raise ConfigError(f"BidensifyConfig: {name}={value!r} is none of its values{near(value, choices)}")
         _check_act_bits(self.act_bits, "BidensifyConfig")
-        for name in ("keep_first", "keep_last"):
+        for name in ("keep_first", "keep_last", "keep_slower"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"BidensifyConfig: {name}={getattr(self, name)!r} must be true or false")
 

@@ -20,6 +20,7 @@ from bidensify.errors import ConfigError
     "bidensify bench",
     "bidensify bench smp:Unet/resnet34 --size 512 512 --threads 1 --threads 2",
     "bidensify bench runs/scenes/packed --profile",
+    "bidensify bench smp:FPN/resnet50 --layers",
     "bidensify bench smp:UPerNet/tu-convnext_tiny --int8 --memory --out bench.json",
 )
 def bench(
@@ -61,6 +62,10 @@ def bench(
             "--act-bits", min=1, max=2, help="Bits of an activation; layers: repeat for both.", show_default="1"
         ),
     ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Each layer of a network by itself; kept as this machine's table for plans."),
+    ] = False,
     idle: Annotated[
         bool, typer.Option("--idle", help="Count only rounds in which other programs left the machine alone.")
     ] = False,
@@ -75,6 +80,8 @@ def bench(
     from bidensify._util.files import atomic_write
     from bidensify.bench.result import render
     from bidensify.bench.run import run_bench
+    from bidensify.config import BidensifyConfig
+    from bidensify.rewrite.api import bidensify
     from bidensify.rewrite.record.channels import image_channels
 
     options = arguments.parse_assignments(option or [], "--option")
@@ -103,6 +110,13 @@ def bench(
                 f"{model!r} does not run on an image {'×'.join(map(str, shape))}, which is what bench gives it "
                 f"({str(error).splitlines()[0][:200]}); give another --size"
             ) from error
+    if layers:
+        if network is None:
+            raise ConfigError("--layers times the layers of a network: name one")
+        config = BidensifyConfig(act_bits=act_bits[0] if act_bits else 1)
+        student = bidensify(network, config).eval() if student is None else student
+        _layers(network, student, size, threads or [1], int8, out, as_json)
+        return
     result = run_bench(
         network,
         student=student,
@@ -130,3 +144,31 @@ def bench(
         print(json.dumps(result))
     else:
         console().print(render(result))
+
+
+def _layers(
+    network: Any, student: Any, size: tuple[int, int], threads: list[int], int8: bool, out: Path | None, as_json: bool
+) -> None:
+    """``bench --layers``."""
+    import torch
+
+    from bidensify._util.files import atomic_write
+    from bidensify.bench.layers import layer_times, times_table
+    from bidensify.deploy import pack, packed_layers
+    from bidensify.rewrite.plan.times import write_times
+    from bidensify.rewrite.record.channels import image_channels
+
+    packed = student if packed_layers(student) else pack(student)
+    x = torch.randn(1, image_channels(network), *size).contiguous(memory_format=torch.channels_last)
+    floats = network.eval().to(memory_format=torch.channels_last)
+    rows = layer_times(floats, packed, student.bidensify_plan, x, threads=threads, int8=int8)
+    data = json.dumps([{"layer": layer.path, "shape": layer.shape, **vars(times)} for layer, times in rows], indent=1)
+    kept = write_times([times for _, times in rows])
+    if out is not None:
+        with atomic_write(out) as temporary:
+            temporary.write_text(data, encoding="utf-8")
+    if as_json:
+        print(data)
+    else:
+        console().print(times_table(rows))
+        console().print(f"Kept for plans: {kept}", highlight=False)

@@ -25,6 +25,9 @@ def plan(
     act_bits: ActBits = None,
     config: Config = None,
     input_shape: Input = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="Milliseconds saved by each layer, of bench --layers on this machine.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -37,7 +40,9 @@ def plan(
     if as_json:
         print(arguments.to_json(result.to_dict()))
     else:
-        console().print(result.table())
+        from bidensify.rewrite.plan.times import read_times
+
+        console().print(result.table(read_times() if times else None))
 
 
 @command(

@@ -17,6 +17,7 @@ from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.plan.rules import matches_layer, rule_labels, without_match
+from bidensify.rewrite.plan.times import Table, read_times, times_path
 from bidensify.rewrite.record.recorded import scope_of
 
 __all__ = ["plan_layers"]
@@ -102,11 +103,26 @@ def _decide(
     )
 
 
+def _faster(layer: LayerPlan, times: Table, unmeasured: list[str]) -> LayerPlan:
+    """``layer``, kept where it would be slower as bits; what has no row is added to ``unmeasured``."""
+    if layer.action != "binary":
+        return layer
+    found = times.of(layer)
+    if found is None:
+        unmeasured.append(f"{layer.path} ({layer.shape})")
+        return layer
+    if found.saved > 0:
+        return layer
+    why = f"slower as bits: {found.ms['packed']:.3f} ms against {found.ms['float']:.3f} at {'×'.join(map(str, found.output))}"
+    return replace(layer, action="keep", reason=why, way="", method="", bypass=False, activation=False)
+
+
 def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], dict[str, int]]:
     """Every layer with its action and reason, and how many layers each rule decided.
 
     Raises:
-        PlanError: a rule matches no layer, a method is unknown, or the network has no convolution.
+        PlanError: a rule matches no layer, a method is unknown, the network has no convolution, or with ``keep_slower`` a layer
+            was never measured.
         ConfigError: a method has no activations of ``act_bits``.
     """
     called = flow.record.module_nodes()
@@ -124,6 +140,8 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
     labels = rule_labels(config.rules)
     matches = dict.fromkeys(labels, 0)
     layers: list[LayerPlan] = []
+    times = read_times() if config.keep_slower else None
+    unmeasured: list[str] = []
     for path in sorted(modules, key=lambda p: order.get(p, len(order))):
         nodes = called.get(path, [])
         layer = _describe(flow, path, modules[path], nodes)
@@ -133,7 +151,13 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
             # A rule behind one that decides first still matches something: only a rule without effect is a mistake.
             matches[label] += fit
         reason, unusual = default_reason(flow, layer, nodes, config), unusual_layer(flow, layer, modules[path])
-        layers.append(_decide(layer, modules[path], reason, unusual, rule, config))
+        decided = _decide(layer, modules[path], reason, unusual, rule, config)
+        layers.append(decided if times is None or rule is not None else _faster(decided, times, unmeasured))
+    if unmeasured:
+        raise PlanError(
+            f"keep_slower: {unmeasured[0]}{f' and {len(unmeasured) - 1} more' if len(unmeasured) > 1 else ''} have no row in "
+            f"{str(times_path())!r}, this machine's table of layers; measure the network first: bidensify bench NETWORK --layers"
+        )
     for rule, count in zip(config.rules, matches.values()):
         if count == 0:
             raise PlanError(without_match(rule, layers, modules))

@@ -21,6 +21,8 @@ from bidensify.rewrite.plan.version_1 import from_version_1
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bidensify.rewrite.plan.times import Table as Times
+
 __all__ = ["Plan"]
 
 PLAN_VERSION = 2
@@ -145,9 +147,13 @@ class Plan:
             self, layers=inside(self.layers), activations=inside(self.activations), blocks=inside(self.blocks)
         )
 
-    def table(self) -> Table:
+    def table(self, times: Times | None = None) -> Table:
         """A rich table: layer, kind (where there are several), shape, output, millions of MACs per sample and their share of
-        all, action, reason, way. Names stand as text: a square bracket in one is no markup."""
+        all, action, reason, way. Names stand as text: a square bracket in one is no markup.
+
+        Args:
+            times: this machine's measured layers (``plan.times.read_times``): the milliseconds that each saves as bits.
+        """
         from rich.table import Table
         from rich.text import Text
 
@@ -164,7 +170,8 @@ class Plan:
         kinds = len({layer.kind for layer in self.layers}) > 1
         for column in ("layer", "kind", "shape", "output") if kinds else ("layer", "shape", "output"):
             table.add_column(column, overflow="fold")
-        for column in ("MMACs", "%"):
+        saved = () if times is None else ("ms saved",)
+        for column in ("MMACs", "%", *saved):
             table.add_column(column, justify="right", no_wrap=True)
         whole = sum(layer.macs for layer in self.layers) or 1
         for column in ("action", "reason", "way"):
@@ -175,7 +182,9 @@ class Plan:
             action = layer.method or "keep"
             output = "×".join(str(n) for n in layer.output)
             macs = (f"{layer.macs / 1e6:.1f}", f"{100 * layer.macs / whole:.1f}")
-            cells = (layer.path, *what, output, *macs, action, layer.reason, layer.way)
+            row = times.of(layer) if times is not None else None
+            gain = tuple(f"{row.saved:.2f}" if row is not None else "" for _ in saved)
+            cells = (layer.path, *what, output, *macs, *gain, action, layer.reason, layer.way)
             table.add_row(*map(Text, cells), style=style)
         return table
 
