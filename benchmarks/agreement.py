@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Subset
 import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.machine import cpu_name
+from bidensify.data.batches import collate
 from bidensify.deploy.backends import available_kernels
 from bidensify.recipe import load_recipe
 from bidensify.train import load_run
-from bidensify.train.loaders import collate
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 

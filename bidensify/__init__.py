@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bidensify.methods import available_methods, register_method
     from bidensify.models import register_source
     from bidensify.nn import calibrate
+    from bidensify.precisions import sensitivity
     from bidensify.rewrite.api import bidensify, plan
     from bidensify.tasks import register_task
     from bidensify.train import finetune
@@ -43,6 +44,7 @@ _PUBLIC = {
     "register_source": "bidensify.models",
     "register_task": "bidensify.tasks",
     "save_pretrained": "bidensify.deploy.pretrained",
+    "sensitivity": "bidensify.precisions",
     "summary": "bidensify.costs.summary",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "register_source",
     "register_task",
     "save_pretrained",
+    "sensitivity",
     "summary",
 ]
 

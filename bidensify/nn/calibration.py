@@ -16,7 +16,7 @@ from bidensify.errors import ConfigError
 from bidensify.nn.binary_layer import binary_layers
 from bidensify.nn.dab import statistics_dtype
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "normalized_by"]
 
 
 def _run(model: nn.Module, batch: Any) -> None:
@@ -26,6 +26,17 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(*batch)
     else:
         model(batch)
+
+
+def normalized_by(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """(2, C): mean and biased variance that a norm in training mode, of momentum 1, has just normalized ``x`` (N, C, *) by."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    values = x.numel() // norm.num_features
+    if isinstance(norm, nn.SyncBatchNorm) and distributed.is_initialized():
+        values *= distributed.get_world_size(norm.process_group)
+    dtype = statistics_dtype(norm.running_var)
+    return torch.stack([norm.running_mean.to(dtype), norm.running_var.to(dtype) * (1 - 1 / values)])
 
 
 @contextmanager
@@ -40,13 +51,7 @@ def _averages(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     calls: Counter[_BatchNorm] = Counter()
 
     def note(norm: _BatchNorm, args: tuple[Tensor, ...], output: Any) -> None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        values = args[0].numel() // norm.num_features
-        if isinstance(norm, nn.SyncBatchNorm) and distributed.is_initialized():
-            values *= distributed.get_world_size(norm.process_group)
-        dtype = statistics_dtype(norm.running_var)
-        found = torch.stack([norm.running_mean.to(dtype), norm.running_var.to(dtype) * (1 - 1 / values)])
+        found = normalized_by(norm, args[0])
         sums[norm] = sums[norm] + found if norm in sums else found
         calls[norm] += 1
 

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset, Subset
 
 from bidensify._util.seeding import seeded
 from bidensify.data import Seeded, check_dataset
+from bidensify.data.batches import collate, to_device
 from bidensify.errors import BidensifyError, ConfigError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
 from bidensify.tasks import Task
 from bidensify.train.distributed import forward_context
 from bidensify.train.evaluation import eval_mode, evaluate
-from bidensify.train.loaders import collate, to_device
 from bidensify.train.stages import set_mode
 
 Sample = dict[str, Tensor]

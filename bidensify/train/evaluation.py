@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from bidensify.data.batches import collate_alike, to_device
 from bidensify.tasks import Task, Views
-from bidensify.train.loaders import collate_alike, to_device
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from bidensify.data.batches import to_device
 from bidensify.errors import ConfigError
 from bidensify.losses import Features
 from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
-from bidensify.train.loaders import to_device, training_loader
+from bidensify.train.loaders import training_loader
 from bidensify.train.optim import parameter_groups
 
 _MODES = {"none": (False, False), "activations": (True, False), "all": (True, True)}

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bidensify.data.batches import to_device
 from bidensify.errors import FormatError, TrainingError
 from bidensify.losses import Features, Losses
 from bidensify.losses.terms import widen
@@ -18,7 +19,6 @@ from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.tasks import Task
 from bidensify.train.distributed import forward_context, sum_over_processes
-from bidensify.train.loaders import to_device
 from bidensify.train.optim import Ema, build_optimizer
 
 Sample = dict[str, Tensor]

@@ -1,0 +1,167 @@
+"""Every change on every batch: metrics and distances, kept on disk so that a killed analysis goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bidensify._util.files import atomic_write
+from bidensify.data.batches import collate_alike, to_device
+from bidensify.precisions.change import Change
+from bidensify.precisions.findings import Measured
+from bidensify.precisions.replay import Replay
+from bidensify.precisions.tally import Tally, distance_of
+from bidensify.tasks import Sample, Task
+
+__all__ = ["Bar", "Batches", "Store", "measure"]
+
+
+class Batches:
+    """The data in batches of one size of image each, on the device."""
+
+    def __init__(
+        self, data: Dataset[Sample], size: int, device: torch.device, channels_last: bool, model: nn.Module
+    ) -> None:
+        self.loader: Any = DataLoader(data, batch_size=size, collate_fn=collate_alike, generator=torch.Generator())
+        self.device, self.channels_last, self.model = device, channels_last, model
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for alike in self.loader:
+            yield [to_device(batch, self.device, self.channels_last, self.model) for batch in alike]
+
+    def images(self, count: int) -> list[Tensor]:
+        """The images of the first ``count`` batches."""
+        found: list[Tensor] = []
+        for batch in self:
+            found += [part["image"] for part in batch]
+            if len(found) >= count:
+                break
+        return found[:count]
+
+
+class Bar:
+    """A progress bar with the time that is left, on standard error.
+
+    Args:
+        total: steps.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        columns = (TextColumn("sensitivity"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+            disable=quiet,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, count: float = 1) -> None:
+        """Goes ahead by ``count`` steps."""
+        self._progress.advance(self._task, count)
+
+
+class Store:
+    """A file of sums, valid for one ``key`` (networks, data, what was asked for).
+
+    Args:
+        path: the file; None keeps nothing.
+        key: what the sums are of.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+
+    def read(self) -> tuple[int, dict[str, Any]]:
+        """(batches that are done, variant -> its sums); (0, {}) where the file is of something else, or unreadable."""
+        if self.path is None or not self.path.is_file():
+            return 0, {}
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["key"] != self.key:
+                return 0, {}
+            return int(data["batches"]), dict(data["sums"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return 0, {}  # sums can be made again; they are no file that a user wrote
+
+    def write(self, batches: int, sums: dict[str, Any]) -> None:
+        """Keeps the sums after ``batches`` batches; nothing where one of them is not known as data."""
+        if self.path is None or any(value is None for value in sums.values()):
+            return
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(json.dumps({"key": self.key, "batches": batches, "sums": sums}), encoding="utf-8")
+
+    def remove(self) -> None:
+        """Removes the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def measure(
+    replay: Replay,
+    changes: Sequence[Change],
+    whole: Mapping[str, nn.Module | None],
+    task: Task,
+    batches: Batches,
+    store: Store,
+    bar: Bar,
+) -> dict[str, Measured]:
+    """Measures each change, and each network of ``whole`` as it is ("teacher", "student"), by name.
+
+    Args:
+        replay: of the network that the changes are of.
+        changes: calibrated.
+        whole: networks by name; distances are to the one called "teacher".
+        task, batches: metrics and data.
+        store: what was done before.
+        bar: goes one step ahead per change and batch.
+    """
+    _, distance = distance_of(task)
+    networks = {name: network for name, network in whole.items() if network is not None}
+    names = [*networks, *(change.name for change in changes)]
+    tallies = {name: Tally(task, distance, batches.device) for name in names}
+    done, sums = store.read()
+    if done:
+        for name, tally in tallies.items():
+            tally.restore(sums[name])
+    for number, parts in enumerate(batches):
+        if number < done:
+            bar.step(len(changes))
+            continue
+        for batch in parts:
+            x = batch["image"]
+            kept = replay.begin(x)
+            with torch.no_grad():
+                found = {name: kept if each is replay.model else each(x) for name, each in networks.items()}
+            theirs = found.get("teacher")
+            for name, output in found.items():
+                tallies[name].add(output, batch, theirs)
+            for change in changes:
+                with change.made():
+                    output = replay.again(x, change.unit.layers)
+                tallies[change.name].add(output, batch, theirs)
+                bar.step(1 / len(parts))
+        store.write(number + 1, {name: tally.state() for name, tally in tallies.items()})
+    results = {name: tally.result() for name, tally in tallies.items()}
+    known = "teacher" in networks
+    return {name: Measured(metric=value, distance=far if known else None) for name, (value, far) in results.items()}

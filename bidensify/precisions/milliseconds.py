@@ -1,0 +1,65 @@
+"""The measured milliseconds of each layer in each precision, read from a file: data, checked by a schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bidensify._util.names import near
+from bidensify.errors import ConfigError, FormatError
+
+__all__ = ["LayerTimes"]
+
+_Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LayerTimes(BaseModel):
+    """Times of one machine, runtime and input size.
+
+    Attributes:
+        rest: milliseconds of the network outside of these layers.
+        layers: path -> precision ("binary", "float", ...) -> milliseconds.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    rest: _Milliseconds
+    layers: dict[str, dict[str, _Milliseconds]]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], paths: Sequence[str]) -> LayerTimes:
+        """Reads a table, and checks that it knows every layer of ``paths``.
+
+        Raises:
+            ConfigError: there is no such file, or it is of another network.
+            FormatError: it is no such table.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no table of milliseconds {str(file)!r}; measure one on the machine that will run it"
+            )
+        try:
+            found = cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise FormatError(
+                f"{str(file)!r} is no table of milliseconds: {where}: {first['msg']}; it holds "
+                '{"rest": ms, "layers": {"PATH": {"binary": ms, "float": ms}}}'
+            ) from error
+        for name in paths:
+            if name not in found.layers:
+                raise ConfigError(
+                    f"the table {str(file)!r} has no milliseconds of the layer {name!r}{near(name, list(found.layers))}; it may "
+                    "be of another network"
+                )
+        return found
+
+    def of(self, path: str, precision: str) -> float | None:
+        """Milliseconds of a layer; None where that precision was not measured."""
+        return self.layers[path].get(precision)
