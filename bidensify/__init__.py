@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bidensify.methods import available_methods, register_method
     from bidensify.models import register_source
     from bidensify.nn import calibrate
-    from bidensify.precisions import sensitivity
+    from bidensify.precisions import allocate, sensitivity
     from bidensify.rewrite.api import bidensify, plan
     from bidensify.tasks import register_task
     from bidensify.train import finetune
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BidensifyConfig": "bidensify.config",
     "Rule": "bidensify.config",
+    "allocate": "bidensify.precisions",
     "available_methods": "bidensify.methods",
     "bidensify": "bidensify.rewrite.api",
     "calibrate": "bidensify.nn",
@@ -51,6 +52,7 @@ _PUBLIC = {
 __all__ = [
     "BidensifyConfig",
     "Rule",
+    "allocate",
     "available_methods",
     "bidensify",
     "calibrate",

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from bidensify.precisions.findings import Cost, Measured, Row
+from bidensify.precisions.allocate import Allocation, allocate, allocation
+from bidensify.precisions.budget import Budget, read_budget
+from bidensify.precisions.findings import Cost, Findings, Measured, Row
 from bidensify.precisions.result import Sensitivity
 from bidensify.precisions.run import sensitivity
 
-__all__ = ["Cost", "Measured", "Row", "Sensitivity", "sensitivity"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Cost",
+    "Findings",
+    "Measured",
+    "Row",
+    "Sensitivity",
+    "allocate",
+    "allocation",
+    "read_budget",
+    "sensitivity",
+]
