@@ -12,7 +12,7 @@ from bidensify.costs.rows import LayerSummary
 from bidensify.costs.summary import summary
 from bidensify.precisions.findings import Cost
 from bidensify.precisions.milliseconds import LayerTimes
-from bidensify.precisions.precision import BINARY, PRECISIONS
+from bidensify.precisions.precision import BINARY, FLOAT
 
 __all__ = ["Costs", "costs_of"]
 
@@ -22,13 +22,13 @@ class Costs:
     """Costs per sample.
 
     Attributes:
-        rows: path of a binary layer -> what ``summary`` counts of it.
+        rows: precision -> path of a binary layer -> what ``summary`` counts of it.
         times: measured milliseconds, or None.
         rest: of everything else.
         full: of the full-precision network.
     """
 
-    rows: Mapping[str, LayerSummary]
+    rows: Mapping[str, Mapping[str, LayerSummary]]
     times: LayerTimes | None
     rest: Cost
     full: Cost
@@ -36,37 +36,42 @@ class Costs:
     @property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of each layer in whatever precision."""
-        return {path: row.binary_macs for path, row in self.rows.items()}
+        return {path: row.binary_macs for path, row in self.rows[BINARY].items()}
 
-    def of(self, paths: Sequence[str], precisions: Sequence[str]) -> dict[str, Cost]:
-        """The sum over ``paths`` in each precision."""
+    def of(self, paths: Sequence[str]) -> dict[str, Cost]:
+        """The sum over ``paths`` in each precision that is known."""
         found: dict[str, Cost] = {}
-        for name in precisions:
-            precision = PRECISIONS[name]
+        for name in [*self.rows, FLOAT]:
             total = Cost(macs=0, ops=0, bytes=0, ms=0)
             for path in paths:
-                row = self.rows[path]
                 ms = None if self.times is None else self.times.of(path, name)
+                row = self.rows[BINARY if name == FLOAT else name][path]
                 total = total.plus(
-                    Cost(macs=precision.macs(row), ops=precision.ops(row), bytes=precision.bytes(row), ms=ms)
+                    _float(row, ms) if name == FLOAT else Cost(macs=0, ops=row.ops, bytes=row.bytes, ms=ms)
                 )
             found[name] = total
         return found
 
 
+def _float(row: LayerSummary, ms: float | None) -> Cost:
+    """A binary layer's cost in float, with all that surrounds it."""
+    size = 4 * (row.binary_params + row.float_params)
+    return Cost(macs=row.binary_macs, ops=2 * row.binary_macs + row.elementwise, bytes=size, ms=ms)
+
+
 def costs_of(
-    student: nn.Module,
+    students: Mapping[str, nn.Module],
     teacher: nn.Module | None,
     input_size: Sequence[int],
     milliseconds: str | os.PathLike[str] | None = None,
 ) -> Costs:
-    """Counts a student's layers and the full-precision network.
+    """Counts the layers of students and the full-precision network.
 
     A float layer counts what surrounds the binary one too (threshold, shift, bypass): a little more than it will cost, so
     that what fits a budget by these figures fits it.
 
     Args:
-        student: latent.
+        students: precision -> the network with all its layers in it; "binary" must be there.
         teacher: the full-precision network; without it, the student's layers in float stand for it.
         input_size: (C, H, W).
         milliseconds: see ``LayerTimes.load``.
@@ -74,29 +79,19 @@ def costs_of(
     Raises:
         ConfigError, FormatError: see ``LayerTimes.load``.
     """
-    counted = summary(student, tuple(input_size))
-    rows = {row.path: row for row in counted.layers if row.binary_params}
-    times = None if milliseconds is None else LayerTimes.load(milliseconds, list(rows))
-    others = [row for row in counted.layers if not row.binary_params]
+    counted = {name: summary(student, tuple(input_size)) for name, student in students.items()}
+    rows = {name: {row.path: row for row in each.layers if row.binary_params} for name, each in counted.items()}
+    times = None if milliseconds is None else LayerTimes.load(milliseconds, list(rows[BINARY]))
+    others = [row for row in counted[BINARY].layers if not row.binary_params]
     rest = Cost(
         macs=sum(row.float_macs for row in others),
         ops=sum(row.ops for row in others),
         bytes=sum(row.bytes for row in others),
         ms=None if times is None else times.rest,
     )
-    costs = Costs(rows, times, rest, rest)
-    if teacher is None:
-        return Costs(rows, times, rest, rest.plus(costs.of(list(rows), ["float"])["float"]))
-    whole = summary(teacher, tuple(input_size))
-    full = Cost(
-        macs=whole.total("float_macs"),
-        ops=whole.total("ops"),
-        bytes=whole.total("bytes"),
-        ms=None if times is None else rest.plus(costs.of(list(rows), ["float"])["float"]).ms,
-    )
+    full = rest.plus(Costs(rows, times, rest, rest).of(list(rows[BINARY]))[FLOAT])
+    if teacher is not None:
+        whole = summary(teacher, tuple(input_size))
+        names = {"macs": "float_macs", "ops": "ops", "bytes": "bytes"}
+        full = full.model_copy(update={cost: whole.total(field) for cost, field in names.items()})
     return Costs(rows, times, rest, full)
-
-
-def binary_total(costs: Costs) -> Cost:
-    """Of the student with all its layers binary."""
-    return costs.rest.plus(costs.of(list(costs.rows), [BINARY])[BINARY])

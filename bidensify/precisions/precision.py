@@ -2,69 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from bidensify._util.names import near
-from bidensify.costs.rows import LayerSummary
 from bidensify.errors import ConfigError
+from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.apply.model import apply_plan
 from bidensify.rewrite.plan.schema import Plan
 
-__all__ = ["BINARY", "FLOAT", "PRECISIONS", "Branch", "Precision", "precision_called"]
+__all__ = [
+    "BINARY",
+    "FLOAT",
+    "PRECISIONS",
+    "TWO_BITS",
+    "Branch",
+    "Precision",
+    "branches_of",
+    "precision_called",
+    "students",
+]
 
-BINARY, FLOAT = "binary", "float"
+BINARY, TWO_BITS, FLOAT = "binary", "act_bits 2", "float"
 
 
 class Branch:
-    """A layer's sums in some precision, where its float convolution was; norm, bypass and activation are not part of it.
+    """A binary layer's sums where its float convolution was; norm, bypass and activation are not part of it.
+
+    Args:
+        layer: of a student in the precision.
 
     Attributes:
         dim: which dimension of its result is that of the channels.
     """
 
-    dim: int = 1
-
-    def begin(self) -> None:
-        """Starts calibration: what is then given to ``observe`` is what the float network gives the layer."""
-
-    def observe(self, x: Tensor) -> None:
-        """Sees the layer's input on a batch of calibration images."""
-
-    def end(self) -> None:
-        """Ends calibration."""
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What stands for the float layer's result on the same arguments, up to a scale and a shift per channel."""
-        raise NotImplementedError
-
-
-class _BinaryBranch(Branch):
     def __init__(self, layer: BinaryLayer) -> None:
         self.layer, self.dim = layer, layer.binarizer.dim
 
     def begin(self) -> None:
+        """Starts calibration: what is then given to ``observe`` is what the float network gives the layer."""
         self.layer.binarizer.begin_calibration()
 
     def observe(self, x: Tensor) -> None:
+        """Sees the layer's input on a batch of calibration images."""
         self.layer.binarizer(x)
 
     def end(self) -> None:
+        """Ends calibration."""
         self.layer.binarizer.end_calibration()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What stands for the float layer's result on the same arguments, up to a scale and a shift per channel."""
         binarizer = self.layer.binarizer
         return binarizer.weigh(x, self.layer.conv_only(binarizer(x), *args, **kwargs), self.layer)
-
-
-def _binary(teacher: nn.Module, plan: Plan) -> dict[str, Branch]:
-    student = apply_plan(copy_model(teacher), plan).eval()
-    return {path: _BinaryBranch(layer) for path, layer in binary_layers(student)}
 
 
 @dataclass(frozen=True)
@@ -74,31 +69,27 @@ class Precision:
     Attributes:
         name: "binary", "float", ...
         action: what a :class:`bidensify.Rule` gives the layers that are to have it; None where the defaults do.
-        branches: of the plan's binary layers by path, with the weights of the full-precision network that is given; None of the
-            full-precision network's own precision.
-        macs: multiply-accumulates in full precision that a layer has in it, of what is counted of the binary layer.
-        ops, bytes: the same of operations, and of bytes of parameters.
+        planned: the plan of a student all of whose layers have it where they can; None of the full-precision network's own.
     """
 
     name: str
     action: str | Mapping[str, Any] | None
-    branches: Callable[[nn.Module, Plan], dict[str, Branch]] | None
-    macs: Callable[[LayerSummary], float]
-    ops: Callable[[LayerSummary], float]
-    bytes: Callable[[LayerSummary], float]
+    planned: Callable[[Plan], Plan] | None
+
+
+def _two_bits(plan: Plan) -> Plan:
+    layers = [
+        replace(layer, act_bits=2) if layer.action == "binary" and 2 in get_method(layer.method).act_bits else layer
+        for layer in plan.layers
+    ]
+    return replace(plan, layers=layers)
 
 
 # In the order of what they cost.
 _ALL = (
-    Precision(BINARY, None, _binary, lambda row: 0, lambda row: row.ops, lambda row: row.bytes),
-    Precision(
-        FLOAT,
-        "keep",
-        None,
-        lambda row: row.binary_macs,
-        lambda row: 2 * row.binary_macs + row.elementwise,
-        lambda row: 4 * (row.binary_params + row.float_params),
-    ),
+    Precision(BINARY, None, lambda plan: plan),
+    Precision(TWO_BITS, {"act_bits": 2}, _two_bits),
+    Precision(FLOAT, "keep", None),
 )
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in _ALL}
 
@@ -112,3 +103,25 @@ def precision_called(name: str) -> Precision:
     if name not in PRECISIONS:
         raise ConfigError(f"there is no precision {name!r}{near(name, list(PRECISIONS))}")
     return PRECISIONS[name]
+
+
+def students(network: nn.Module, plan: Plan, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The full-precision network rewritten in each precision but its own, with its own weights, in evaluation mode."""
+    found = {}
+    for name in names:
+        planned = precision_called(name).planned
+        if planned is not None:
+            found[name] = apply_plan(copy_model(network), planned(plan)).eval()
+    return found
+
+
+def branches_of(students: Mapping[str, nn.Module]) -> dict[str, dict[str, Branch]]:
+    """Precision -> path -> branch, of the layers that have a precision of their own in it."""
+    found: dict[str, dict[str, Branch]] = {}
+    for name, student in students.items():
+        layers = dict(binary_layers(student))
+        wanted = 2 if name == TWO_BITS else None
+        found[name] = {
+            path: Branch(layer) for path, layer in layers.items() if wanted in (None, layer.binarizer.planes)
+        }
+    return found

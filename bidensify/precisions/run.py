@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from bidensify.precisions.change import Change, InStudent, InTeacher, observe
 from bidensify.precisions.costs import costs_of
 from bidensify.precisions.findings import Row
 from bidensify.precisions.measure import Bar, Batches, Store, measure
-from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS, Precision, precision_called
+from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS, Precision, branches_of, precision_called, students
 from bidensify.precisions.replay import Replay
 from bidensify.precisions.result import Sensitivity
 from bidensify.precisions.tally import distance_of
@@ -116,8 +116,9 @@ def sensitivity(
         target = None if cache is None else Path(cache)
         if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
             return found
-        costs = costs_of(student, teacher, tuple(images[0].shape[1:]), milliseconds)
-        changes = _changes(replay, plan, units, chosen, images)
+        made = {BINARY: student} if teacher is None else students(teacher, plan, PRECISIONS)
+        costs = costs_of(made, teacher, tuple(images[0].shape[1:]), milliseconds)
+        changes = _changes(replay, made, units, chosen, images)
         bar = stack.enter_context(Bar((len(images) + len(batches)) * len(changes), quiet))
         for x in images:
             replay.begin(x)
@@ -150,7 +151,7 @@ def sensitivity(
                 layers=unit.layers,
                 depth=place[unit.layers[0]],
                 macs=sum(costs.macs[path] for path in unit.layers),
-                costs=costs.of(unit.layers, list(PRECISIONS)),
+                costs=costs.of(unit.layers),
                 measured={each.precision: measured[each.name] for each in changes if each.unit is unit},
             )
             for unit in units
@@ -195,22 +196,30 @@ def _chosen(names: Sequence[str] | None, around: str) -> list[Precision]:
 
 
 def _changes(
-    replay: Replay, plan: Plan, units: Sequence[Unit], chosen: Sequence[Precision], images: Sequence[Tensor]
+    replay: Replay,
+    made: Mapping[str, nn.Module],
+    units: Sequence[Unit],
+    chosen: Sequence[Precision],
+    images: Sequence[Tensor],
 ) -> list[Change]:
-    """Every unit in every precision, calibrated but for their moments."""
+    """Every unit in every precision that its layers have, calibrated but for their moments."""
     network = replay.model
     if state_of(network) == "latent":
         return [InStudent(unit, precision.name, network) for precision in chosen for unit in units]
-    called = set(replay.first)
+    wanted = [precision.name for precision in chosen]
     branches = {
-        precision.name: {path: branch for path, branch in precision.branches(network, plan).items() if path in called}
-        for precision in chosen
-        if precision.branches is not None
+        name: {path: branch for path, branch in some.items() if path in replay.first}
+        for name, some in branches_of({name: each for name, each in made.items() if name in wanted}).items()
     }
     with torch.no_grad(), observe(network, branches) as targets:
         for x in images:
             network(x)
-    return [InTeacher(unit, name, network, some, targets) for name, some in branches.items() for unit in units]
+    return [
+        InTeacher(unit, name, network, some, targets)
+        for name, some in branches.items()
+        for unit in units
+        if all(path in some for path in unit.layers)
+    ]
 
 
 def _task(data: Any) -> Task:

@@ -23,9 +23,7 @@ FULL = Cost(macs=1000, ops=2000, bytes=4000)
 @pytest.fixture(autouse=True)
 def middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A precision between binary and float, so that there are three."""
-    monkeypatch.setitem(
-        PRECISIONS, "middle", Precision("middle", {"bypass": True}, None, lambda r: 0, lambda r: 0, lambda r: 0)
-    )
+    monkeypatch.setitem(PRECISIONS, "middle", Precision("middle", {"bypass": True}, None))
 
 
 def synthetic(layers: list[list[tuple[float, float, float, float]]], student: float | None = None) -> Sensitivity:
@@ -150,13 +148,13 @@ def test_budgets_hold_by_summary_of_what_is_rewritten(name: str, monkeypatch: py
     torch.manual_seed(0)
     model = (build_model("demo:unet", width=8, num_classes=3, levels=2) if name == "unet" else Residual()).eval()
     student, size = bd.bidensify(model, example_inputs=torch.zeros(1, 3, 16, 16)), (3, 16, 16)
-    costs = costs_of(student, model, size)
+    costs = costs_of({"binary": student}, model, size)
     paths = [path for path, _ in binary_layers(student)]
     assert len(paths) >= 4
     generator = torch.Generator().manual_seed(1)
     losses = [float(value) for value in torch.rand(len(paths), generator=generator)]
     rows = tuple(
-        Row(name=path, layers=(path,), depth=0, macs=0, costs=costs.of([path], ["binary", "float"]),
+        Row(name=path, layers=(path,), depth=0, macs=0, costs=costs.of([path]),
             measured={"binary": Measured(metric=1 - loss)})
         for path, loss in zip(paths, losses)
     )  # fmt: skip

@@ -99,6 +99,9 @@ def test_in_the_teacher_each_layer_alone_is_binary() -> None:
         assert row.measured["binary"].distance == pytest.approx(distance(changed, teacher), rel=1e-3)
         assert found.gain(row) == pytest.approx(found.teacher.metric - row.measured["binary"].metric)
         assert found.gain(row, "float", "distance") == pytest.approx(row.measured["binary"].distance)
+        # Two bits lose less than one, and cost more.
+        assert row.measured["act_bits 2"].distance < row.measured["binary"].distance  # type: ignore[operator]
+        assert found.added(row, "act_bits 2", "ops") > 0
     (group,) = found.groups
     assert group.layers == tuple(row.name for row in found.layers if row.name.startswith("decoder."))
     assert found.gain(group, "float", "distance") > 0.01
@@ -173,8 +176,9 @@ def test_a_killed_analysis_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     runs: list[int] = []
     teacher.register_forward_hook(lambda module, args, output: runs.append(len(output)))
     went_on = bd.sensitivity(student, data, teacher, cache=file, **options)
-    # Two batches were left, each as it is and with every unit changed; counting costs is a run of two samples too.
-    assert runs.count(2) == 2 * (1 + len(whole.rows)) + 1
+    # Two batches were left, each as it is and with every change; costs are counted by runs of two samples, of the teacher and
+    # of a student in each of two precisions.
+    assert runs.count(2) == 2 * (1 + sum(len(row.measured) for row in whole.rows)) + 3
     assert went_on.rows == whole.rows
     assert (went_on.teacher, went_on.student) == (whole.teacher, whole.student)
     assert not part.exists()
