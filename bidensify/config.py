@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Options of earlier releases, and the one value that is left of each.
-_GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
+GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
 _OVERRIDES = ("method", "act_scale", "act_bits", "bypass", "activation")
 _ACT_BITS = (1, 2)
@@ -203,7 +203,7 @@ class BidensifyConfig:
                 f"BidensifyConfig: version {version!r} is not known to this release (it reads {CONFIG_VERSION}); "
                 "update bidensify"
             )
-        for key, left in _GONE.items():
+        for key, left in GONE.items():
             value = fields.pop(key, left)
             if value != left:
                 raise ConfigError(

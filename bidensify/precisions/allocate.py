@@ -63,6 +63,20 @@ class Allocation:
         """Of the full-precision network's float MACs, operations and bytes."""
         return {name: getattr(self.cost, name) / getattr(self.full, name) for name in ("macs", "ops", "bytes")}
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "budget": self.budget.model_dump(exclude_defaults=True),
+            "shares": self.shares,
+            "ms": self.cost.ms,
+            "metric": self.metric,
+            "expected": self.expected,
+            "teacher": self.teacher,
+            "trained": self.trained,
+            "chosen": self.chosen,
+            "config": self.config.to_dict(),
+        }
+
     def lines(self) -> list[str]:
         """What is expected, in words."""
         counts = [

@@ -72,6 +72,8 @@ def read_budget(budget: Budget | Mapping[str, Any] | None = None, **bounds: Any)
     """
     if isinstance(budget, Budget) and not bounds:
         return budget
+    if budget is not None and not isinstance(budget, (Budget, Mapping)):
+        raise ConfigError(f"budget={budget!r} must be a mapping of bounds, for example {{'ops': 0.2}}")
     given = {
         **(budget.model_dump(exclude_defaults=True) if isinstance(budget, Budget) else dict(budget or {})),
         **bounds,

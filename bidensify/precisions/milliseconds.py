@@ -30,6 +30,20 @@ class LayerTimes(BaseModel):
     rest: _Milliseconds
     layers: dict[str, dict[str, _Milliseconds]]
 
+    @staticmethod
+    def text(path: str | os.PathLike[str]) -> str:
+        """What the file holds.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no table of milliseconds {str(file)!r}; measure one on the machine that will run it"
+            )
+        return file.read_text(encoding="utf-8", errors="replace")
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], paths: Sequence[str]) -> LayerTimes:
         """Reads a table, and checks that it knows every layer of ``paths``.
@@ -39,12 +53,8 @@ class LayerTimes(BaseModel):
             FormatError: it is no such table.
         """
         file = Path(path)
-        if not file.is_file():
-            raise ConfigError(
-                f"there is no table of milliseconds {str(file)!r}; measure one on the machine that will run it"
-            )
         try:
-            found = cls.model_validate_json(file.read_bytes())
+            found = cls.model_validate_json(cls.text(file))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -26,6 +26,7 @@ from bidensify.precisions.change import Change, InStudent, InTeacher, observe
 from bidensify.precisions.costs import costs_of
 from bidensify.precisions.findings import Row
 from bidensify.precisions.measure import Bar, Batches, Store, measure
+from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS, Precision, branches_of, precision_called, students
 from bidensify.precisions.replay import Replay
 from bidensify.precisions.result import Sensitivity
@@ -111,13 +112,22 @@ def sensitivity(
         replay = Replay(network, images[0][:1], [path for path, _ in binary_layers(student)])
         called = sorted(replay.first, key=replay.first.__getitem__)
         units = units_of(called, groups)
-        options = [around, batch_size, channels_last, [unit.name for unit in units], [each.name for each in chosen]]
+        table = "" if milliseconds is None else LayerTimes.text(milliseconds)
+        options = [
+            around,
+            table,
+            batch_size,
+            channels_last,
+            [unit.name for unit in units],
+            [each.name for each in chosen],
+        ]
         key = _key((student, teacher) if trained or around == "student" else (teacher,), data, images, options)
         target = None if cache is None else Path(cache)
         if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
             return found
         made = {BINARY: student} if teacher is None else students(teacher, plan, PRECISIONS)
-        costs = costs_of(made, teacher, tuple(images[0].shape[1:]), milliseconds)
+        size = tuple(data[0]["image"].shape)
+        costs = costs_of(made, teacher, size, milliseconds)
         changes = _changes(replay, made, units, chosen, images)
         bar = stack.enter_context(Bar((len(images) + len(batches)) * len(changes), quiet))
         for x in images:
@@ -140,7 +150,7 @@ def sensitivity(
         higher_is_better=task.higher_is_better,
         distance=distance_of(task)[0] if teacher is not None else None,
         samples=len(data),  # type: ignore[arg-type]
-        input_size=tuple(images[0].shape[1:]),
+        input_size=size,
         teacher=measured.get("teacher"),
         student=measured.get("student"),
         rest=costs.rest,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bidensify._util.names import near
-from bidensify.errors import BidensifyError
+from bidensify.errors import BidensifyError, ConfigError
+from bidensify.precisions import read_budget
 from bidensify.recipe.schema import Recipe
 
 
@@ -48,11 +49,17 @@ def _task(recipe: Recipe) -> list[str]:
 
 
 def _binarize(section: Mapping[str, Any]) -> list[str]:
-    from bidensify.config import BidensifyConfig
+    from bidensify.config import GONE, BidensifyConfig
     from bidensify.methods import available_methods, get_method, no_such_bits
 
-    known = ["version", *(item.name for item in dataclasses.fields(BidensifyConfig))]
-    mistakes = [_unknown("binarize", name, known) for name in section if name not in known]
+    known = ["version", "budget", *(item.name for item in dataclasses.fields(BidensifyConfig))]
+    mistakes = [_unknown("binarize", name, known) for name in section if name not in known and name not in GONE]
+    section, budget = {name: value for name, value in section.items() if name != "budget"}, section.get("budget")
+    if budget is not None:
+        try:
+            read_budget(budget)
+        except ConfigError as error:
+            mistakes.append(f"binarize.{error}")
     method = section.get("method", "bidense")
     if method not in available_methods():
         mistakes.append(f"binarize.method: there is no method {method!r}{near(method, available_methods())}")

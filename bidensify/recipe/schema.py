@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError
+from bidensify.precisions import Budget, read_budget
 from bidensify.recipe.sections import (
     CalibrateSection,
     CheckpointSection,
@@ -105,12 +106,23 @@ class Recipe(Section):
         """Returns the recipe, defaults filled in, as JSON-able data that :func:`load_recipe` takes."""
         data = self.model_dump(mode="json")
         if any(stage.binarize != "none" for stage in self.stages):
-            data["binarize"] = self.config().to_dict()
+            budget = {key: value for key, value in self.binarize.items() if key == "budget"}
+            data["binarize"] = {**self.config().to_dict(), **budget}
         return data
 
     def config(self) -> BidensifyConfig:
-        """Returns the configuration of the rewrite (section ``binarize``)."""
-        return BidensifyConfig.from_dict(dict(self.binarize))
+        """Returns the configuration of the rewrite (section ``binarize``); a budget's rules are not in it."""
+        return BidensifyConfig.from_dict({key: value for key, value in self.binarize.items() if key != "budget"})
+
+    @property
+    def budget(self) -> Budget | None:
+        """``binarize.budget``: what the student may cost or lose; who gets which precision is then found at the run's start.
+
+        Raises:
+            ConfigError: it breaks its schema.
+        """
+        given = self.binarize.get("budget")
+        return None if given is None else read_budget(given)
 
     def needed(self, value: Value | None, key: str) -> Value:
         """Returns ``value``, the recipe's ``key``.

@@ -13,6 +13,7 @@ from torch import nn
 
 from bidensify._util.seeding import seeded
 from bidensify._util.wrappers import unwrap
+from bidensify.config import BidensifyConfig
 from bidensify.data import check_dataset
 from bidensify.errors import ConfigError, FormatError
 from bidensify.models import load_weights
@@ -20,6 +21,7 @@ from bidensify.nn import binary_layers
 from bidensify.nn.used_weight import copy_model
 from bidensify.recipe import Recipe, load_recipe
 from bidensify.recipe.sections import TeacherSection
+from bidensify.train.allocation import allocate_run
 from bidensify.train.check import RunCheck, check_disk, disk_needed
 from bidensify.train.rundir.folder import RunFolder, RunResult
 from bidensify.train.start import finetune, try_start
@@ -52,7 +54,13 @@ def build_teacher(recipe: Recipe, weights: str | os.PathLike[str] | None = None)
     return model.eval()
 
 
-def build_student(recipe: Recipe, teacher: nn.Module | None = None, *, in_channels: int | None = None) -> nn.Module:
+def build_student(
+    recipe: Recipe,
+    teacher: nn.Module | None = None,
+    *,
+    in_channels: int | None = None,
+    config: BidensifyConfig | None = None,
+) -> nn.Module:
     """Rewrites the recipe's network to its 1-bit form.
 
     Args:
@@ -60,14 +68,24 @@ def build_student(recipe: Recipe, teacher: nn.Module | None = None, *, in_channe
         teacher: the network whose weights the student starts from; not changed. Without it the student starts from a
             freshly built model.
         in_channels: channels of an image; by default the recipe's, or 3.
+        config: of the rewrite; by default the recipe's.
+
+    Raises:
+        ConfigError: the recipe has a budget, whose rules only a run finds, and no ``config`` is given.
     """
     from bidensify.rewrite import bidensify
+
+    if recipe.budget is not None and config is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r} has binarize.budget: which layer gets which precision is found at the start of its run "
+            "(bidensify finetune); give the config that bidensify.allocate found, or leave the budget out"
+        )
 
     base = recipe.build_model() if teacher is None else teacher
     with seeded(recipe.seed):
         channels = in_channels or recipe.in_channels or 3
         example = None if recipe.data.size is None else torch.zeros(2, channels, *recipe.data.size)
-        return bidensify(base, recipe.config(), example_inputs=example, inplace=teacher is None)
+        return bidensify(base, config or recipe.config(), example_inputs=example, inplace=teacher is None)
 
 
 def run_recipe(
@@ -121,7 +139,8 @@ def run_recipe(
         if not weights.exists():
             # Neither has its weights yet; all else that could stop the student after its teacher's hours is seen now.
             untrained = loaded.build_model()
-            try_start(build_student(loaded, untrained, in_channels=channels), untrained, loaded, train, val)
+            whole = build_student(loaded, untrained, in_channels=channels, config=loaded.config())
+            try_start(whole, untrained, loaded, train, val)
         run_recipe(loaded, weights, role="teacher", resume=weights.exists(), quiet=quiet)
     teacher: nn.Module | None = None
     if weights is not None or section is not None:
@@ -130,7 +149,10 @@ def run_recipe(
         loaded = loaded.model_copy(
             update={"teacher": (section or TeacherSection()).model_copy(update={"weights": path})}
         )
-    student = build_student(loaded, teacher, in_channels=channels)
+    config = loaded.config()
+    if loaded.budget is not None:
+        config = allocate_run(loaded, teacher, train, val, folder, quiet=quiet)
+    student = build_student(loaded, teacher, in_channels=channels, config=config)
     return finetune(
         student, teacher=teacher, recipe=loaded, train=train, val=val, run_dir=run_dir, resume=resume, quiet=quiet
     )
@@ -181,9 +203,11 @@ def check_run(
             check.add("teacher", "no weights given; trained first" if section.stages else "no weights given")
         networks = (model, None)
         if role == "student":
-            student = build_student(loaded, model, in_channels=data[0].info.channels if data is not None else None)
+            channels = data[0].info.channels if data is not None else None
+            student = build_student(loaded, model, in_channels=channels, config=loaded.config())
             layers = sum(1 for _ in binary_layers(student))
-            check.add("rewrite", f"{layers} binary layers, method {loaded.config().method}")
+            later = ", fewer by the budget that the run spends" if loaded.budget is not None else ""
+            check.add("rewrite", f"{layers} binary layers{later}, method {loaded.config().method}")
             networks = (student, model)
     if networks is not None:
         with check.look("disk"):

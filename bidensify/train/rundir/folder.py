@@ -22,9 +22,11 @@ from bidensify.train.rundir.logs import versions, write_json
 # What may differ when a run is resumed: where files are, how fast data comes and what is written down, not the result.
 # The teacher is compared by its weights, not by where they lie or how they came about.
 _FREE = ("data.workers", "data.root", "data.eval_batch_size", "log.", "checkpoint.", "device", "teacher")
+# What a run with a budget writes before it begins; a folder that holds nothing else is one of a run that has not begun.
+_BEFORE = ("sensitivity.json", "sensitivity.json.part", "allocation.json")
 _FILES = (
     "recipe.yaml", "inputs.json", "plan.json", "versions.json", "log.jsonl", "result.json", "model.safetensors",
-    "checkpoints", "checkpoints/last.pt", "tensorboard",
+    "checkpoints", "checkpoints/last.pt", "tensorboard", *_BEFORE,
 )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.recipe = path / "recipe.yaml"
         self.plan = path / "plan.json"
+        self.sensitivity, self.allocation = path / "sensitivity.json", path / "allocation.json"
         self._inputs = path / "inputs.json"
         self._result = path / "result.json"
 
@@ -153,7 +156,10 @@ class RunFolder:
             ConfigError: the folder is in use, is not a run's, or is that of a run of another recipe.
             FormatError: the checkpoint cannot be read.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists():
+            return None
+        if self.path.is_dir() and all(file.name in _BEFORE for file in self.path.iterdir()):
+            self.check_places()
             return None
         if not self.path.is_dir():
             raise ConfigError(f"the run folder {str(self.path)!r} is a file; choose another")

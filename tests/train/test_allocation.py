@@ -1,0 +1,100 @@
+"""A recipe's budget: spent before the run begins, kept in its folder, held by the student that is trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bidensify as bd
+from bidensify.errors import ConfigError
+from bidensify.nn import binary_layers
+from bidensify.precisions import Sensitivity
+from bidensify.recipe import load_recipe
+from bidensify.train import build_student, load_run, run_recipe
+
+
+def recipe(budget: Any, **changes: Any) -> dict[str, Any]:
+    scenes = {"name": "scenes", "length": 8, "cache": True}
+    stage = {"epochs": 1, "lr": 0.001}
+    return {
+        "name": "budgeted",
+        "model": {"source": "demo:unet", "options": {"width": 8, "levels": 2, "num_classes": 8}},
+        "data": {
+            "train": {**scenes, "split": "train"},
+            "val": {**scenes, "split": "val"},
+            "size": [32, 32],
+            "batch_size": 4,
+        },
+        "task": {"name": "segmentation"},
+        "teacher": {"stages": [{"name": "float", "binarize": "none", **stage}]},
+        "binarize": {"budget": budget},
+        "stages": [{"name": "all", "binarize": "all", **stage, "losses": {"task": 1, "kl": 1}}],
+        "calibrate": {"batches": 1},
+        "log": {"tensorboard": False},
+        "device": "cpu",
+        **changes,
+    }
+
+
+def test_a_run_spends_its_budget(tmp_path: Path) -> None:
+    data = recipe({"bytes": 0.3, "images": 3})
+    run_recipe(data, tmp_path / "run", train_teacher=True, quiet=True)
+    student, own = load_run(tmp_path / "run")
+    assert own.to_dict()["binarize"]["budget"] == {"bytes": 0.3, "images": 3}
+    full = bd.summary(load_recipe(data).build_model(), (3, 32, 32)).total("bytes")
+    share = bd.summary(student, (3, 32, 32)).total("bytes") / full
+    whole = bd.bidensify(load_recipe(data).build_model())
+    assert bd.summary(whole, (3, 32, 32)).total("bytes") / full < share <= 0.3
+    found = Sensitivity.load(tmp_path / "run" / "sensitivity.json")
+    assert (found.samples, found.around, found.input_size) == (3, "teacher", (3, 32, 32))
+    kept = json.loads((tmp_path / "run" / "allocation.json").read_text())["chosen"]
+    others = {path for path, name in kept.items() if name != "float"}
+    assert others == {path for path, _ in binary_layers(student)}
+    two = {path for path, layer in binary_layers(student) if layer.binarizer.planes == 2}
+    assert two == {path for path, name in kept.items() if name == "act_bits 2"}
+
+    # A finished run is read; a longer one goes on with the student that it began with, and nothing is measured again.
+    before = (tmp_path / "run" / "sensitivity.json").stat().st_mtime_ns
+    data["stages"][0]["epochs"] = 2
+    teacher = tmp_path / "run_teacher"
+    result = run_recipe(data, tmp_path / "run", teacher_weights=teacher, resume=True, quiet=True)
+    assert len(result.history) == 2
+    assert (tmp_path / "run" / "sensitivity.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="has another recipe; it differs in binarize.budget.bytes"):
+        other = recipe({"bytes": 0.4, "images": 3})
+        run_recipe(other, tmp_path / "run", teacher_weights=teacher, resume=True, quiet=True)
+
+    # A run that was stopped before it began has nothing but its forecast; it begins.
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "run" / "sensitivity.json").rename(tmp_path / "killed" / "sensitivity.json")
+    run_recipe(recipe({"bytes": 0.3, "images": 3}), tmp_path / "killed", teacher_weights=teacher, quiet=True)
+    assert (tmp_path / "killed" / "sensitivity.json").stat().st_mtime_ns == before
+
+
+def test_mistakes_in_a_budget_are_told(tmp_path: Path) -> None:
+    for budget, message in (
+        ({"opps": 0.3}, "binarize.budget.opps: unknown key.*ops"),
+        ({}, "a budget needs a bound"),
+        ({"ops": "much"}, "binarize.budget.ops='much': "),
+        (0.3, "budget=0.3 must be a mapping"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(recipe(budget))
+    loaded = load_recipe(recipe({"ops": 0.5}, teacher=None))
+    with pytest.raises(ConfigError, match=r"has binarize.budget.*at the start of its run"):
+        build_student(loaded)
+    with pytest.raises(ConfigError, match="what each layer costs a trained teacher"):
+        run_recipe(loaded, tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match="no table of milliseconds 'none.json'"):
+        untrained = {"ms": 3, "table": "none.json"}
+        run_recipe(recipe(untrained), tmp_path / "ms", train_teacher=True, quiet=True)
+
+
+def test_the_options_that_are_gone_may_hold_what_is_left_of_them() -> None:
+    data = recipe({"ops": 0.5})
+    data["binarize"] |= {"fusion_grouping": "interleaved", "weights": "pretrained"}
+    assert load_recipe(data).config() == bd.BidensifyConfig()
+    data["binarize"]["weights"] = "random"
+    with pytest.raises(ConfigError, match="the option 'weights' is gone"):
+        load_recipe(data)
