@@ -17,7 +17,7 @@ CONFIG_VERSION = 1
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
-    "frame": ("own", "bidense"),
+    "frame": ("own", "bidense", "paper"),
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
@@ -132,7 +132,8 @@ class BidensifyConfig:
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
-            binarizers into BiDense's layer, to tell the binarizer from the frame.
+            binarizers into BiDense's layer, to tell the binarizer from the frame; "paper" sets it up as BiDense's paper has its
+            baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
         keep_slower: keep in full precision what is slower as bits on this machine, by the table that

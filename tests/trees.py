@@ -130,7 +130,7 @@ def nyuv2_labelled(root: Path) -> None:
 def kitti(root: Path) -> None:
     lines: dict[str, list[str]] = {"train": [], "test": []}
     for split, drive, gt in (("train", "0057", "train"), ("test", "0002", "val")):
-        for number in range(3):
+        for number in range(4 if split == "train" else 3):
             day, file = f"2011_09_26/2011_09_26_drive_{drive}_sync", f"image_02/data/{number:010d}.png"
             truth = f"2011_09_26_drive_{drive}_sync/proj_depth/groundtruth/image_02/{number:010d}.png"
             photo(root / day / file, (375, 1242))
@@ -146,6 +146,14 @@ def kitti(root: Path) -> None:
     (root / "train_test_inputs").mkdir()
     for split, content in lines.items():
         (root / "train_test_inputs" / f"eigen_{split}_files_with_gt.txt").write_text("\n".join(content) + "\n")
+
+
+def folders(root: Path, labels_as: str, values: np.ndarray) -> None:
+    """{train,val}/{images,``labels_as``}: what recipes for a folder of one's own read."""
+    for split in ("train", "val"):
+        for number in range(4):
+            photo(root / split / "images" / f"{number}.jpg", values.shape)  # type: ignore[arg-type]
+            put(root / split / labels_as / f"{number}.png", values)
 
 
 TREES: dict[str, tuple[Callable[[Path], None], str, str]] = {

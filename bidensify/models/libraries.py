@@ -40,6 +40,20 @@ def demo(name: str, **options: Any) -> nn.Module:
     return unet(**options)
 
 
+@register_source("paper")
+def paper(name: str, **options: Any) -> nn.Module:
+    """``paper:upernet_convnext_tiny`` and ``paper:dpt_dinov2_small``: the networks of BiDense's tables, from nothing."""
+    from bidensify.models.dpt import dpt_dinov2_small
+    from bidensify.models.upernet import upernet_convnext_tiny
+
+    known: dict[str, Any] = {"upernet_convnext_tiny": upernet_convnext_tiny, "dpt_dinov2_small": dpt_dinov2_small}
+    if name not in known:
+        raise ConfigError(f"model 'paper:{name}': there is no such network{near(name, list(known))}")
+    check_options(f"paper:{name}", known[name], options)
+    model: nn.Module = known[name](**options)
+    return model
+
+
 @register_source("smp", fetching=("encoder_weights", *_TIMM))
 def smp(name: str, **options: Any) -> nn.Module:
     """``smp:ARCHITECTURE/ENCODER`` of segmentation_models_pytorch, without pretrained weights unless asked."""
@@ -128,20 +142,31 @@ def _network_class(library: Any, name: Any) -> Any:
 
 @register_source("transformers", fetching=_TRANSFORMERS)
 def transformers(name: str, *, architecture_only: bool = False, auto: str | None = None, **options: Any) -> nn.Module:
-    """``transformers:NAME``: a model type, a model class, or a folder of saved weights.
+    """``transformers:NAME``: a model type, a model class, a folder of saved weights, or what the hub has as OWNER/NAME.
 
     Args:
-        name: "segformer", "SegformerForSemanticSegmentation" or a folder.
-        architecture_only: of a folder, take the configuration and leave the weights.
+        name: "segformer", "SegformerForSemanticSegmentation", a folder, or "depth-anything/Depth-Anything-V2-Small-hf".
+        architecture_only: of a folder or of the hub, take the configuration and leave the weights; nothing is fetched.
         auto: the AutoModel class to build with; by default the one for dense predictions.
         options: fields of the configuration.
     """
     library = _library("transformers", "transformers")
-    if Path(name).is_dir():
+    here = Path(name).is_dir()
+    if here or "/" in name:
+        local = here or architecture_only
         if not architecture_only:
-            config = library.AutoConfig.from_pretrained(name, local_files_only=True)
-            cls = _class_for(library, config, auto, name)
-            model: nn.Module = cls.from_pretrained(name, local_files_only=True, **options)
+            try:
+                config = library.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+                cls = _class_for(library, config, auto, name)
+                model: nn.Module = cls.from_pretrained(name, local_files_only=local, trust_remote_code=False, **options)
+            except OSError as error:
+                if here:
+                    raise
+                raise ConfigError(
+                    f"model 'transformers:{name}': there is no such folder, and the hub does not give it "
+                    f"({str(error).splitlines()[0][:200]}). Without a connection, copy the model's folder here and name that, "
+                    "or build the network by its type and give weights_file=FILE"
+                ) from error
             return model
         _plain(library.PreTrainedConfig.get_config_dict(name, local_files_only=True)[0], name)
         config = library.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **options)

@@ -191,11 +191,13 @@ class RunCheck:
         rows: (what, what was found), in the order of the looks.
         warnings: what is probably not meant.
         problems: what the run would be refused for; none where it can start.
+        network: what the run would train, rewritten if it is a student; None where it could not be built.
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    network: nn.Module | None = field(default=None, repr=False)
 
     @contextmanager
     def look(self, what: str) -> Iterator[None]:

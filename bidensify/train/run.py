@@ -209,6 +209,7 @@ def check_run(
             later = ", fewer by the budget that the run spends" if loaded.budget is not None else ""
             check.add("rewrite", f"{layers} binary layers{later}, method {loaded.config().method}")
             networks = (student, model)
+        check.network = networks[0]
     if networks is not None:
         with check.look("disk"):
             place = Path(run_dir) if run_dir is not None else Path.cwd()

@@ -49,7 +49,7 @@ def test_every_source_builds(spec: str, library: str, options: dict[str, object]
         ("timm:resnet5", "no such model.*resnet50"),
         ("torchvision:fcn_resnet5", "no such model.*fcn_resnet50"),
         ("transformers:segfromer", "neither a folder .* a model type nor a model class"),
-        ("no.such.module:build", "no registered source .they are demo, smp, timm.*cannot be imported"),
+        ("no.such.module:build", "no registered source .they are demo, paper, smp, timm.*cannot be imported"),
         ("torch.nn:Conv9d", "no callable 'Conv9d'"),
         ("os:getcwd", "the factory gave a str, not an nn.Module"),
         ("torch.nn:Conv2d", "does not take the options {}: missing a required argument: 'in_channels'"),
