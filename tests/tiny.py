@@ -135,7 +135,7 @@ def student_run(
         teacher=network(depth=depth),
         recipe=recipe(**{**STUDENT, **(changes or {})}),
         train=Colours(**data, after=Path(run_dir) / "log.jsonl"),
-        val=Colours(16, seed=1),
+        val=Colours(17, seed=1),  # in uneven batches, and no even share of two processes
         run_dir=run_dir,
         resume=resume,
         task=TASK,

@@ -20,6 +20,7 @@ from bidensify.recipe.sections import (
     CalibrateSection,
     CheckpointSection,
     DataSection,
+    DistributedSection,
     EmaSection,
     EvaluateSection,
     LogSection,
@@ -64,6 +65,7 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = False
+    distributed: DistributedSection = DistributedSection()
     calibrate: CalibrateSection = CalibrateSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()

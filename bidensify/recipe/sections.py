@@ -182,6 +182,18 @@ class EmaSection(Section):
     buffers: Literal["average", "copy"] = "average"
 
 
+class DistributedSection(Section):
+    """Runs of several processes (``accelerate launch``).
+
+    ``strategy`` is "ddp" (each process has the whole network) or "fsdp" (FSDP2: shares of weights, gradients and optimizer
+    state). ``sync_norms`` takes the statistics of batch norms over all processes, so that a run does not depend on their
+    number; without, each process takes those of its own samples.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    sync_norms: bool = True
+
+
 class CalibrateSection(Section):
     """Batches for thresholds and norm statistics at the start of the student, and for norm statistics at the end."""
 

@@ -201,10 +201,10 @@ class SyncedNorms(TorchFunctionMode):
 
 
 @contextmanager
-def forward_context(accelerator: Accelerator) -> Iterator[None]:
+def forward_context(accelerator: Accelerator, sync_norms: bool = True) -> Iterator[None]:
     """Autocast of the run's precision and, with several processes, synchronised norms."""
     with accelerator.autocast():
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes > 1 and sync_norms:
             with SyncedNorms():
                 yield
         else:

@@ -43,6 +43,7 @@ class Loop:
     """
 
     optimizer: torch.optim.Optimizer
+    step: Step
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Loop:
         with stage_step(
             self.student, self.teacher, stage, self.task, recipe=recipe, accelerator=self.accelerator, state=checkpoint
         ) as step:
-            self.optimizer, self.ema = step.optimizer, step.ema
+            self.step, self.optimizer, self.ema = step, step.optimizer, step.ema
             while state.epoch < len(self.plan) and self.plan[state.epoch].stage == number:
                 self._epoch(step, self.plan[state.epoch])
 
@@ -122,7 +123,7 @@ class Loop:
         names = ["loss", *step.losses.names]
         state.sums = state.sums or [0.0] * len(names)
         title = f"{stage.name} {epoch.within + 1}/{stage.epochs}"
-        self.student.train()
+        step.trained.train()
         started, done = time.perf_counter(), 0
         for batch in loader:
             lr = self._lr(epoch, state.batch)
@@ -154,7 +155,10 @@ class Loop:
 
     def _progress(self) -> None:
         """Tells parts that change as training goes on how far it has come."""
-        set_progress(self.student, self.state.step / (len(self.plan) * self.batches))
+        progress = self.state.step / (len(self.plan) * self.batches)
+        set_progress(self.student, progress)
+        if self.step.trained is not self.student:
+            set_progress(self.step.trained, progress)
 
     def _stop(self, what: str, step: int) -> TrainingError:
         last = self.folder.last
@@ -205,6 +209,8 @@ class Loop:
 
     def _checkpoint(self) -> None:
         rngs = gather_objects(rng_state(self.device))
+        self.step.gather()
+        moments = self.step.optimizer_state()
         if not self.main:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
@@ -214,7 +220,7 @@ class Loop:
             self.folder.last,
             {
                 "student": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": moments,
                 "ema": self.ema.state_dict() if self.ema is not None else None,
                 "rng": rngs,
                 "state": asdict(self.state),

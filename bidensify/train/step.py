@@ -20,6 +20,7 @@ from bidensify.recipe.sections import StageSection
 from bidensify.tasks import Task
 from bidensify.train.distributed import forward_context, sum_over_processes
 from bidensify.train.optim import Ema, build_optimizer
+from bidensify.train.sharded import Sharded, whole
 
 Sample = dict[str, Tensor]
 
@@ -34,10 +35,11 @@ class Step:
     Args:
         student: the network whose parameters are stepped.
         model: what is called: the student, or its wrapper in a run of several processes.
+        sharded: what holds the sharded copy of the student that is trained in its place, or None.
         teacher: the full-precision network, in eval mode, or None.
         optimizer: over the student's parameters.
         losses: the stage's terms.
-        ema: moving average to update, or None.
+        ema: moving average to update, or None; of the student's whole weights.
         recipe: gives batch, precision and clipping options.
         accelerator: the run's.
     """
@@ -47,6 +49,7 @@ class Step:
         *,
         student: nn.Module,
         model: nn.Module,
+        sharded: Sharded | None,
         teacher: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         losses: Losses,
@@ -55,6 +58,8 @@ class Step:
         accelerator: Accelerator,
     ) -> None:
         self.student, self.model, self.losses, self.ema = student, model, losses, ema
+        self.sharded = sharded
+        self.trained = student if sharded is None else sharded.model
         self.teacher = teacher if losses.distils else None
         self.optimizer, self.recipe, self.accelerator = optimizer, recipe, accelerator
 
@@ -79,21 +84,36 @@ class Step:
             # DDP averages gradients over the processes; their number as a factor makes it the sum that shares call for.
             factor = factors * share * processes
             waits = processes > 1 and index < len(parts) - 1
-            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+            with self._waiting() if waits else nullcontext():
                 terms = torch.stack(self._terms(part))
                 self.accelerator.backward((terms * factor.to(terms.dtype)).sum())
             sums += terms.detach().double() * share
+        if self.sharded is not None:
+            self.sharded.average_scalars()
         sums = sum_over_processes(sums)
         values = [float((sums * factors).sum()), *sums.tolist()]
         self._check(values)
         if self.recipe.optimizer.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.optimizer.clip)
+            norm = whole(clip(self.trained, self.recipe.optimizer.clip))
             if not math.isfinite(norm.item()):
                 raise NotFiniteError(f"the gradient's norm is {norm.item()} while the loss is {values[0]:.4g}")
         self.optimizer.step()
         if self.ema is not None:
+            self.gather()
             self.ema.update()
         return values
+
+    def _waiting(self) -> Any:
+        return self.accelerator.no_sync(self.model) if self.sharded is None else self.sharded.waiting()
+
+    def gather(self) -> None:
+        """Brings the student's whole weights up to date, where shares of them are trained."""
+        if self.sharded is not None:
+            self.sharded.gather()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Returns the optimizer's state as a single process has it; every process must call."""
+        return self.optimizer.state_dict() if self.sharded is None else self.sharded.gathered_state(self.optimizer)
 
     def _parts(self, batch: Sample) -> list[Sample]:
         count = self.recipe.data.accumulate
@@ -107,7 +127,7 @@ class Step:
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_output = self.teacher(part["image"])
-        with forward_context(self.accelerator):
+        with forward_context(self.accelerator, self.recipe.distributed.sync_norms):
             output = self.model(part["image"])
         return [widen(value) for value in self.losses.values(output, part, teacher_output)]
 
@@ -115,6 +135,26 @@ class Step:
         if not all(map(math.isfinite, values)):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.losses.names, values[1:], strict=True))
             raise NotFiniteError(f"the loss is {values[0]:.4g} ({terms})")
+
+
+def clip(model: nn.Module, largest: float) -> Tensor:
+    """Clips the norm of all gradients of a network, of which some may be shares, to ``largest``; returns the norm.
+
+    torch's own clipping does not add up shares and whole tensors.
+    """
+    from torch.distributed.tensor import DTensor
+
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    shares = [grad for grad in grads if isinstance(grad, DTensor)]
+    if not shares:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    rest = [grad for grad in grads if not isinstance(grad, DTensor)]
+    parts = [whole(torch.nn.utils.get_total_norm(group)) for group in (shares, rest) if group]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0).item()
+    for grad in grads:
+        grad.mul_(factor)
+    return norm
 
 
 @contextmanager
@@ -144,28 +184,32 @@ def stage_step(
     """
     several = accelerator.num_processes > 1
     # First of all, as it may give the parameters new memory, which the moving average reads.
-    model = accelerator.prepare_model(student) if several else student
-    optimizer = build_optimizer(student, recipe.optimizer, stage)
+    sharded = Sharded(student, accelerator.device) if several and recipe.distributed.strategy == "fsdp" else None
+    model = sharded.model if sharded is not None else accelerator.prepare_model(student) if several else student
+    trained = student if sharded is None else sharded.model
+    optimizer = build_optimizer(trained, recipe.optimizer, stage)
     ema = Ema(student, recipe.ema) if recipe.ema is not None else None
     if state is not None:
         try:
-            optimizer.load_state_dict(state["optimizer"])
+            moments = state["optimizer"]
+            optimizer.load_state_dict(moments if sharded is None else sharded.shared_state(optimizer, moments))
             if ema is not None:
                 ema.load_state_dict(state["ema"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise FormatError(
                 f"the checkpoint's optimizer or average is not of this network and recipe ({error}); it was edited"
             ) from error
-    student.train()
+    trained.train()
     try:
         with ExitStack() as stack:
-            own = stack.enter_context(Features(student, stage.layers, "student"))
+            own = stack.enter_context(Features(trained, stage.layers, "student"))
             theirs = None
             if teacher is not None:
                 theirs = stack.enter_context(Features(teacher, stage.layers, "teacher"))
             yield Step(
                 student=student,
                 model=model,
+                sharded=sharded,
                 teacher=teacher,
                 optimizer=optimizer,
                 losses=Losses(stage.terms, task, own, theirs),
@@ -173,8 +217,10 @@ def stage_step(
                 recipe=recipe,
                 accelerator=accelerator,
             )
+        if sharded is not None:  # not where a process fails: the others would not be there to gather from
+            sharded.gather()
     finally:
-        if several:
+        if several and sharded is None:
             # Without accelerate's reference the wrapper goes, and with it its gradient hooks.
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             accelerator.free_memory()

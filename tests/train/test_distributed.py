@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from torch import nn
 
 from bidensify.errors import ConfigError
 from bidensify.recipe import load_recipe
-from bidensify.train.distributed import GlobalBatches, SyncedNorms, make_accelerator, sync_batch_norm
+from bidensify.train.distributed import (
+    GlobalBatches,
+    SyncedNorms,
+    forward_context,
+    make_accelerator,
+    sync_batch_norm,
+)  # fmt: skip
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
@@ -72,46 +79,121 @@ def test_batch_that_cannot_be_split(tiny: ModuleType, monkeypatch: pytest.Monkey
         make_accelerator(load_recipe(tiny.recipe()))
 
 
+def launch(run_dir: Path, arguments: dict[str, object], check: bool = True) -> None:
+    """Trains tiny.py's student in two processes under `accelerate launch`."""
+    # The launcher's --cpu leaves several processes to mpirun; the recipe's device: cpu makes these run on the CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    program = str(Path(__file__).resolve().parents[1] / "tiny.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, program, str(run_dir), json.dumps(arguments)], check=check, env=environment, timeout=600)
+
+
+def curve(run_dir: Path) -> list[float]:
+    """The loss of each step; of a step that was taken twice, the later."""
+    records = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return list({record["step"]: record["loss"] for record in records if record["kind"] == "step"}.values())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Gives the run of one process for a setting, trained the first time."""
+    made: dict[str, Any] = {}
+
+    def run(changes: dict[str, Any], depth: int) -> Any:
+        key = json.dumps([changes, depth])
+        if key not in made:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            made[key] = tiny.student_run(tmp_path_factory.mktemp("alone") / "run", changes=changes, depth=depth)
+            torch.set_num_threads(threads)
+        return made[key]
+
+    return run
+
+
+def settings(tiny: ModuleType, precision: str, accumulate: int) -> dict[str, Any]:
+    return {"data": {**tiny.recipe()["data"], "accumulate": accumulate}, "precision": precision}
+
+
 @needs_gloo
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("precision", "depth", "accumulate", "tolerance"), [("fp32", 2, 1, 1e-4), ("fp64", 8, 2, 1e-9)]
 )
 def test_two_processes_have_the_loss_curve_of_one(
-    tiny: ModuleType, tmp_path: Path, precision: str, depth: int, accumulate: int, tolerance: float
+    tiny: ModuleType,
+    alone: Any,
+    tmp_path: Path,
+    strategy: str,
+    precision: str,
+    depth: int,
+    accumulate: int,
+    tolerance: float,
 ) -> None:
     """A binary student with norms, EMA, clipping and two kinds of distillation, under `accelerate launch`.
 
     In float32 a rounding error, of another order of summation for example, may flip a sign, and each flip makes others in
     the layers after it; in a deep network that shows in the loss. Float64 tells an error of the method from that.
     """
-    changes = {"data": {**tiny.recipe()["data"], "accumulate": accumulate}, "precision": precision}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = tiny.student_run(tmp_path / "one", changes=changes, depth=depth)
-    torch.set_num_threads(threads)
-    # The launcher's --cpu leaves several processes to mpirun; the recipe's device: cpu makes these run on the CPU.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    program = [
-        str(Path(__file__).resolve().parents[1] / "tiny.py"),
-        str(tmp_path / "two"),
-        json.dumps({"changes": changes, "depth": depth}),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *program], check=True, env=environment, timeout=300)
-
-    def curve(name: str) -> list[float]:
-        records = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        return [record["loss"] for record in records if record["kind"] == "step"]
-
-    for name, processes in (("one", 1), ("two", 2)):
-        assert json.loads((tmp_path / name / "versions.json").read_text())["processes"] == processes
-    assert len(curve("two")) == 20
-    print("largest relative difference:", max(abs(a - b) / a for a, b in zip(curve("one"), curve("two"), strict=True)))
-    assert curve("two") == pytest.approx(curve("one"), rel=tolerance)
-    other = json.loads((tmp_path / "two" / "result.json").read_text())
-    states = [torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("one", "two")]
+    changes = settings(tiny, precision, accumulate)
+    one = alone(changes, depth)
+    two = tmp_path / "two"
+    launch(two, {"changes": {**changes, "distributed": {"strategy": strategy}}, "depth": depth})
+    for run_dir, processes in ((one.run_dir, 1), (two, 2)):
+        assert json.loads((run_dir / "versions.json").read_text())["processes"] == processes
+    assert len(curve(two)) == 20
+    print("largest difference:", max(abs(a - b) / a for a, b in zip(curve(one.run_dir), curve(two), strict=True)))
+    assert curve(two) == pytest.approx(curve(one.run_dir), rel=tolerance)
+    other = json.loads((two / "result.json").read_text())
+    states = [torch.load(path / "checkpoints" / "last.pt", weights_only=True) for path in (one.run_dir, two)]
     for key, value in states[0]["ema"]["shadow"].items():
         assert torch.allclose(value, states[1]["ema"]["shadow"][key], rtol=1e-3, atol=1e-4), key
-    assert other["metrics"]["miou"] == pytest.approx(alone.metrics["miou"], abs=1e-3)
-    assert other["teacher_metrics"] == alone.teacher_metrics
+    # Metrics are sums over samples, each counted once, whichever process measured it.
+    assert other["teacher_metrics"] == one.teacher_metrics
+    if precision == "fp64":
+        assert other["metrics"] == one.metrics
+    else:
+        assert other["metrics"]["miou"] == pytest.approx(one.metrics["miou"], abs=1e-3)
+
+
+@needs_gloo
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_of_two_processes_goes_on_in_one(tiny: ModuleType, alone: Any, tmp_path: Path, strategy: str) -> None:
+    changes = settings(tiny, "fp64", 2)
+    one, two = alone(changes, 8), tmp_path / "two"
+    sharded = {**changes, "distributed": {"strategy": strategy}}
+    launch(two, {"changes": sharded, "depth": 8, "fail_at": 70}, check=False)
+    assert not (two / "result.json").exists()
+    stopped = torch.load(two / "checkpoints" / "last.pt", weights_only=True)["state"]["step"]
+    assert 0 < stopped < 20
+    result = tiny.student_run(two, resume=True, changes=changes, depth=8)
+    assert curve(two) == pytest.approx(curve(one.run_dir), rel=1e-9)
+    assert result.metrics == one.metrics
+    assert json.loads((two / "versions.json").read_text())["processes"] == 2
+
+
+@needs_gloo
+def test_a_run_of_one_process_goes_on_sharded_over_two(tiny: ModuleType, alone: Any, tmp_path: Path) -> None:
+    changes = settings(tiny, "fp64", 2)
+    one, two = alone(changes, 8), tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        tiny.student_run(two, changes=changes, depth=8, fail_at=120)
+    launch(two, {"changes": {**changes, "distributed": {"strategy": "fsdp"}}, "depth": 8, "resume": True})
+    assert curve(two) == pytest.approx(curve(one.run_dir), rel=1e-9)
+
+
+def test_norms_may_be_left_to_each_process(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    calls: list[bool] = []
+    monkeypatch.setattr(
+        "bidensify.train.distributed.sync_batch_norm", lambda x, *args, **kwargs: (calls.append(True), x)[1]
+    )
+    accelerator = make_accelerator(load_recipe(tiny.recipe()))
+    norm = nn.BatchNorm2d(3)
+    for sync in (True, False):
+        with forward_context(accelerator, sync):
+            norm(torch.rand(2, 3, 4, 4))
+    assert calls == [True]

@@ -21,7 +21,9 @@ from bidensify.train.rundir.logs import versions, write_json
 
 # What may differ when a run is resumed: where files are, how fast data comes and what is written down, not the result.
 # The teacher is compared by its weights, not by where they lie or how they came about.
-_FREE = ("data.workers", "data.root", "data.eval_batch_size", "log.", "checkpoint.", "device", "teacher")
+_FREE = (
+    "data.workers", "data.root", "data.eval_batch_size", "log.", "checkpoint.", "device", "teacher", "distributed.strategy",
+)  # fmt: skip
 # What a run with a budget writes before it begins; a folder that holds nothing else is one of a run that has not begun.
 _BEFORE = ("sensitivity.json", "sensitivity.json.part", "allocation.json")
 _FILES = (
