@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
@@ -48,9 +48,11 @@ def _stored(model: nn.Module) -> dict[str, Any]:
 def _save_pretrained(self: Any, save_directory: Path) -> None:
     _save(self, save_directory)
     if isinstance(self, nn.Module) and hasattr(self, "bidensify_plan"):
-        config = self._hub_mixin_config or {}
-        config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-        name = next((key for key in self._hub_mixin_init_parameters if isinstance(config.get(key), str)), None)
+        config: Any = self._hub_mixin_config or {}
+        config = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
+        name = next(
+            (key for key in cast(Any, self)._hub_mixin_init_parameters if isinstance(config.get(key), str)), None
+        )
         if name is not None:
             config[name] = f"{MARK}{config[name]}"
         config[STORED] = _stored(self)
@@ -130,7 +132,7 @@ def _loader(name: str) -> Any:
 
 
 PyTorchModelHubMixin._save_pretrained = _save_pretrained
-PyTorchModelHubMixin._from_pretrained = classmethod(_from_pretrained)
+PyTorchModelHubMixin._from_pretrained = classmethod(cast(Any, _from_pretrained))
 for _name in _LOADERS:
     setattr(PyTorchModelHubMixin, _name, _loader(_name))
 del _name

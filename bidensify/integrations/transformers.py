@@ -226,8 +226,9 @@ def _refuse_missing(model: nn.Module) -> None:
     lacking = [f"{path}.{name}" for path, name, loaded in held if not loaded]
     if lacking and not any(loaded for _, name, loaded in held if name != "weight"):
         raise FormatError(
-            f"the checkpoint of {type(model).__name__} holds none of what binary layers have, and its config.json says that it was rewritten: a "
-            "full-precision model that was made from a rewritten one's config; take quantization_config out of config.json"
+            f"the checkpoint of {type(model).__name__} holds none of what binary layers have, and its config.json says that it "
+            "was rewritten: a full-precision model that was made from a rewritten one's config; take quantization_config "
+            "out of config.json"
         )
     if lacking:
         raise FormatError(

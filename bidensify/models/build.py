@@ -239,11 +239,11 @@ def rebuild_model(spec: str, options: Mapping[str, Any], where: str, *, trust: b
         return _named(_from_source(str(spec), source, name, settings), spec, options)
 
 
-class _Bounded(TorchDispatchMode):
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Refuses to make more values than a network has, before their memory is asked for."""
 
     def __init__(self, where: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where, self.made = where, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

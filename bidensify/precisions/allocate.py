@@ -1,10 +1,4 @@
-"""``bidensify.allocate``: who gets which precision, by an integer program.
-
-One precision for each layer, so that what the layers lose together is least under bounds of cost, or cost is least under a
-bound of loss. Losses of single layers are added: a multiple-choice knapsack. Several bounds at once, three or four precisions
-and layers whose costs differ a thousandfold make greedy choices wrong at small budgets; scipy's HiGHS solves the whole program in
-milliseconds.
-"""
+"""``bidensify.allocate``: one precision for each layer under a budget: a knapsack, where greedy choices fail small budgets."""
 
 from __future__ import annotations
 
