@@ -49,7 +49,9 @@ def held(layer: BinaryLayer) -> Held:
             tensors |= {
                 f"{name}.{key}": value.numel() * value.element_size() for key, value in part.state_dict().items()
             }
-    before = layer.binarizer.work if stored is None else 4 if {"k", "a"} & set(stored) else 1
+    before = layer.binarizer.work
+    if stored is not None:
+        before = (4 if {"k", "a"} & set(stored) else 1) + 2 * (layer.binarizer.planes - 1)
     after = 2 + (layer.bypass is not None) + (activation is not None)
     after += 3 * ("slope" in kept) + 2 * ("offset" in kept) + ("clamp" in kept)
     return Held(tensors, (before, after))

@@ -120,7 +120,9 @@ class _Enter:
         if torch.compiler.is_compiling():
             return
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed
+        # Who watches functions from outside (a recorder, a counter) is to see every one of them.
+        watched = torch._C._len_torch_function_stack() > 0
+        idle = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or transformed or watched
         mode = None if idle or any(outer for _, outer in _stack.calls) or not _on_cpu(module) else _Mode()
         _stack.calls.append((module, mode))
         if mode is not None:
