@@ -63,6 +63,58 @@ def test_where_every_image_gives_one_value_the_layer_stays() -> None:
     assert decided(bd.plan(model, example_inputs=torch.randn(1, 3, 8, 8)))["2"] == "binary"
 
 
+class Strided(nn.Module):
+    """Half the size with every stage, by a convolution, a pooling, slices or patches, and a branch that is pooled whole."""
+
+    def __init__(self, down: str) -> None:
+        super().__init__()
+        make = {
+            "conv": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8)),
+            "pool": lambda: nn.MaxPool2d(3, 2, 1),
+            "slice": nn.Identity,
+            "patch": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8)),
+        }[down]
+        self.slice = down == "slice"
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(make(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)
+        )
+        self.pool, self.pooled = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)
+        self.window, self.windowed = nn.AvgPool2d(7), nn.Conv2d(8, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        side = torch.relu(self.pooled(self.pool(x))) + torch.relu(self.windowed(self.window(x[..., :7, :7])))
+        side = side + torch.relu(self.pooled(x.mean((2, 3), keepdim=True)))
+        for stage in self.stages:
+            x = stage(x[..., ::2, ::2] if self.slice else x)
+        return self.head(torch.relu(x) + side)
+
+
+@pytest.mark.parametrize("down", ["conv", "pool", "slice", "patch"])
+def test_a_map_is_pooled_by_what_pools_it_not_by_its_size(down: str) -> None:
+    model = Strided(down)
+    plans = [bd.plan(model, example_inputs=torch.randn(2, 3, side, side)) for side in (16, 32, 64)]
+    reasons = [{layer.path: layer.reason for layer in plan.layers if layer.action != "binary"} for plan in plans]
+    assert reasons[0] == reasons[1] == reasons[2]
+    assert reasons[0]["pooled"] == reasons[0]["windowed"] == "on a pooled 1×1 map"
+    assert len(plans[0].binary) == {"conv": 8, "pool": 4, "slice": 4, "patch": 8}[down]
+
+
+def test_the_default_size_is_no_reason() -> None:
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()]
+    for _ in range(7):
+        layers += [nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(8, 2, 1))
+    derived, given = bd.plan(model), bd.plan(model, example_inputs=torch.randn(2, 3, 512, 512))
+    assert decided(derived) == decided(given)
+    assert any("gives one value per channel and image at this size" in note for note in derived.notes)
+    assert not any("one value" in note for note in given.notes)
+    small = bd.plan(model, example_inputs=torch.randn(2, 3, 128, 128))
+    assert "gives a 1×1 map" in {layer.path: layer.reason for layer in small.layers}["14"]
+
+
 class Merging(nn.Module):
     """A convolution and its norm that become one, as timm's do."""
 

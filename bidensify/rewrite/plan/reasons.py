@@ -15,6 +15,9 @@ __all__ = ["KINDS", "default_reason", "unusual_layer", "weight_maker"]
 KINDS = ("conv2d", "conv_transpose2d", "linear")
 # At most so many channels hold values (a colour, a flow, a depth), whose signs alone say next to nothing.
 _RAW = 3
+# The largest window of a pooling that halves a map; and functions that take every other pixel, or every other patch.
+_WINDOW = 3
+_STRIDED = ("getitem", "pixelunshuffle", "unfold")
 _SAMPLERS = ("grid_sample", "grid_sampler", "deform_conv2d")
 # What makes coordinates of a layer's output.
 _ON_THE_WAY = (
@@ -27,6 +30,31 @@ def _on_single_pixel(flow: Flow, node: fx.Node) -> bool:
     source = flow.data_input(node)
     shape, out = flow.shape(source) if source is not None else None, flow.shape(node)
     return shape is not None and out is not None and shape[2:] == (1, 1) and out[2:] == (1, 1)
+
+
+def _is_pooled(flow: Flow, node: fx.Node) -> bool:
+    """Whether the map of one pixel that a layer reads is one at every size of the image: it was pooled, not strided down."""
+    current = flow.data_input(node)
+    while current is not None:
+        source = flow.data_input(current)
+        if source is None:
+            return True
+        if flow.positions(source) != 1:
+            break
+        current = source
+    if (
+        current is None
+        or flow.is_layer(current)
+        or flow.is_resize(current)
+        or flow.name(current).lower().replace("_", "") in _STRIDED
+    ):
+        return False
+    module = flow.module(current)
+    kernel = getattr(module, "kernel_size", None) if module is not None else None
+    if kernel is None and "pool" in flow.name(current) and not flow.name(current).startswith("adaptive"):
+        kernel = current.args[1] if len(current.args) > 1 else current.kwargs.get("kernel_size")
+    # A window of two or three pixels halves a map, whatever its size; one of seven is the whole of ResNet's last map.
+    return not isinstance(kernel, (int, tuple, list)) or max([kernel] if isinstance(kernel, int) else kernel) > _WINDOW
 
 
 def _has_norm(flow: Flow, node: fx.Node) -> bool:
@@ -172,16 +200,17 @@ def default_reason(flow: Flow, layer: LayerPlan, nodes: list[fx.Node], config: B
     if layer.kind != "linear" and (layer.in_channels <= _RAW or all(_is_raw(flow, node) for node in nodes)):
         return f"on {layer.in_channels} raw values, as a first layer is"
     # One of several calls says more of the example's size than of the layer (a head that all levels of a pyramid share).
-    if layer.kind != "linear" and all(_on_single_pixel(flow, node) for node in nodes):
+    if layer.kind != "linear" and all(_on_single_pixel(flow, node) and _is_pooled(flow, node) for node in nodes):
         return "on a pooled 1×1 map"
-    if all(flow.positions(node) == 1 and not _has_norm(flow, node) for node in nodes):
-        return "gives a 1×1 map, of which a new BatchNorm would see one value per image"
     if any(_is_gate(flow, node) for node in nodes):
         return "gate"
     if any(_is_location(flow, node) for node in nodes):
         return "says where to sample"
     if config.keep_last and any(_is_predictor(flow, node) for node in nodes):
         return "prediction layer"
+    # An image of the user's own says which size it will be; one of ours says nothing.
+    if flow.record.given and all(flow.positions(node) == 1 and not _has_norm(flow, node) for node in nodes):
+        return "gives a 1×1 map, of which a new BatchNorm would see one value per image"
     return ""
 
 

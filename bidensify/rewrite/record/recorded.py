@@ -62,6 +62,8 @@ class Record:
         aliases: first path -> every other path of the same module.
         inputs: the example inputs as text.
         output: the output's structure with TensorSpecs in it.
+        fake: whether it ran on fake tensors.
+        given: whether the inputs are the caller's, not derived from the model.
     """
 
     graph: fx.Graph
@@ -74,6 +76,7 @@ class Record:
     inputs_text: str
     output: Any
     fake: bool
+    given: bool
 
     def module_nodes(self) -> dict[str, list[fx.Node]]:
         """Path -> the nodes of its calls, in order."""

@@ -238,6 +238,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 inputs_text=describe_inputs(args, kwargs),
                 output=specs(output),
                 fake=fake,
+                given=example_inputs is not None,
             )
     raise PlanError(
         f"{type(model).__name__} did not run on any example input, so there is nothing to rewrite; pass "
