@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bidensify.deploy import operator
 from bidensify.deploy.backends import check_kernel
 from bidensify.deploy.between.deferred import Deferred
+from bidensify.deploy.between.mode import unwatched
 from bidensify.deploy.bits import signs_from_tiles, tiles_from_bits
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
@@ -158,7 +159,7 @@ class PackedLayer(FrozenLayer):
                 return self._activated(outside(direct))
         thresholds = levels = residual = None
         if self.binarizer is not None:
-            thresholds, levels = own_codes(self.binarizer, x)
+            thresholds, levels = unwatched(own_codes, self.binarizer, x)
         if self.bypass is not None:
             residual = own_signal(self.bypass, x, spec.output_size(x.shape[2], x.shape[3]))
         # Behind an activation that is called the operator cannot add it.

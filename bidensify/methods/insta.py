@@ -50,8 +50,9 @@ class InstanceSign(ActivationBinarizer):
             # A graph for other runtimes has an order of its own.
             wide, space = x.to(statistics_dtype(x)), self._spatial(x)
             return wide.mean(space, keepdim=True), wide.pow(3).mean(space, keepdim=True)
-        flat = x.movedim(self.dim, 1).reshape(x.shape[0], self.channels, -1).to(statistics_dtype(x))
-        found = [(block_sums(each) / flat.shape[2]).to(flat.dtype) for each in (flat, flat.pow(3))]
+        wide = x.to(statistics_dtype(x))
+        flat = torch.cat([wide, wide.pow(3)]).movedim(self.dim, 1).reshape(2 * len(x), self.channels, -1)
+        found = (block_sums(flat) / flat.shape[2]).to(flat.dtype).chunk(2)
         ones = [1] * (x.dim() - 2)
         shape = (len(x), self.channels, *ones) if self.dim == 1 else (len(x), *ones, self.channels)
         return found[0].view(shape), found[1].view(shape)

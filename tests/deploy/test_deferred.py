@@ -14,14 +14,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bidensify as bd
 from bidensify.deploy import pack
 from bidensify.deploy.backends import available_kernels, choose_backend
 from bidensify.deploy.between.deferred import Deferred, Part
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.layers import PackedConv2d
 from bidensify.errors import ConfigError
+from bidensify.methods.insta import InstanceSign
+from bidensify.models import build_model
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -297,3 +301,40 @@ def test_an_exception_ends_the_mode() -> None:
         packed(x)
     with torch.no_grad():
         assert type(torch.cat([x, x], 1)) is Tensor
+
+
+class Watching(TorchFunctionMode):
+    """Counts the calls of one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is Tensor.pow
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_methods_own_binarizer_runs_outside_of_the_mode_and_inside_of_anybody_elses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = bd.bidensify(build_model("demo:unet", width=8), method="insta").eval()
+    student.to(memory_format=torch.channels_last)
+    packed, x = pack(student), dense(2, 3, 32, 48)
+    seen = set[str]()
+    codes = InstanceSign.codes
+
+    def spied(self: InstanceSign, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.add(type(_get_current_function_mode()).__name__)
+        return codes(self, x)
+
+    monkeypatch.setattr(InstanceSign, "codes", spied)
+    with torch.no_grad():
+        want = student(x)
+        seen.clear()
+        torch.testing.assert_close(packed(x), want, rtol=0, atol=0)
+        assert seen == {"NoneType"}
+        with Watching() as watching:
+            torch.testing.assert_close(packed(x), want, rtol=0, atol=0)
+    assert watching.calls > 5
+    assert seen == {"NoneType", "Watching"}

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_map
 
 from bidensify.deploy.between import sums
 from bidensify.deploy.between.deferred import Deferred, add, concatenate, interpolate, made
 from bidensify.deploy.between.placed import placed
 
-__all__ = ["defer_concatenations", "only_deferring"]
+__all__ = ["defer_concatenations", "only_deferring", "unwatched"]
+
+Result = TypeVar("Result")
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ADDED = sums.ADDITIONS | sums.SUMS | {torch.stack}
@@ -99,6 +102,14 @@ def only_deferring() -> bool:
     """Whether no ``TorchFunctionMode`` is active but, perhaps, the one of this module."""
     active = torch._C._len_torch_function_stack()
     return active == 0 or (active == 1 and type(torch._C._get_function_stack_at(0)) is _Mode)
+
+
+def unwatched(function: Callable[..., Result], *args: Any) -> Result:
+    """Calls what reads plain tensors and writes to none: each of its small operations would cost as much again under the mode."""
+    if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), _Mode):  # type: ignore[no-untyped-call]
+        return function(*args)
+    with _pop_mode_temporarily():
+        return function(*args)
 
 
 class _Stack(threading.local):
