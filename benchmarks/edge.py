@@ -44,9 +44,13 @@ def make(folder: Path, network: str, sizes: list[int], classes: int) -> None:
         x = torch.randn(1, 3, size, size)
         calibration = [torch.randn(1, 3, size, size) for _ in range(2)]
         for name, model, int8 in (("float", plain, None), ("bits", packed, None), ("bits8", packed, calibration)):
+            if (folder / f"{name}{size}.pte").exists():
+                continue
             written = bd.export(model, folder / f"{name}{size}.pte", example_inputs=x, int8_rest=int8)
             done[f"{name}{size}"] = written.difference
             print(written, flush=True)
+        if (folder / f"int8{size}.pte").exists():
+            continue
         with torch.no_grad():
             program = capture(lower.prepared(plain), (x,), {}, None)
             quantizer = xnnpack_quantizer.XNNPACKQuantizer()

@@ -84,11 +84,15 @@ class Program:
         found.bidensify_counts(self._net, ctypes.byref(inputs), ctypes.byref(outputs))
         self._outputs = outputs.value
         self.inputs: list[tuple[tuple[int, ...], str]] = []
+        self._halves: list[bool] = []
+        self._least: list[tuple[int, ...]] = []
         for i in range(inputs.value):
             info = _Tensor()
             if found.bidensify_input(self._net, i, ctypes.byref(info)) == 0:
                 dtype = "float32" if info.dtype == _BFLOAT16 else _DTYPES.get(info.dtype, "unknown")
                 self.inputs.append((tuple(info.sizes[: info.dims]), dtype))
+                self._halves.append(info.dtype == _BFLOAT16)
+                self._least.append(tuple(int(n) for n in self.constant(f"input{i}_least") or info.sizes[: info.dims]))
 
     def __del__(self) -> None:
         if getattr(self, "_net", None):
@@ -99,18 +103,29 @@ class Program:
         """Runs on arrays of ``inputs``' dtypes, sizes at most theirs; returns the outputs as new arrays.
 
         Raises:
-            ValueError: an array of another dtype.
+            ValueError: an array of another dtype, or of a shape that the program does not take.
             RuntimeError: the program does not run on these inputs; the message says why.
         """
+        if len(arrays) != len(self.inputs):
+            raise ValueError(f"{len(arrays)} inputs, the program takes {len(self.inputs)}")
         given, keep = (_Tensor * max(1, len(arrays)))(), []
         for i, (tensor, array) in enumerate(zip(given, arrays)):
-            wanted = self.inputs[i][1] if i < len(self.inputs) else str(array.dtype)
+            most, wanted = self.inputs[i]
             if str(array.dtype) != wanted:
                 raise ValueError(f"input {i} is {array.dtype}, the program takes {wanted}")
+            # ExecuTorch looks at the number of values alone where sizes may vary.
+            least = self._least[i]
+            if len(most) != array.ndim or not all(a <= n <= b for a, n, b in zip(least, array.shape, most)):
+                raise ValueError(f"input {i} has the shape {array.shape}, the program takes {least} to {most}")
             array = np.ascontiguousarray(array)
+            tensor.dtype = next(number for number, name in _DTYPES.items() if name == wanted)
+            if self._halves[i]:
+                bits = array.view("uint32")
+                # To the nearest, ties to even.
+                array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16")
+                tensor.dtype = _BFLOAT16
             keep.append(array)
             tensor.data, tensor.dims, tensor.bytes = array.ctypes.data, array.ndim, array.nbytes
-            tensor.dtype = next(number for number, name in _DTYPES.items() if name == wanted)
             tensor.sizes[: array.ndim] = array.shape
         if self._library.bidensify_run(self._net, given, len(arrays), self._error, len(self._error)):
             raise RuntimeError(self._error.value.decode(errors="replace"))
