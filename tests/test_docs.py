@@ -40,6 +40,6 @@ def test_the_table_of_options_is_that_of_the_class() -> None:
     rows: dict[str, str] = {}
     for names, default in re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| (.+?) \|", table, flags=re.MULTILINE):
         rows.update(dict.fromkeys(re.findall(r"`([a-z_]+)`", names), default.strip("`")))
-    shown: dict[Any, str] = {"True": "true", "()": "none"}
+    shown: dict[Any, str] = {"True": "true", "False": "false", "()": "none"}
     fields = {item.name: str(item.default) for item in dataclasses.fields(bd.BidensifyConfig)}
     assert rows == {name: shown.get(value, value) for name, value in fields.items()}
