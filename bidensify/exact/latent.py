@@ -118,13 +118,7 @@ class _LayerSums(TorchFunctionMode):
         """The same by popcounts, where the bare layer is a plain convolution that kernels take."""
         layer, weight = self.layer, self.signs
         plain = issubclass(type(layer), nn.Conv2d) and not self.args and not self.kwargs and layer.plain_forward()
-        if (
-            not plain
-            or weight is None
-            or layer.binarizer.planes != 1
-            or layer.padding_mode != "zeros"
-            or isinstance(layer.padding, str)
-        ):
+        if not plain or weight is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return None
         if not popcounts.takes(signs, weight):
             return None

@@ -70,7 +70,6 @@ def countable(layer: Any, x: Tensor) -> bool:
         and bool(weights.native(weight))
         and bool(binarizer.enabled)
         and binarizer.dim == 1
-        and binarizer.planes == 1
         and type(binarizer).weigh is ActivationBinarizer.weigh
         and _unit(binarizer) is not None
     )
