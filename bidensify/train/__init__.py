@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bidensify.train.allocation import recipe_sensitivity
 from bidensify.train.check import RunCheck
 from bidensify.train.evaluation import evaluate
 from bidensify.train.run import build_student, build_teacher, check_run, load_run, run_recipe
@@ -17,5 +18,6 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_run",
+    "recipe_sensitivity",
     "run_recipe",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -13,7 +13,7 @@ from bidensify._util.terminal import console
 from bidensify.config import BidensifyConfig
 from bidensify.data import Seeded
 from bidensify.errors import ConfigError
-from bidensify.precisions import allocation, sensitivity
+from bidensify.precisions import Sensitivity, allocation, sensitivity
 from bidensify.recipe import Recipe
 from bidensify.rewrite import bidensify
 from bidensify.train.distributed import make_accelerator
@@ -22,7 +22,7 @@ from bidensify.train.rundir.folder import RunFolder
 from bidensify.train.rundir.logs import write_json
 
 Sample = dict[str, Tensor]
-__all__ = ["allocate_run"]
+__all__ = ["allocate_run", "recipe_sensitivity"]
 
 _BATCHES = 4
 
@@ -64,25 +64,17 @@ def allocate_run(
     accelerator = make_accelerator(recipe)
     # The others read what the first has kept.
     with accelerator.main_process_first(), placed(teacher, accelerator.device, recipe), seeded(recipe.seed):
-        size = recipe.data.eval_batch_size or recipe.data.batch_size
-        length = len(val)  # type: ignore[arg-type]
-        count = min(budget.images, length)
-        some = Subset(val, [index * length // count for index in range(count)])
-        loader = training_loader(Seeded(train, recipe.seed), recipe, 0)
-        images = [batch["image"] for batch in islice(loader, _BATCHES)]
-        student = bidensify(
-            teacher, recipe.config(), example_inputs=torch.zeros_like(images[0][:2]).to(accelerator.device)
-        )
-        found = sensitivity(
+        image = train[0]["image"][None].to(next(teacher.parameters()))
+        student = bidensify(teacher, recipe.config(), example_inputs=image.expand(2, -1, -1, -1))
+        found = recipe_sensitivity(
+            recipe,
             student,
-            some,
             teacher,
-            task=recipe.build_task(getattr(train, "info", None)),
+            train,
+            val,
+            images=budget.images,
             precisions=budget.precisions,
             groups=[],
-            calibration=images,
-            batch_size=size,
-            channels_last=recipe.channels_last,
             milliseconds=budget.table,
             cache=folder.sensitivity,
             quiet=quiet or not accelerator.is_main_process,
@@ -94,3 +86,30 @@ def allocate_run(
             for line in chosen.lines():
                 console().print(line, soft_wrap=True)
     return chosen.config
+
+
+def recipe_sensitivity(
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset[Sample],
+    val: Dataset[Sample],
+    *,
+    images: int | None = None,
+    **options: Any,
+) -> Sensitivity:
+    """:func:`bidensify.sensitivity` on a recipe's data: ``images`` of its validation images, evenly spaced (by default all), with
+    thresholds and norms from its first training batches."""
+    length = len(val)  # type: ignore[arg-type]
+    count = min(images or length, length)
+    loader = training_loader(Seeded(train, recipe.seed), recipe, 0)
+    return sensitivity(
+        student,
+        Subset(val, [index * length // count for index in range(count)]),
+        teacher,
+        task=recipe.build_task(getattr(train, "info", None)),
+        calibration=[batch["image"] for batch in islice(loader, _BATCHES)],
+        batch_size=recipe.data.eval_batch_size or recipe.data.batch_size,
+        channels_last=recipe.channels_last,
+        **options,
+    )

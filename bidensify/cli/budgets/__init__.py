@@ -1,0 +1,1 @@
+"""Commands on what each layer costs in accuracy, and on budgets."""
