@@ -104,6 +104,26 @@ def test_what_is_missing_is_told_with_the_way_to_get_it(name: str, tmp_path: Pat
             build_dataset(name, train, root=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("ade20k", ("ADEChallengeData2016/images/training", "ADEChallengeData2016/annotations/training")),
+        ("cityscapes", ("leftImg8bit/train", "gtFine/train")),
+        ("camvid", ("CamVid/train", "CamVid/trainannot")),
+        ("voc2012", ("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt")),
+        ("nyuv2", ("nyudepthv2_train_files_with_gt.txt", "sync/kitchen_0028b")),
+        ("kitti", ("train_test_inputs/eigen_train_files_with_gt.txt", "data_depth_annotated/train")),
+    ],
+)
+def test_a_split_that_is_not_there(name: str, folders: tuple[str, ...], tmp_path: Path, trees: ModuleType) -> None:
+    for number, missing in enumerate(folders):
+        root = tmp_path / str(number)
+        trees.TREES[name][0](root)
+        (root / missing).rename(tmp_path / f"gone{number}")
+        with pytest.raises(DataError, match=rf"{tmp_path}"):
+            build_dataset(name, "train", root=str(root))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("damage", ["truncated image", "other size", "stranger"])
 def test_damage_names_its_file(name: str, damage: str, tmp_path: Path, trees: ModuleType) -> None:

@@ -13,7 +13,9 @@ from torch import nn
 import bidensify as bd
 from bidensify.errors import ConfigError
 from bidensify.models import build_model
+from bidensify.recipe import load_recipe
 
+ROOT = Path(__file__).parents[2]
 UPERNET: dict[str, Any] = {"depths": [1, 1, 2, 1], "widths": [8, 16, 16, 32], "features": 16, "classes": 5}
 DPT: dict[str, Any] = {"hidden": 16, "layers": 4, "heads": 2, "image": 56, "levels": [8, 8, 8, 8], "features": 16}
 
@@ -26,6 +28,19 @@ def test_upernet_has_the_paper_s_parameters() -> None:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == len(convolutions) - 1  # all but the last
+
+
+def test_the_counts_of_docs_paper() -> None:
+    """BNN in the paper's frame: what `summary` says, and what is left of it when the head's 3x3 convolution counts as 1-bit."""
+    recipe = load_recipe(ROOT / "recipes" / "paper" / "ade20k_upernet_paper.yaml", ["binarize.method=bnn"])
+    model = build_model("paper:upernet_convnext_tiny", classes=151)
+    student = bd.bidensify(model, recipe.config(), example_inputs=torch.zeros(2, 3, 64, 64), inplace=True)
+    counts = bd.summary(student, (1, 3, 64, 64))
+    assert counts.total("params") == 1_603_478
+    rows = {row.path: row for row in counts.layers}
+    assert rows["head.0"].float_params == 147_456
+    assert (counts.total("params") - 147_456 * 31 / 32) / 1e3 == pytest.approx(1470, rel=0.02)  # the paper's figure
+    assert "| BNN | 1,603 | 1,461 | 1,470 |" in (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("size", [(64, 96), (63, 101), (33, 32)])
