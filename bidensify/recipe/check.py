@@ -14,7 +14,7 @@ from bidensify.recipe.schema import Recipe
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Returns the mistakes of a recipe whose sections are each well-formed, each with its path."""
-    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize)]
+    return [*_data(recipe), *_task(recipe), *_binarize(recipe.binarize), *_evaluate(recipe)]
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
@@ -36,6 +36,14 @@ def _data(recipe: Recipe) -> list[str]:
         known = ["name", "split", *options]
         mistakes += [_unknown(path, name, known) for name in section.options if name not in options]
     return mistakes
+
+
+def _evaluate(recipe: Recipe) -> list[str]:
+    try:
+        recipe.views()
+    except BidensifyError as error:
+        return [str(error)]
+    return []
 
 
 def _task(recipe: Recipe) -> list[str]:

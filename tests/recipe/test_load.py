@@ -67,6 +67,7 @@ def test_every_mistake_is_reported_with_its_path(tiny: ModuleType) -> None:
         ("stages[0].losses.kl.temperature=0", "stages[0].losses.kl.temperature: input should be greater than 0, got 0"),
         ("stages[0].losses.features=1", "stages[0].losses.features.layers: missing"),
         ("stages[0].losses={task: null}", "stages[0].losses: no loss is left"),
+        ("evaluate.stride=[4,4]", "evaluate.stride=[4, 4] without evaluate.window"),
         ("data.accumulate=3", "data: batch_size 8 is not a multiple of accumulate 3"),
         ("stages=[]", "stages: list should have at least 1 item"),
         ("seed=.nan", "seed: "),
