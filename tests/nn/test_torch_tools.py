@@ -283,7 +283,7 @@ def test_no_parameter_is_without_dimensions_and_states_that_have_such_load(tmp_p
     from bidensify.methods import available_methods
     from bidensify.models.weights import load_weights
 
-    for method in available_methods():
+    for method in (name for name in available_methods() if not name.startswith("own-")):
         try:
             student = bd.bidensify(Net().eval(), method=method)
         except bd.errors.BidensifyError:
