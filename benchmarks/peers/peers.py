@@ -91,7 +91,7 @@ def _lay_out(folder: Path, project: Project) -> None:
     (tests / "test_dense_families.py").write_text((HERE / "families.py").read_text())
 
 
-def _run(cache: Path, name: str, rewritten: bool, only: list[str] | None) -> dict[str, dict[str, str]]:
+def _run(cache: Path, name: str, rewritten: bool, only: list[str] | None, match: str = "") -> dict[str, dict[str, Any]]:
     """Outcome and last line of the error of every selected test."""
     project = PROJECTS[name]
     folder = _download(cache, project)
@@ -122,6 +122,7 @@ def _run(cache: Path, name: str, rewritten: bool, only: list[str] | None) -> dic
             "-W",
             "ignore",
         ]
+        command += ["-k", match] if match else []
         subprocess.run([*command, project.file], cwd=folder, env=environment, check=False, stdout=subprocess.DEVNULL)
     return _merged(earlier) | _merged(log.read_text().splitlines()[len(earlier) :])
 
@@ -172,7 +173,10 @@ def main(
     cache: Annotated[Path, typer.Option(help="folder outside git for sources and logs")] = Path(
         "~/.cache/bidensify-peers"
     ),
-    again: Annotated[str, typer.Option(help="both | failing (only what failed on converted networks) | none")] = "both",
+    again: Annotated[
+        str, typer.Option(help="what to run: both | after | failing (what failed on converted networks) | none")
+    ] = "both",
+    match: Annotated[str, typer.Option(help="run a part alone, as pytest -k")] = "",
 ) -> None:
     """Runs the tests twice, and writes and prints the table."""
     cache = cache.expanduser().resolve()
@@ -182,12 +186,12 @@ def main(
     for name in projects or list(PROJECTS):
         if name not in PROJECTS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(PROJECTS)}")
-        before = _run(cache, name, False, None if again == "both" else [])
-        only: list[str] | None = {"both": None, "none": []}.get(again)
+        before = _run(cache, name, False, None if again == "both" else [], match)
+        passing = [test for test, row in before.items() if row["outcome"] == "passed"]
         if again == "failing":
             last = _run(cache, name, True, [])
-            only = [t for t, row in last.items() if row["outcome"] != "passed" and before[t]["outcome"] == "passed"]
-        after = _run(cache, name, True, only)
+            passing = [test for test in passing if last.get(test, {}).get("outcome") != "passed"]
+        after = _run(cache, name, True, [] if again == "none" else passing, match)
         results[name] = compared(name, before, after, known)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     table = Table("project", "pass before", "still pass", "known reason", "unexplained")
