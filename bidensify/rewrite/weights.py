@@ -19,7 +19,7 @@ def zero_channels(module: nn.Module) -> Tensor | None:
     """(C_out,) bool: which output channels of a convolution or linear layer are fed by zeros alone.
 
     Returns:
-        None where there are none, or no values to look at (the meta device, a weight that the layer makes).
+        None where there are none, or no values to look at (the meta device, a weight that is made of other parameters).
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.is_meta:
@@ -28,11 +28,15 @@ def zero_channels(module: nn.Module) -> Tensor | None:
     return zero if bool(zero.any()) else None
 
 
-def draw_zeros(module: nn.Module) -> None:
-    """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time."""
+def draw_zeros(module: nn.Module) -> bool:
+    """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time.
+
+    Returns:
+        Whether there were any.
+    """
     zero = zero_channels(module)
     if zero is None:
-        return
+        return False
     parts, weight = _parts(module), module._parameters["weight"]
     assert weight is not None
     bound = parts.rows(weight).shape[1] ** -0.5
@@ -40,3 +44,4 @@ def draw_zeros(module: nn.Module) -> None:
     drawn = drawn.to(device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         weight.copy_(torch.where(parts.like(zero, weight), drawn, weight))
+    return True

@@ -177,6 +177,10 @@ def test_timms_networks_that_merge() -> None:
             nn.Sequential(nn.Conv3d(3, 8, 3), nn.Flatten(2), nn.Unflatten(2, (12, 6)), nn.Conv2d(8, 2, 1)),
             torch.randn(2, 3, 4, 8, 8), r"\(conv3d is out of reach; prediction layer\); add a rule .*, or set keep_last=False",
         ),
+        (
+            nn.Sequential(nn.Conv3d(3, 8, 3), nn.Flatten(2), nn.Linear(72, 2)), torch.randn(2, 3, 4, 8, 8),
+            r"\(conv3d is out of reach; linear layer on tokens .*\); add a rule .*, or set linear='all'$",
+        ),
     ],
 )  # fmt: skip
 def test_why_nothing_would_change_and_what_to_do(model: nn.Module, example: Tensor, message: str) -> None:

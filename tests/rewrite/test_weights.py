@@ -20,7 +20,15 @@ def network(layer: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
+class Halved(nn.Conv2d):
+    """Makes the weight that it convolves with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight * 0.5, self.bias, padding=1)
+
+
 LAYERS = {
+    "made": lambda: Halved(8, 8, 3, padding=1),
     "conv": lambda: nn.Conv2d(8, 8, 3, padding=1),
     "grouped": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
     "transposed": lambda: nn.ConvTranspose2d(8, 8, 2, 2),
@@ -45,6 +53,37 @@ def test_a_layer_of_zeros_learns_and_begins_at_next_to_nothing(kind: str, method
     student(X).square().mean().backward()
     assert (student[2].latent_weight.grad.abs().sum() > 0).item()
     assert not bool((student[2].latent_weight == 0).any())
+
+
+@pytest.mark.parametrize("method", ["bidense", "bnn", "react"])
+def test_branches_that_begin_at_nothing_learn(method: str) -> None:
+    class Adapted(nn.Module):
+        """LoRA: a layer, and two more beside it whose last begins at zeros; and a residual branch whose norm does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1, bias=False), nn.Conv2d(4, 8, 1, bias=False)
+            self.c, self.n = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            nn.init.zeros_(self.b.weight)
+            nn.init.zeros_(self.n.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.w(x) + self.b(self.a(x))
+            return torch.relu(x + self.n(self.c(torch.relu(x))))
+
+    torch.manual_seed(0)
+    student = bd.bidensify(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Adapted(), nn.Conv2d(8, 2, 1)), method=method
+    ).train()
+    assert [note.partition(":")[0] for note in student.bidensify_plan.notes if "zeros alone" in note] == ["2.b"]
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    optimizer = torch.optim.SGD(student.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        student(X).square().mean().backward()
+        optimizer.step()
+    for name in ("2.b.weight", "2.c.weight", "2.w.weight"):
+        assert not torch.equal(student.get_parameter(name), before[name]), name
 
 
 def test_channels_with_weights_keep_them_bit_for_bit() -> None:

@@ -93,9 +93,9 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
             for parameter in (norm.weight, norm.bias):
                 parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
         holder._parameters[name] = None
-    if not layer.makes_weight:
-        # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
-        draw_zeros(module)
+    # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
+    if draw_zeros(module):
+        latent = _start_weight(layer, module)
     parts = method.parts(layer.spec(module, latent), _settings(config, layer))
     bypass = None
     if layer.bypass:

@@ -72,6 +72,8 @@ def _nothing(layers: Sequence[LayerPlan]) -> str:
     for reason, option in (("first layer on the image", "keep_first"), ("prediction layer", "keep_last")):
         if reason in reasons:
             advice.append(f"set {option}=False")
+    if any(reason.startswith("linear layer on tokens") for reason in reasons):
+        advice.append("set linear='all'")
     if all(reason.endswith("is out of reach") for reason in reasons):
         advice = ["it is Conv2d, ConvTranspose2d and Linear layers that can become binary"]
     return f"the rewrite would change nothing: every layer stays in full precision ({'; '.join(reasons)}); {', or '.join(advice)}"

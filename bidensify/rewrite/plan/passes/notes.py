@@ -26,11 +26,7 @@ def note_layers(draft: Draft) -> Draft:
             f"pads with padding_mode={mode!r}, which can be trained but not packed; keep it by a rule, or pad with zeros",
         )
     draft.note_on(
-        [
-            layer
-            for layer in draft.binary_layers
-            if not layer.makes_weight and zero_channels(modules[layer.path]) is not None
-        ],
+        [layer for layer in draft.binary_layers if zero_channels(modules[layer.path]) is not None],
         "has output channels that zeros alone feed, which have no sign and would never learn: their weights are drawn",
     )
     draft.note_on(
