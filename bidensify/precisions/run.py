@@ -49,7 +49,7 @@ def sensitivity(
     around: Literal["teacher", "student"] | None = None,
     trained: bool = False,
     precisions: Sequence[str] | None = None,
-    groups: Sequence[str] | None = None,
+    groups: Sequence[str] | None = (),
     calibration: Iterable[Tensor] | None = None,
     batch_size: int = 8,
     channels_last: bool = False,
@@ -73,8 +73,9 @@ def sensitivity(
         task: reads outputs and labels; by default segmentation where samples have a mask, depth where they have a depth map.
         around: "teacher" (the default where there is one) or "student".
         trained: the student is trained: what it has lost to the teacher then scales the forecast of an allocation.
-        precisions: what to measure, of the registered ones; by default all (around the student: float).
-        groups: prefixes of module paths to measure as a whole; None for all blocks and stages, [] for none.
+        precisions: what to measure beside binary and float ("act_bits 2"), each of which takes as long again; by default
+            nothing.
+        groups: prefixes of module paths to measure as a whole; None for all blocks and stages.
         calibration: images (N, C, H, W) in batches, for thresholds and norms; by default the first batches of ``data``.
         batch_size: images per run.
         channels_last: gives the images in that memory format.
@@ -199,9 +200,8 @@ def _chosen(names: Sequence[str] | None, around: str) -> list[Precision]:
         raise ConfigError(
             f"sensitivity: precisions={list(names)!r}; around the student a layer computes in float, no other way"
         )
-    known = PRECISIONS if around == "teacher" else (FLOAT,)
-    return [precision_called(name) for name in dict.fromkeys([*(() if around == "student" else (BINARY,)), *(names or known)])
-            if name != home]  # fmt: skip
+    wanted = [FLOAT] if around == "student" else [BINARY, *(names or ())]
+    return [precision_called(name) for name in dict.fromkeys(wanted) if name != home]
 
 
 def _changes(

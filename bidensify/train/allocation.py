@@ -13,7 +13,7 @@ from bidensify._util.terminal import console
 from bidensify.config import BidensifyConfig
 from bidensify.data import Seeded
 from bidensify.errors import ConfigError
-from bidensify.precisions import Sensitivity, allocation, sensitivity
+from bidensify.precisions import PRECISIONS, Sensitivity, allocation, sensitivity
 from bidensify.recipe import Recipe
 from bidensify.rewrite import bidensify
 from bidensify.train.distributed import make_accelerator
@@ -73,8 +73,7 @@ def allocate_run(
             train,
             val,
             images=budget.images,
-            precisions=budget.precisions,
-            groups=[],
+            precisions=list(PRECISIONS) if budget.precisions is None else budget.precisions,
             milliseconds=budget.table,
             cache=folder.sensitivity,
             quiet=quiet or not accelerator.is_main_process,

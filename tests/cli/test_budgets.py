@@ -23,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, recipe_text: str) -> Path:
 
 def test_of_a_run_then_a_budget(cli: CliRunner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    result = cli.invoke(app, ["sensitivity", "run", "--plot", "gains.svg", "--images", "3"])
+    result = cli.invoke(
+        app, ["sensitivity", "run", "--plot", "gains.svg", "--images", "3", "--precision", "act_bits 2"]
+    )
     assert result.exit_code == 0, result.output
     found = Sensitivity.load(folder / "run" / "sensitivity_teacher.json")
     assert found.student is not None
@@ -46,7 +48,7 @@ def test_of_a_run_then_a_budget(cli: CliRunner, folder: Path, monkeypatch: pytes
 
 
 def test_around_the_student(cli: CliRunner, folder: Path) -> None:
-    arguments = ["sensitivity", str(folder / "run"), "--around", "student", "--layers-only", "--json"]
+    arguments = ["sensitivity", str(folder / "run"), "--around", "student", "--json"]
     result = cli.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert Sensitivity.model_validate_json(result.stdout).around == "student"
@@ -61,7 +63,7 @@ def test_of_a_recipe(cli: CliRunner, folder: Path, tmp_path: Path, monkeypatch: 
     result = cli.invoke(app, ["sensitivity", "tiny.yaml"])
     assert result.exit_code == 2
     assert "teacher" in result.output
-    options = ["-t", str(folder / "run_teacher"), "--format", "markdown", "--group", "decoder", "--precision", "binary"]
+    options = ["-t", str(folder / "run_teacher"), "--format", "markdown", "--group", "decoder"]
     result = cli.invoke(app, ["sensitivity", "tiny.yaml", *options])
     assert result.exit_code == 0, result.output
     assert "| group |" in result.output

@@ -22,7 +22,7 @@ Cost = Annotated[Literal["macs", "ops", "bytes", "ms"], typer.Option(help="What 
 @command(
     "bidensify sensitivity runs/scenes",
     "bidensify sensitivity recipes/scenes_segmentation.yaml --teacher runs/scenes_teacher --plot sensitivity.svg",
-    "bidensify sensitivity runs/scenes --around student --cost bytes",
+    "bidensify sensitivity runs/scenes --groups --precision 'act_bits 2' --cost bytes",
 )
 def sensitivity(
     source: Annotated[
@@ -40,13 +40,14 @@ def sensitivity(
         typer.Option(help="The unit alone binary in the teacher, or alone in float in the student."),
     ] = "teacher",
     precision: Annotated[
-        list[str] | None, typer.Option(help="A precision to measure; repeat for more.", show_default="all")
+        list[str] | None,
+        typer.Option(help="Beside binary and float, which takes as long again: 'act_bits 2'.", show_default=False),
     ] = None,
     group: Annotated[
         list[str] | None,
-        typer.Option(help="A prefix of module paths; repeat for more.", show_default="all blocks and stages"),
+        typer.Option(help="The layers below a module path as a whole; repeat for more.", show_default=False),
     ] = None,
-    layers_only: Annotated[bool, typer.Option("--layers-only", help="No blocks and stages.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="Every block and stage as a whole too.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="Validation images.", show_default="all")] = None,
     table: Annotated[
         Path | None, typer.Option("--table", exists=True, dir_okay=False, help="Measured milliseconds of each layer.")
@@ -94,7 +95,7 @@ def sensitivity(
         around=around,
         trained=source.is_dir(),
         precisions=precision,
-        groups=[] if layers_only else group,
+        groups=None if groups else group or [],
         milliseconds=table,
         cache=target,
     )
@@ -103,13 +104,13 @@ def sensitivity(
     if as_json or form == "json":
         print(found.model_dump_json(indent=1))
         return
-    shown = [False, *([True] if found.groups else [])]
+    shown = [False, True] if found.groups else [False]
     if form == "markdown":
-        print("\n".join(found.to_markdown(cost, groups=groups) for groups in shown))
+        print("\n".join(found.to_markdown(cost, groups=each) for each in shown))
         return
     screen = console()
-    for groups in shown:
-        screen.print(found.table(cost, groups=groups))
+    for each in shown:
+        screen.print(found.table(cost, groups=each))
     screen.print(f"{target}: {found.seconds:.0f} s", soft_wrap=True)
     if around == "teacher":
         screen.print(f"Next: {shell('bidensify', 'allocate', target)} --ops 0.2 --out config.json", soft_wrap=True)
