@@ -56,7 +56,9 @@ def _remember(model: nn.Module) -> None:
         _own_config(model).quantization_config = _stored(model)
         # Names of the layers' own tensors are none of the model's: its patterns, made for published checkpoints, would
         # rename some of them ("norm." to "layernorm."), not always back.
-        model._weight_conversions = []
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):  # a base model is saved alone, too
+                part._weight_conversions = []
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.quantization_config = model.config.quantization_config
 

@@ -120,3 +120,15 @@ def test_a_float_model_of_a_rewritten_ones_configuration_says_how_it_loads(stude
     plain = {key: value for key, value in json.loads(file.read_text()).items() if key != "quantization_config"}
     file.write_text(json.dumps(plain))
     assert not list(binary_layers(Head.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_base_of_a_rewritten_model_saved_alone(packed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = bd.bidensify(transformers.SegformerForImageClassification(config()).eval())
+    whole = bd.pack(whole) if packed else whole
+    whole.base_model.save_pretrained(tmp_path)
+    for kind in (transformers.SegformerModel, transformers.SegformerForImageClassification):
+        again = kind.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            assert torch.equal(again.base_model(X).last_hidden_state, whole.base_model(X).last_hidden_state)
