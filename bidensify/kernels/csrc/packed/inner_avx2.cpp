@@ -195,8 +195,9 @@ void block(const uint32_t* a, int64_t second, int64_t a_step, const Segment* seg
 }
 
 template <int Planes, int V>
-void blocks(int pixels, const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
-            int64_t tile_step, int32_t* counts, int64_t count_step) {
+inline __attribute__((always_inline)) void blocks(int pixels, const uint32_t* a, int64_t second, int64_t a_step,
+                                                  const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step,
+                                                  int32_t* counts, int64_t count_step) {
   switch (pixels) {
     case 1: return block<Planes, 1, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
     case 2: return block<Planes, 2, V>(a, second, a_step, s, n, w, tile_step, counts, count_step);
@@ -205,8 +206,9 @@ void blocks(int pixels, const uint32_t* a, int64_t second, int64_t a_step, const
 }
 
 template <int Planes>
-void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
-             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+inline __attribute__((always_inline)) void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s,
+                                                   int64_t n, const uint32_t* w, int64_t tile_step, int pixels, int tiles,
+                                                   int32_t* counts, int64_t count_step) {
   if (tiles == 1) return blocks<Planes, 1>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
   return blocks<Planes, 2>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
 }
@@ -216,8 +218,13 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
 }
 
+void gemm2(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
+           int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+  gemm_of<2>(a, second, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
+}
+
 const Inner kInner = {kPixels, kTiles, kPixels, kTile, 2 * kTile, arrange, sum_pixels, pack_pixels, measure_pixels,
-                      pack2_pixels, merge, gemm, gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel,
+                      pack2_pixels, merge, gemm, gemm2, depthwise_counts, finish_block, average_pixels, fuse_pixel,
                       accumulate_row};
 
 }  // namespace
