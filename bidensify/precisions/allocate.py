@@ -165,11 +165,15 @@ def _solve(sensitivity: Sensitivity, budget: Budget, bounds: Mapping[str, float]
     costs = [name for name in bounds if name != "accuracy"]
     aim = budget.minimize or ("ms" if sensitivity.rest.ms is not None else "ops")
     needed = dict.fromkeys([*costs, *([aim] if budget.accuracy is not None else [])])
+    for cost in needed:
+        _value(sensitivity.rest, cost)
+    # A precision whose milliseconds nobody measured is no choice under a budget of milliseconds; binary and float are measured.
     options = [
-        (index, name, _harm(sensitivity, row, name, by), {cost: _cost(row, name, cost) for cost in needed})
+        (index, name, _harm(sensitivity, row, name, by), {cost: _value(row.costs[name], cost) for cost in needed})
         for index, row in enumerate(rows)
         for name in allowed
         if name in row.costs
+        and (name in (BINARY, FLOAT) or all(getattr(row.costs[name], c) is not None for c in needed))
     ]
     limits: list[tuple[str, list[float], float]] = []
     for cost in costs:
@@ -230,10 +234,6 @@ def _value(cost: Cost, name: str) -> float:
             "bidensify.sensitivity (milliseconds=)"
         )
     return float(value)
-
-
-def _cost(row: Row, precision: str, name: str) -> float:
-    return _value(row.costs[precision], name)
 
 
 def _infeasible(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bidensify._util.names import near
 from bidensify.errors import ConfigError, FormatError
@@ -17,11 +17,25 @@ __all__ = ["LayerTimes"]
 _Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class _Benched(BaseModel):
+    """A row of ``bidensify bench NETWORK --layers --out FILE``."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    layer: str
+    threads: int
+    ms: dict[str, _Milliseconds]
+
+
+# What bench calls the precisions.
+_NAMES = {"packed": "binary", "openvino int8": "int8"}
+
+
 class LayerTimes(BaseModel):
     """Times of one machine, runtime and input size.
 
     Attributes:
-        rest: milliseconds of the network outside of these layers.
+        rest: milliseconds of the network outside of these layers; 0 where only layers were timed.
         layers: path -> precision ("binary", "float", ...) -> milliseconds.
     """
 
@@ -29,6 +43,12 @@ class LayerTimes(BaseModel):
 
     rest: _Milliseconds
     layers: dict[str, dict[str, _Milliseconds]]
+
+    @classmethod
+    def _of_bench(cls, text: str) -> LayerTimes:
+        rows = sorted(TypeAdapter(list[_Benched]).validate_json(text), key=lambda row: -row.threads)
+        named = {row.layer: {_NAMES.get(name, name): value for name, value in row.ms.items()} for row in rows}
+        return cls(rest=0.0, layers=named)
 
     @staticmethod
     def text(path: str | os.PathLike[str]) -> str:
@@ -46,7 +66,9 @@ class LayerTimes(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], paths: Sequence[str]) -> LayerTimes:
-        """Reads a table, and checks that it knows every layer of ``paths``.
+        """Reads a table, its own or one of ``bench --layers``, and checks that it knows every layer of ``paths``.
+
+        Of several numbers of threads in one file the smallest counts.
 
         Raises:
             ConfigError: there is no such file, or it is of another network.
@@ -54,13 +76,14 @@ class LayerTimes(BaseModel):
         """
         file = Path(path)
         try:
-            found = cls.model_validate_json(cls.text(file))
+            text = cls.text(file)
+            found = cls._of_bench(text) if text.lstrip().startswith("[") else cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise FormatError(
                 f"{str(file)!r} is no table of milliseconds: {where}: {first['msg']}; it holds "
-                '{"rest": ms, "layers": {"PATH": {"binary": ms, "float": ms}}}'
+                '{"rest": ms, "layers": {"PATH": {"binary": ms, "float": ms}}}, or what bench --layers --out wrote'
             ) from error
         for name in paths:
             if name not in found.layers:

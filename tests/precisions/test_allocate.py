@@ -1,6 +1,8 @@
 """Allocations against brute force; budgets against ``summary`` of what is rewritten; monotone in the budget."""
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bidensify as bd
-from bidensify.errors import ConfigError
+from bidensify.errors import ConfigError, FormatError
 from bidensify.models import build_model
 from bidensify.nn import binary_layers
 from bidensify.precisions import Allocation, Cost, Measured, Row, Sensitivity, allocation, read_budget
@@ -213,3 +215,48 @@ def test_what_is_expected_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert "11.0 % of macs" in text
     # The student lost 0.2 where both layers lost 0.1 each; a quarter of that is left.
     assert "expected miou: 0.8500, full precision 0.9000 (by what the trained student lost)" in text
+
+
+def test_milliseconds_of_bench_and_of_a_file_of_ones_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("demo:unet", width=4, num_classes=3, levels=1).eval()
+    student = bd.bidensify(model, example_inputs=torch.zeros(1, 3, 16, 16))
+    paths = [path for path, _ in binary_layers(student)]
+    file = tmp_path / "layers.json"
+    rows = [
+        {
+            "layer": path,
+            "shape": "3x3",
+            "threads": threads,
+            "output": [8, 8],
+            "ms": {"float": 4.0 / threads, "packed": 1.0 / threads},
+        }
+        for path in paths
+        for threads in (1, 2)
+    ]
+    file.write_text(json.dumps(rows))
+    costs = costs_of({"binary": student}, model, (3, 16, 16), file)
+    assert costs.rest.ms == 0
+    assert costs.full.ms == 4 * len(paths)
+    assert {name: cost.ms for name, cost in costs.of(paths[:2]).items()} == {"binary": 2, "float": 8}
+    own = {"rest": 3.0, "layers": {path: {"binary": 1.0, "float": 2.0} for path in paths}}
+    file.write_text(json.dumps(own))
+    assert costs_of({"binary": student}, model, (3, 16, 16), file).full.ms == 3 + 2 * len(paths)
+    del own["layers"][paths[0]]  # type: ignore[attr-defined]
+    file.write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=rf"no milliseconds of the layer '{paths[0]}'"):
+        costs_of({"binary": student}, model, (3, 16, 16), file)
+    for text in ('{"rest": -1, "layers": {}}', "[1]", "{", '{"layers": {}}'):
+        file.write_text(text)
+        with pytest.raises(FormatError, match="is no table of milliseconds"):
+            costs_of({"binary": student}, model, (3, 16, 16), file)
+
+
+def test_a_precision_without_milliseconds_is_no_choice() -> None:
+    found = synthetic([[(0.1, 0, 1, 1), (0.0, 0, 2, 2), (0, 100, 3, 3)]] * 2)
+    unknown = [
+        row.model_copy(update={"costs": {**row.costs, "middle": Cost(macs=0, ops=0, bytes=2)}}) for row in found.rows
+    ]
+    found = found.model_copy(update={"rows": tuple(unknown)})
+    assert set(allocation(found, read_budget(ms=5)).chosen.values()) == {"binary", "float"}
+    assert set(allocation(found, read_budget(bytes=0.5, macs=0.1)).chosen.values()) == {"middle"}
