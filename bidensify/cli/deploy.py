@@ -120,6 +120,8 @@ def export(
         if done.difference is None
         else f"run again by {done.runtime}: mean difference {done.difference:.1e} of the outputs' mean size"
     )
+    if done.largest is not None:
+        compared += f" in the median of some inputs, {done.largest:.1e} at most"
     console().print(f"{done.path}: {done.bytes:,} bytes, {compared}", soft_wrap=True)
 
 

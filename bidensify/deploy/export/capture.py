@@ -29,6 +29,7 @@ class Exported:
         runtime: what ran the file again for comparison ("executorch", "onnxruntime", "torch"), or None where nothing did.
         difference: mean |file - model| over mean |model|, over all outputs on the example input; None if nothing ran it.
         reason: why nothing ran it.
+        largest: of a .pte, ``difference`` being the median over some inputs, the difference on the one where it is largest.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Exported:
     runtime: str | None
     difference: float | None
     reason: str = ""
+    largest: float | None = None
 
 
 def run(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
