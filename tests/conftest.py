@@ -18,6 +18,11 @@ if os.environ.get("CI"):
     settings.load_profile("judged")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two or more processes for the whole suite; none for parts of it, which would wait longer for them than they gain."""
+    return min(os.cpu_count() or 1, 4) if config.args_source is not pytest.Config.ArgsSource.ARGS else 0
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What bidensify remembers between runs does not go to the user's folder."""
