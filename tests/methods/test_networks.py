@@ -21,7 +21,11 @@ METHODS = [name for name in bd.available_methods() if not name.startswith("own-"
 CONVOLUTIONAL = {
     "unet": ("smp:Unet/resnet18", {"decoder_channels": [64, 32, 32, 16, 16]}, 32),
     "upernet": ("smp:UPerNet/tu-convnext_tiny", {"decoder_channels": 32}, 64),
-    "deeplab": ("smp:DeepLabV3Plus/tu-mobilenetv3_large_100", {"decoder_channels": 64}, 64),
+    "deeplab": (
+        "smp:DeepLabV3Plus/tu-mobilenetv3_large_100",
+        {"decoder_channels": 64, "decoder_atrous_rates": [2, 4, 6]},
+        64,
+    ),
 }
 
 
