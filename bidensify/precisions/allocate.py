@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from bidensify.errors import ConfigError
 from bidensify.precisions.budget import Budget, read_budget
 from bidensify.precisions.findings import By, Cost, Row
 from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS
+from bidensify.precisions.program import choose
 from bidensify.precisions.result import Sensitivity
 from bidensify.rewrite.api import bidensify
 
@@ -185,45 +185,10 @@ def _solve(sensitivity: Sensitivity, budget: Budget, bounds: Mapping[str, float]
     if budget.accuracy is not None:
         target = [option[3][aim] for option in options]
         limits.append(("accuracy", [scale * value for value in harm], bounds["accuracy"]))
-    picked = _program(target, [option[0] for option in options], [(line, limit) for _, line, limit in limits])
+    picked = choose(target, [option[0] for option in options], [(line, limit) for _, line, limit in limits])
     if picked is None:
         raise ConfigError(_infeasible(budget, limits, [option[0] for option in options], sensitivity))
     return {rows[options[i][0]].name: options[i][1] for i in picked}
-
-
-def _program(
-    target: Sequence[float], groups: Sequence[int], limits: Sequence[tuple[list[float], float]]
-) -> list[int] | None:
-    """One option of each group so that the sum of ``target`` is least and each limit holds; None where none does.
-
-    Each limit is scaled to 1, and tightened until it holds in exact sums: the solver lets a bound slip by 1e-6.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    count, last = len(groups), max(groups) + 1
-    one = np.zeros((last, count))
-    one[list(groups), range(count)] = 1
-    largest = max((abs(value) for value in target), default=0.0) or 1.0
-    slack = 0.0
-    for _ in range(20):
-        constraints = [LinearConstraint(one, 1, 1)]
-        for line, limit in limits:
-            size = max(abs(limit), max(map(abs, line), default=0.0)) or 1.0
-            constraints.append(LinearConstraint(np.array(line)[None] / size, -np.inf, limit / size - slack))
-        solved = milp(
-            np.array(target) / largest,
-            constraints=constraints,
-            bounds=Bounds(0, 1),
-            integrality=np.ones(count),
-            options={"mip_rel_gap": 0.0},
-        )
-        if solved.x is None:
-            return None
-        picked = [i for i in range(count) if solved.x[i] > 0.5]
-        if all(sum(line[i] for i in picked) <= limit * (1 + 1e-12) for line, limit in limits):
-            return picked
-        slack = slack * 4 + 1e-9
-    return None
 
 
 def _value(cost: Cost, name: str) -> float:
