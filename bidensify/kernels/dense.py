@@ -83,7 +83,9 @@ def geometry(x: Tensor, dim: int) -> Geometry | None:
     if x.dim() < 2:
         return None
     if x.is_contiguous():
-        return Geometry(x.shape[0], x.shape[1], math.prod(x.shape[2:]), False)
+        rest = math.prod(x.shape[2:])
+        # Maps of one pixel lie the same in both orders; kernels that may leave values out do so with channels innermost.
+        return Geometry(x.shape[0], x.shape[1], rest, rest == 1 and x.dim() == 4)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return Geometry(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], True)
     return None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidensify import nn as bnn
-from bidensify.kernels import popcounts
+from bidensify.kernels import popcounts, training_ops
 from bidensify.nn.native import countable
 
 pytestmark = pytest.mark.skipif(popcounts._tier() is None, reason="no fast kernels on this machine")
@@ -148,3 +148,18 @@ def test_a_wrong_size_is_refused() -> None:
         popcounts.binary_conv(x, None, None, weight, torch.ones(8), None, [1, 1], [1, 1], [1, 1], 1)
     with pytest.raises(RuntimeError, match="give a larger input"):
         popcounts.binary_conv(x[:, :, :1, :1], None, None, weight, torch.ones(16), None, [1, 1], [0, 0], [1, 1], 1)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 4), (32, 16), (7, 3)])
+def test_maps_of_one_pixel_have_their_bypass_without_the_signs(channels: int, groups: int) -> None:
+    """They are contiguous and in channels_last at once."""
+    k, b, a = torch.rand(1, channels, 1, 1), torch.rand(1, channels, 1, 1), torch.rand(())
+    x = torch.randn(2, channels, 1, 1).contiguous(memory_format=torch.channels_last)
+    found = []
+    for signs in (True, False):
+        room = [torch.full((2 * groups,), torch.nan) for _ in range(4)]
+        del room  # what is not written shows
+        found.append(training_ops.dab(x, k, b, a, training_ops.SCALES["per_tensor"], groups, 1, signs)[1])
+    assert torch.equal(*found)
+    wanted = torch.stack([x[:, group::groups].mean(1) for group in range(groups)], 1)
+    assert torch.allclose(found[1], wanted, atol=1e-6)
