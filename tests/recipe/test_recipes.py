@@ -64,10 +64,8 @@ def changes(recipe: Recipe, root: Path | None) -> list[str]:
     assert recipe.model is not None
     assert recipe.data.train is not None
     options = recipe.model.options | SMALL[recipe.model.source]
-    # Norms of maps of one pixel, of a batch of two, amplify what they see by their eps: the UPerNet halves five times.
-    side = 96 if recipe.model.source == "paper:upernet_convnext_tiny" else 56
     found = {
-        "model.options": options, "data.size": [side, side], "data.batch_size": 2, "data.workers": 0,
+        "model.options": options, "data.size": [56, 56], "data.batch_size": 2, "data.workers": 0,
         "log.tensorboard": False, "device": "cpu", "evaluate.teacher": False, "calibrate.at_end": False,
         "data.root": str(root) if root is not None else None,
     }  # fmt: skip
@@ -76,7 +74,7 @@ def changes(recipe: Recipe, root: Path | None) -> list[str]:
     if recipe.data.train.name == "voc2012":
         found["data.train.sbd"] = str(root)
     if recipe.evaluate.window is not None:
-        found |= {"evaluate.window": [side, side], "evaluate.stride": [32, 32]}
+        found |= {"evaluate.window": [56, 56], "evaluate.stride": [32, 32]}
     if recipe.evaluate.resize == "native":  # images of 480x640 and more
         found["evaluate.resize"] = "letterbox"
     if recipe.calibrate.batches:
