@@ -100,14 +100,18 @@ def test_the_cost_is_the_least_that_keeps_the_accuracy(layers: Any, accuracy: fl
     choices = every(found)
     whole = next(lost for names, lost, _ in choices if set(names.values()) == {"binary"})
     scale = (0.9 - student) / whole if whole else 0.0
-    fits = [getattr(cost, aim) for _, lost, cost in choices if scale * lost <= accuracy * (1 + 1e-9) + 1e-12]
+    # The least cost, with and without the choices whose loss is the bound to rounding.
+    low, high = (
+        min(getattr(cost, aim) for _, lost, cost in choices if scale * lost <= accuracy + slip)
+        for slip in (1e-9 * accuracy + 1e-12, -1e-9 * accuracy)
+    )
     got = attempt(found, accuracy=accuracy, minimize=aim)
     if isinstance(got, str):
         assert "nothing to rewrite" in got
         return
     assert got.trained
     assert 0.9 - got.expected <= accuracy * (1 + 1e-9) + 1e-9
-    assert getattr(got.cost, aim) == pytest.approx(min(fits), rel=1e-5, abs=1e-3)
+    assert low - 1e-3 <= getattr(got.cost, aim) <= high + 1e-3
 
 
 @settings(max_examples=30, deadline=None)
