@@ -12,6 +12,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes of pytest-xdist are told a terminal's width, to which tables would be folded.
+os.environ.pop("COLUMNS", None)
 # Where a change is judged the examples are the same for the same code; elsewhere every run draws new ones.
 settings.register_profile("judged", derandomize=True)
 if os.environ.get("CI"):
