@@ -37,7 +37,8 @@ def methods() -> Iterator[None]:
 def test_each_is_tested_here_and_named_in_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"segmentation", "depth_transformers", "own_method", "deploy"}
+    elsewhere = {"deploy_python_without_torch"}  # tests/deploy/executorch
+    assert names == {"segmentation", "depth_transformers", "own_method", "deploy"} | elsewhere
     assert all(f"examples/{name}.py" in readme for name in names)
 
 

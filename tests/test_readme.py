@@ -55,7 +55,10 @@ def test_ci_runs_the_test_command_as_it_stands() -> None:
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)(.+?)\)", README):
-        assert (ROOT / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if not path:
+            assert f"\n## {heading}\n" in README.lower(), target
 
 
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

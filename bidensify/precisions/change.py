@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bidensify.nn import BinaryLayer
 from bidensify.nn.calibration import normalized_by
+from bidensify.precisions.findings import Unit
 from bidensify.precisions.precision import Branch
-from bidensify.precisions.units import Unit
 
 __all__ = ["Change", "InStudent", "InTeacher", "observe"]
 

@@ -24,13 +24,12 @@ from bidensify.errors import ConfigError, DataError
 from bidensify.nn import binary_layers, state_of
 from bidensify.precisions.change import Change, InStudent, InTeacher, observe
 from bidensify.precisions.costs import costs_of
-from bidensify.precisions.findings import Row
+from bidensify.precisions.findings import Row, Unit, units_of
 from bidensify.precisions.measure import Bar, Batches, Store, distance_of, measure
 from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS, Precision, branches_of, precision_called, students
 from bidensify.precisions.replay import Replay
 from bidensify.precisions.result import Sensitivity
-from bidensify.precisions.units import Unit, units_of
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.tasks import Task, build_task
 

@@ -15,7 +15,7 @@ from bidensify.models import build_model
 from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.used_weight import copy_model
 from bidensify.precisions import Sensitivity
-from bidensify.precisions.units import units_of
+from bidensify.precisions.findings import units_of
 from bidensify.tasks import SegmentationTask
 from bidensify.train import evaluate
 from tests.tiny import Colours
