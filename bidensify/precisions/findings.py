@@ -1,4 +1,4 @@
-"""What a sensitivity analysis looks at and what it found, as plain data: units, and the cost and gain of each in each precision."""
+"""What a sensitivity analysis looks at and what it found, as plain data: units, and what each costs and gains."""
 
 from __future__ import annotations
 
