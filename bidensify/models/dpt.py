@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bidensify.errors import ConfigError, MissingExtraError
 from bidensify.models.upernet import Head, conv_norm, make_head
 
-__all__ = ["DPT", "dpt_dinov2_small"]
+__all__ = ["DPT"]
 
 
 class DPT(nn.Module):
@@ -79,19 +79,3 @@ class DPT(nn.Module):
         fused = self.neck(self.backbone(x).feature_maps, rows, columns)[-1]
         result: Tensor = self.head(F.interpolate(self.out(fused), size, mode="bilinear", align_corners=False))
         return result
-
-
-def dpt_dinov2_small(
-    classes: int = 150,
-    head: Head = "segmentation",
-    in_channels: int = 3,
-    hidden: int = 384,
-    layers: int = 12,
-    heads: int = 6,
-    patch: int = 14,
-    image: int = 518,
-    levels: tuple[int, int, int, int] = (48, 96, 192, 384),
-    features: int = 256,
-) -> DPT:
-    """Builds the network behind ``"paper:dpt_dinov2_small"``; the arguments are those of :class:`DPT`."""
-    return DPT(classes, head, in_channels, hidden, layers, heads, patch, image, levels, features)

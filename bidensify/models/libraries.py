@@ -43,10 +43,10 @@ def demo(name: str, **options: Any) -> nn.Module:
 @register_source("paper")
 def paper(name: str, **options: Any) -> nn.Module:
     """``paper:upernet_convnext_tiny`` and ``paper:dpt_dinov2_small``: the networks of BiDense's tables, from nothing."""
-    from bidensify.models.dpt import dpt_dinov2_small
-    from bidensify.models.upernet import upernet_convnext_tiny
+    from bidensify.models.dpt import DPT
+    from bidensify.models.upernet import UPerNet
 
-    known: dict[str, Any] = {"upernet_convnext_tiny": upernet_convnext_tiny, "dpt_dinov2_small": dpt_dinov2_small}
+    known: dict[str, Any] = {"upernet_convnext_tiny": UPerNet, "dpt_dinov2_small": DPT}
     if name not in known:
         raise ConfigError(f"model 'paper:{name}': there is no such network{near(name, list(known))}")
     check_options(f"paper:{name}", known[name], options)

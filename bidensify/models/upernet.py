@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bidensify.errors import ConfigError
 
-__all__ = ["Head", "UPerNet", "conv_norm", "make_head", "upernet_convnext_tiny"]
+__all__ = ["Head", "UPerNet", "conv_norm", "make_head"]
 
 Head = Literal["segmentation", "depth"]
 
@@ -152,15 +152,3 @@ def make_head(kind: str, width: int, classes: int) -> nn.Sequential:
     if kind == "depth":
         return nn.Sequential(*conv_norm(width, 32, 3), nn.ReLU(inplace=True), nn.Conv2d(32, 1, 1))
     raise ConfigError(f"head={kind!r} is not known; use segmentation or depth")
-
-
-def upernet_convnext_tiny(
-    classes: int = 150,
-    head: Head = "segmentation",
-    in_channels: int = 3,
-    depths: Sequence[int] = (3, 3, 9, 3),
-    widths: Sequence[int] = (96, 192, 384, 768),
-    features: int = 256,
-) -> UPerNet:
-    """Builds the network behind ``"paper:upernet_convnext_tiny"``; the arguments are those of :class:`UPerNet`."""
-    return UPerNet(classes, head, in_channels, depths, widths, features)

@@ -112,6 +112,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """Around imports of ExecuTorch's, which are loud: a MissingExtraError where one fails."""
+    try:
+        with _quiet():
+            yield
+    except ImportError as error:
+        raise MissingExtraError(
+            f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'"
+        ) from error
+
+
 def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequence[float]] | None = None) -> bytes:
     """The .pte of a captured program, with ``constants`` as methods of their own.
 
@@ -119,14 +131,9 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
         PlanError: ExecuTorch does not take it.
     """
     executorch_folder()
-    try:
-        with _quiet():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-    except ImportError as error:
-        raise MissingExtraError(
-            f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'"
-        ) from error
+    with _imports():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
@@ -162,14 +169,9 @@ def with_int8_rest(
     """
     if not len(images):
         raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
-    try:
-        with _quiet():
-            from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
-            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    except ImportError as error:
-        raise MissingExtraError(
-            f"executorch cannot be imported ({error}): pip install 'bidensify[executorch]'"
-        ) from error
+    with _imports():
+        from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = xnnpack_quantizer.XNNPACKQuantizer()
     aten = torch.ops.aten
