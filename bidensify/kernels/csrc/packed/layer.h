@@ -24,6 +24,8 @@ class Layer {
   void allocate(int64_t group);
   void sum_part(int64_t first, int64_t u);
   void threshold(int64_t first, int64_t n);
+  // Where the bits of n pixels from p on lie in a depthwise layer's planes.
+  void place_pixels(int64_t p, int64_t n, int64_t* places) const;
   void pack_part(int64_t sample, int64_t part);
   void scale(int64_t first, int64_t n);
   void measure_part(int64_t sample, int64_t part);

@@ -79,6 +79,13 @@ void Layer::threshold(int64_t first, int64_t n) {
   }
 }
 
+void Layer::place_pixels(int64_t p, int64_t n, int64_t* places) const {
+  for (int64_t i = 0, h = p / a_.w, w = p % a_.w; i < n; ++i) {
+    places[i] = h * words_ * plane_ + column_place_[w];
+    if (++w == a_.w) w = 0, ++h;
+  }
+}
+
 void Layer::pack_part(int64_t sample, int64_t part) {
   const int64_t s = sample - base_;
   const float* beta = beta_ + s * cin_padded_;
@@ -91,10 +98,7 @@ void Layer::pack_part(int64_t sample, int64_t part) {
     const char* x = pixels(sample, p, n, memory + cin_padded_ * 4);
     if (a_.depthwise) {
       int64_t places[kBlock];
-      for (int64_t i = 0, h = p / a_.w, w = p % a_.w; i < n; ++i) {
-        places[i] = h * words_ * plane_ + column_place_[w];
-        if (++w == a_.w) w = 0, ++h;
-      }
+      place_pixels(p, n, places);
       inner_.pack(x, a_.dtype, n, a_.cin, a_.cin, beta, bits_ + s * a_.h * words_ * plane_, places, 0, plane_,
                   acc, lanes);
       continue;

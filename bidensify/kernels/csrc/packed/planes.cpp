@@ -63,10 +63,7 @@ void Layer::pack2_part(int64_t sample, int64_t part) {
     const char* x = pixels(sample, p, n, memory + cin_padded_ * 4);
     if (a_.depthwise) {
       int64_t places[kBlock];
-      for (int64_t i = 0, h = p / a_.w, w = p % a_.w; i < n; ++i) {
-        places[i] = h * words_ * plane_ + column_place_[w];
-        if (++w == a_.w) w = 0, ++h;
-      }
+      place_pixels(p, n, places);
       inner_.pack2(x, a_.dtype, n, a_.cin, a_.cin, beta, step, bits_ + s * a_.h * words_ * plane_, second_, places, 0, plane_);
       continue;
     }
