@@ -136,13 +136,12 @@ class Saver:
         """Takes a model's output for a batch of a :class:`Numbered` data set."""
         from bidensify.tasks import predict_restored
 
+        raw = self.task.logits(output)
         for position, number in enumerate(batch["number"].tolist()):
             image = self.dataset.load(number)["image"]
             size = (int(image.shape[-2]), int(image.shape[-1]))
-            raw = self.task.logits(output)[position : position + 1]
-            values = predict_restored(self.task, raw, batch["extent"][position] if "extent" in batch else None, size)[
-                0
-            ].cpu()
+            extent = batch["extent"][position] if "extent" in batch else None
+            values = predict_restored(self.task, raw[position : position + 1], extent, size)[0].cpu()
             name = self.dataset.name_of(number)
             write_values(self.folder, name, values, self.task)
             write_picture(self.folder, name, self.task.picture(image, values))

@@ -66,8 +66,6 @@ class Views:
 
     def check(self, task: Any) -> None:
         """Raises ConfigError where a task's predictions cannot be averaged so."""
-        if self.plain or (self.window is not None and not self.flip and self.scales == (1.0,)):
-            return
         name = getattr(task, "name", type(task).__name__)
         if self.flip and name == "flow":
             raise ConfigError(
