@@ -73,7 +73,7 @@ def _train(recipe: Recipe, folder: Path, role: Any, teacher: Path | None, consol
     if (folder / "result.json").is_file() and (folder / "model.safetensors").is_file():
         console.print(f"{folder.name}: already trained", highlight=False)
         return
-    console.print(f"[bold]{folder.name}[/bold]", highlight=False)
+    console.print(folder.name, style="bold")
     run_recipe(recipe, folder, role=role, teacher_weights=teacher, resume=(folder / "recipe.yaml").is_file())
 
 

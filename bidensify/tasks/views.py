@@ -59,11 +59,6 @@ class Views:
                 f"evaluate.scales={list(self.scales)}; give different numbers above 0, for example [0.75, 1, 1.25]"
             )
 
-    @property
-    def plain(self) -> bool:
-        """Whether there is one look at the whole input, whatever its size."""
-        return self.window is None and not self.flip and self.scales == (1.0,)
-
     def check(self, task: Any) -> None:
         """Raises ConfigError where a task's predictions cannot be averaged so."""
         name = getattr(task, "name", type(task).__name__)

@@ -18,8 +18,16 @@ from bidensify.errors import ConfigError
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo(folder, quick=True, console=Console(quiet=True))
+    with open(folder.with_name("printed.txt"), "w", encoding="utf-8") as printed:
+        # As on the terminal, where names are no markup.
+        run_demo(folder, quick=True, console=Console(file=printed, markup=False, width=200))
     return folder
+
+
+def test_what_it_prints_is_plain_text(out: Path) -> None:
+    lines = out.with_name("printed.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line in ("teacher", *METHODS)] == ["teacher", *METHODS]
+    assert not any("[bold]" in line for line in lines)
 
 
 def test_results(out: Path) -> None:
