@@ -187,12 +187,16 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
 
 
 def _tell(results: dict[str, Any], out: Path, console: Console) -> None:
+    from rich.text import Text
+
     for check in results["checks"]:
         target = f"≥ {check['low']:g}" if check["low"] is not None else f"≤ {check['high']:g}"
-        mark = (
-            "[green]passed[/green]" if check["passed"] else "[red]failed[/red]" if check["enforced"] else "not reached"
-        )
-        console.print(f"{mark}  {check['text']}: {check['measured']:.4f} ({target})", highlight=False, soft_wrap=True)
+        if check["passed"]:
+            mark = ("passed", "green")
+        else:
+            mark = ("failed", "red") if check["enforced"] else ("not reached", "")
+        line = f"  {check['text']}: {check['measured']:.4f} ({target})"
+        console.print(Text.assemble(mark, line), soft_wrap=True)
     if results["quick"]:
         console.print("--quick trains for seconds: its mIoU says nothing about a method.", highlight=False)
     console.print(f"Results: {out / 'results.json'}\nReport: {out / 'report.html'}", highlight=False)

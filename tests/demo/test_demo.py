@@ -27,7 +27,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_it_prints_is_plain_text(out: Path) -> None:
     lines = out.with_name("printed.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line in ("teacher", *METHODS)] == ["teacher", *METHODS]
-    assert not any("[bold]" in line for line in lines)
+    checks = json.loads((out / "results.json").read_text())["checks"]
+    for check in checks:
+        mark = "passed" if check["passed"] else "failed" if check["enforced"] else "not reached"
+        assert any(line.startswith(f"{mark}  {check['text']}: ") for line in lines), check
+    assert not any("[/" in line for line in lines)
 
 
 def test_results(out: Path) -> None:
