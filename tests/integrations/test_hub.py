@@ -107,10 +107,23 @@ def test_a_file_that_lacks_a_tensor_is_refused_though_the_library_is_not_strict(
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_load_that_is_not_strict_refuses_the_weights_of_a_rewritten_network(student: Any, packed: bool) -> None:
     state = (bd.pack(student) if packed else student).state_dict()
-    with pytest.raises(FormatError, match=r"rewrote.*Unet is full-precision at .*Rewrite it first"):
+    with pytest.raises(FormatError, match=r"rewrote.*Unet is full-precision at .*Rewrite the network first"):
         base().load_state_dict(state, strict=False)
     with pytest.raises(FormatError, match="rewrote"):
         torch.nn.DataParallel(base()).load_state_dict({f"module.{k}": v for k, v in state.items()}, strict=False)
+
+
+@pytest.mark.parametrize("method", sorted(set(bd.available_methods()) - {"bibert", "bit", "bivit"}))
+def test_a_load_that_is_not_strict_is_not_silent_whatever_the_method(method: str) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+
+    state = bd.bidensify(make(), bd.BidensifyConfig(method=method)).state_dict()
+    # Some methods add nothing but a norm, which other libraries' layers may have too: these are loaded, and it is said.
+    told = pytest.warns(UserWarning, match=r"\('1.norm.weight'\).*full-precision at '1'.*if bidensify rewrote it")
+    norm_alone = method in ("bnn", "bireal", "dorefa", "irnet")
+    with told if norm_alone else pytest.raises(FormatError, match="rewrote.*full-precision at '1'"):
+        make().load_state_dict(state, strict=False)
 
 
 def test_other_loads_that_are_not_strict_go_on(student: Any) -> None:

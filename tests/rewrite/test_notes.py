@@ -147,14 +147,21 @@ def test_merging_layers_after_a_rewrite_says_that_it_must_come_first() -> None:
     assert decided(fused.bidensify_plan)["1.0"] == "binary"
 
 
-def test_timms_networks_that_merge() -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("repvit_m0_9", 64), ("shvit_s1", 64), ("repghostnet_050", 64), ("efficientvit_m0", 224), ("levit_128s", 224)],
+)
+def test_timms_networks_that_merge(name: str, size: int) -> None:
     timm = pytest.importorskip("timm")
     from timm.utils import reparameterize_model
 
-    model = timm.create_model("repvit_m0_9", num_classes=3).eval()
-    with pytest.raises(PlanError, match="call it before the rewrite"):
-        reparameterize_model(bd.bidensify(model, example_inputs=torch.randn(2, 3, 64, 64)))
-    x = torch.randn(2, 3, 64, 64)
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(2, 3, size, size)
+    student = bd.bidensify(model, example_inputs=x)
+    assert any("can be called before the rewrite alone" in note for note in student.bidensify_plan.notes)
+    for each in (student, bd.pack(student)):
+        with pytest.raises(PlanError, match="call it before the rewrite"):
+            reparameterize_model(each)
     assert bd.bidensify(reparameterize_model(model), example_inputs=x)(x).shape == (2, 3)
 
 
