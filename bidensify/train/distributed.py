@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads give back the tensors of their last exchange when they come to it, and one that does so while the
+        # interpreter ends aborts the process. Leaving a group joins its threads only where nothing holds it: torch's caches
+        # of sharded tensors do.
+        time.sleep(0.5)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
