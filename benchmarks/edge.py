@@ -31,6 +31,7 @@ def make(folder: Path, network: str, sizes: list[int], classes: int) -> None:
     import bidensify as bd
     from bidensify.deploy.executorch import lower
     from bidensify.deploy.export.capture import capture
+    from bidensify.deploy.runtimes.prepare import prepared
     from bidensify.models import build_model
 
     torch.manual_seed(0)
@@ -52,7 +53,7 @@ def make(folder: Path, network: str, sizes: list[int], classes: int) -> None:
         if (folder / f"int8{size}.pte").exists():
             continue
         with torch.no_grad():
-            program = capture(lower.prepared(plain), (x,), {}, None)
+            program = capture(prepared(plain), (x,), {}, None)
             quantizer = xnnpack_quantizer.XNNPACKQuantizer()
             quantizer.set_global(xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True))
             module = prepare_pt2e(program.module(), quantizer)

@@ -58,20 +58,28 @@ def pack(
 @command(
     "bidensify export runs/scenes scenes.pte",
     "bidensify export runs/scenes scenes.pte --sizes 128:512:32 --int8-rest",
+    "bidensify export runs/scenes scenes.xml --int8-rest",
     "bidensify export runs/scenes scenes.onnx",
     "bidensify export out/packed network.pt2 --input 2x3x256x256",
 )
 def export(
     source: SourceFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: *.pte, *.onnx or *.pt2.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file: *.pte, *.xml, *.onnx or *.pt2.", show_default=False)
+    ],
     recipe: RecipeFile = None,
     input_shape: Input = None,
     latent: Annotated[
         bool, typer.Option(help="Export latent float weights; by default they are packed first.")
     ] = False,
     static: Annotated[
-        bool, typer.Option(help="Fix batch and image size to those of the example input (a .pte's are unless --sizes).")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--static/--dynamic",
+            help="Fix batch and image size to those of the example input; a .pte's are unless --sizes.",
+            show_default="--static for *.xml, --dynamic for *.onnx and *.pt2",
+        ),
+    ] = None,
     sizes: Annotated[
         str | None,
         typer.Option(
@@ -80,16 +88,18 @@ def export(
     ] = None,
     int8_rest: Annotated[
         bool,
-        typer.Option("--int8-rest", help="In a .pte, what is not binary runs in int8, calibrated on training images."),
+        typer.Option(
+            "--int8-rest", help="In a .pte or .xml, what is not binary runs in int8, calibrated on training images."
+        ),
     ] = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Write a network for other runtimes; the file is run once and compared.
 
-    *.pte runs from bits under ExecuTorch, without torch (see `bidensify runtime`). *.onnx is for compatibility: bits in the file,
-    float arithmetic in the runtime, so that it gains neither speed nor memory. *.pt2 is a torch.export program, which calls
-    bidensify's operators: `import bidensify.deploy` before torch.export.load.
+    *.pte runs from bits under ExecuTorch and *.xml under OpenVINO, without torch (see `bidensify runtime`). *.onnx is for
+    compatibility: bits in the file, float arithmetic in the runtime, so that it gains neither speed nor memory. *.pt2 is a
+    torch.export program, which calls bidensify's operators: `import bidensify.deploy` before torch.export.load.
     """
     import bidensify
     from bidensify.deploy.export import export as write
@@ -101,19 +111,26 @@ def export(
     model = loaded.model
     if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
         model = bidensify.pack(model)
-    pte = out.suffix == ".pte"
-    if not pte and (sizes or int8_rest):
-        raise ConfigError(f"--sizes and --int8-rest are for *.pte, not {out.name!r}")
-    example = loaded.example(1 if pte else 2) if input_shape is None else arguments.example_of(input_shape)
+    pte, bits = out.suffix == ".pte", out.suffix in (".pte", ".xml")
+    if sizes and not pte:
+        raise ConfigError(f"--sizes is for *.pte, not {out.name!r}; other files take any size with --dynamic")
+    if int8_rest and not bits:
+        raise ConfigError(f"--int8-rest is for *.pte and *.xml, not {out.name!r}")
+    if pte and static is False:
+        raise ConfigError(
+            "a .pte's memory is planned for the largest image: give --sizes LEAST:MOST:STEP, not --dynamic"
+        )
+    dynamic = not (bits if static is None else static)
+    example = loaded.example(2 if dynamic else 1) if input_shape is None else arguments.example_of(input_shape)
     bounds = arguments.sizes_of(sizes) if sizes else False
     calibration = calibration_images(loaded) if int8_rest else None
     done = write(
         model,
         out,
         example_inputs=example,
-        dynamic=bounds if pte else not static,
+        dynamic=bounds if pte else dynamic,
         int8_rest=calibration,
-        constants=loaded.normalisation() if pte else None,
+        constants=loaded.normalisation() if bits else None,
     )
     compared = (
         f"not run again: {done.reason}"
@@ -127,12 +144,16 @@ def export(
 
 @command(
     "bidensify runtime build --out runtime",
+    "bidensify runtime build --runtime openvino --out runtime",
     "bidensify runtime build --out arm --cmake -DCMAKE_TOOLCHAIN_FILE=aarch64.cmake --cmake -DCMAKE_PREFIX_PATH=executorch-arm",
 )
 def runtime(
     action: Annotated[
         Literal["build", "sources"], typer.Argument(help="build: compile it. sources: print where its C++ lies.")
     ],
+    runtime: Annotated[
+        Literal["executorch", "openvino"], typer.Option(help="For *.pte, or the extension for *.xml.")
+    ] = "executorch",
     out: Annotated[
         Path | None, typer.Option(help="The folder to build into.", show_default="a cache that export uses")
     ] = None,
@@ -141,14 +162,16 @@ def runtime(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Build the C++ runtime of exported networks (*.pte) against the ExecuTorch that is installed.
+    """Build the C++ runtime of exported networks against the ExecuTorch or OpenVINO that is installed.
 
-    Beside the library comes bidensify_program.py, which runs a .pte from Python with NumPy alone.
+    Beside ExecuTorch's comes bidensify_program.py, which runs a .pte from Python with NumPy alone; OpenVINO's is loaded with
+    core.add_extension.
     """
-    from bidensify.deploy.executorch.build import SOURCES, build_runtime, find_runtime
+    from bidensify.deploy.runtimes.build import RUNTIMES
 
+    wanted = RUNTIMES[runtime]
     if action == "sources":
-        print(SOURCES)
+        print(wanted.sources)
         return
-    library = find_runtime() if out is None and not cmake else build_runtime(out or Path("runtime"), tuple(cmake or ()))
+    library = wanted.find() if out is None and not cmake else wanted.build(out or Path("runtime"), tuple(cmake or ()))
     console().print(f"{library}: {library.stat().st_size:,} bytes", soft_wrap=True)

@@ -1,71 +1,28 @@
-"""From a network to a .pte: copy, prepare, ``torch.export``, read in parts, lower (XNNPACK for what stays in float)."""
+"""From a captured program to a .pte: read in parts, lower (XNNPACK for what stays in float)."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from bidensify.deploy.executorch import program as program_module
-from bidensify.deploy.executorch.build import executorch_folder, find_runtime
-from bidensify.deploy.executorch.passes import layout_pass, read_in_parts
-from bidensify.deploy.layers import PackedLayer
-from bidensify.errors import CheckError, ConfigError, MissingExtraError, PlanError
-from bidensify.nn import BinaryLayer
+from bidensify.deploy.executorch.passes import layout_pass
+from bidensify.deploy.runtimes.build import EXECUTORCH
+from bidensify.deploy.runtimes.prepare import read_in_parts
+from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
-__all__ = ["AXES", "Sizes", "flat", "lower", "prepared", "run_again", "shapes_of", "with_int8_rest"]
+__all__ = ["AXES", "Sizes", "lower", "shapes_of", "with_int8_rest"]
 
 # name -> (least, most, step): "height", "width", "batch".
 Sizes = Mapping[str, tuple[int, int, int]]
 AXES = {"batch": 0, "height": 2, "width": 3}
-
-
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode as ExecuTorch takes it: it enters in channels_last and holds no bits twice.
-
-    Raises:
-        ConfigError: the network is latent.
-    """
-    latent = [path for path, module in model.named_modules() if isinstance(module, BinaryLayer)]
-    if latent:
-        raise ConfigError(
-            f"export to ExecuTorch: {latent[0]!r} and {len(latent) - 1} more layers are latent; give bidensify.pack(model)"
-        )
-    made = copy.deepcopy(model).eval().cpu()
-    for module in made.modules():
-        if isinstance(module, PackedLayer):
-            # Kernels read the words; the stored bits would be in the file a second time.
-            del module.bits
-    for tensor in (*made.parameters(), *made.buffers()):
-        # XNNPACK's passes want weights as torch makes them.
-        tensor.requires_grad_(False)
-        tensor.data = tensor.data.contiguous()
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(_last, args), tree_map(_last, kwargs)
-
-    made.register_forward_pre_hook(enter, with_kwargs=True)
-    return made
-
-
-def _last(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
-        return value
-    # One pixel lies in both orders, and XNNPACK refuses a copy that is none.
-    return value if value.shape[2:] == (1, 1) else value.to(memory_format=torch.channels_last)
 
 
 def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -130,7 +87,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
     Raises:
         PlanError: ExecuTorch does not take it.
     """
-    executorch_folder()
+    EXECUTORCH.folder()
     with _imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -185,35 +142,3 @@ def with_int8_rest(
             else:
                 module(*(image if isinstance(image, list | tuple) else (image,)))
         return again(convert_pt2e(module))
-
-
-def run_again(path: Path, runs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | str:
-    """Outputs of the file in a process without torch; or why it was not run.
-
-    Raises:
-        CheckError: the runtime refuses or does not survive it.
-    """
-    try:
-        library = find_runtime()
-    except (MissingExtraError, ConfigError) as error:
-        return str(error)
-    with tempfile.TemporaryDirectory() as place:
-        given, results = Path(place) / "given.npz", Path(place) / "results.npz"
-        arrays = {
-            f"{run}_{i}": (value.float() if value.dtype == torch.bfloat16 else value).contiguous().numpy()
-            for run, values in enumerate(runs)
-            for i, value in enumerate(values)
-        }
-        np.savez(given, **arrays)  # type: ignore[arg-type]
-        command = [sys.executable, "-I", program_module.__file__, str(library), str(path), str(given), str(results)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CheckError(f"the .pte does not run (exit {done.returncode}): {(done.stdout + done.stderr)[-1500:]}")
-        with np.load(results, allow_pickle=False) as file:
-            count = {run: sum(name.startswith(f"{run}_") for name in file.files) for run in range(len(runs))}
-            return [[torch.from_numpy(file[f"{run}_{i}"]) for i in range(count[run])] for run in count]
-
-
-def flat(args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors among a call's inputs or outputs, in the order of the program's."""
-    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

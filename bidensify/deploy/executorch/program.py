@@ -148,7 +148,7 @@ class Program:
         return (array.astype("uint32") << 16).view("float32") if half else array
 
 
-def _main(library: str, path: str, given: str, results: str) -> None:
+def _main(library: str, path: str, given: str, results: str, *_: str) -> None:
     program = Program(path, library)
     outputs = {}
     with np.load(given, allow_pickle=False) as file:

@@ -1,4 +1,4 @@
-"""Export to ExecuTorch, which runs from bits without torch; to ONNX, for other runtimes; or to a ``torch.export`` program.
+"""Export to ExecuTorch and OpenVINO, which run from bits without torch; to ONNX, for other runtimes; or to ``torch.export``.
 
 ONNX knows no XNOR-popcount, so a packed layer is written as what it computes: bits unpacked to -1 and +1 by a mask, a
 convolution of signs, one scale and bias. The file holds the bits, but the runtime runs float convolutions: it gains neither
@@ -26,7 +26,7 @@ from bidensify.exact import any_order
 
 __all__ = ["RUNTIMES", "Exported", "export"]
 
-RUNTIMES = {".pte": "executorch", ".onnx": "onnx", ".pt2": "torch_export"}
+RUNTIMES = {".pte": "executorch", ".xml": "openvino", ".onnx": "onnx", ".pt2": "torch_export"}
 _NEEDS = "A network packed by bidensify: `import bidensify.deploy` before torch.export.load, which needs its operators."
 _LARGEST_ONNX = 2_000_000_000
 
@@ -46,18 +46,19 @@ def export(
     Args:
         model: the network; it is left as it was.
         path: ``*.pte`` (ExecuTorch 1.5: a packed network runs from its bits, in a process without torch, from C++ or Python),
+            ``*.xml`` (OpenVINO's IR with its ``*.bin``, for PCs: from bits and without torch too),
             ``*.onnx`` (opset 20, any runtime, float arithmetic: it gains neither speed nor memory) or ``*.pt2``
             (``torch.export``; a packed network's program calls the operator ``bidensify::packed_layer``: ``import
             bidensify.deploy`` before ``torch.export.load``).
-        runtime: "executorch", "onnx" or "torch_export"; what the suffix says by default.
+        runtime: "executorch", "openvino", "onnx" or "torch_export"; what the suffix says by default.
         example_inputs: a tensor, a tuple or a dict; derived from the model by default. Image tensors are (N, C, H, W).
-        dynamic: batch and image size may differ from the example's where the network allows it (the default but for
-            ExecuTorch, which plans its memory for the largest: there ``{"height": (128, 512, 32), "width": (128, 512, 32)}``,
-            least, most and step, and "batch" likewise).
-        int8_rest: for ExecuTorch, example inputs to calibrate with: what is not binary runs in int8 then. Its outputs differ
-            from the network's more than rounding; ``difference`` says by how much.
-        constants: for ExecuTorch, numbers by name that the file holds beside the network ("image_mean", "image_std"); programs
-            read them (examples/deploy_cpp).
+        dynamic: batch and image size may differ from the example's where the network allows it (the default for
+            ONNX and ``torch.export``; OpenVINO runs fixed sizes faster, ExecuTorch plans its memory for the largest: there
+            ``{"height": (128, 512, 32), "width": (128, 512, 32)}``, least, most and step, and "batch" likewise).
+        int8_rest: for ExecuTorch and OpenVINO, example inputs to calibrate with: what is not binary runs in int8
+            then. Its outputs differ from the network's more than rounding; ``difference`` says by how much.
+        constants: for ExecuTorch and OpenVINO, numbers by name that the file holds beside the network ("image_mean",
+            "image_std"); programs read them (examples/deploy_cpp; of an IR ``model.get_rt_info(["bidensify", name])``).
 
     Raises:
         ConfigError: another suffix, or arguments that do not go with the runtime.
@@ -76,6 +77,10 @@ def export(
         from bidensify.deploy.export.pte import export_pte
 
         return export_pte(model, target, example_inputs, dynamic, int8_rest, constants)
+    if found == "openvino":
+        from bidensify.deploy.export.ir import export_ir
+
+        return export_ir(model, target, example_inputs, dynamic, int8_rest, constants)
     if int8_rest is not None or constants or not (dynamic is None or isinstance(dynamic, bool)):
         raise ConfigError(f"{target.name!r}: int8_rest, constants and bounds in dynamic are ExecuTorch's (*.pte)")
     if target.suffix == ".onnx":

@@ -39,9 +39,9 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The runtime, built once for these sources."""
-    from bidensify.deploy.executorch.build import find_runtime
+    from bidensify.deploy.runtimes.build import EXECUTORCH
 
-    return find_runtime()
+    return EXECUTORCH.find()
 
 
 def run(library: Path, path: Path, *values: Tensor) -> list[Tensor]:
@@ -149,9 +149,9 @@ def test_a_network_of_other_sizes_and_arg_max(decoder: nn.Module, exported: Path
 
 @here
 def test_parts_are_read_where_they_lie(decoder: nn.Module) -> None:
-    from bidensify.deploy.executorch.lower import prepared, shapes_of
-    from bidensify.deploy.executorch.passes import read_in_parts
+    from bidensify.deploy.executorch.lower import shapes_of
     from bidensify.deploy.export.capture import capture
+    from bidensify.deploy.runtimes.prepare import prepared, read_in_parts
 
     x = torch.randn(1, 3, 32, 48)
     shapes = shapes_of({"height": (16, 64, 4), "width": (16, 64, 4)}, (x,), {}, ["x"])
@@ -213,10 +213,10 @@ def test_a_newer_layer_is_refused_with_a_message(
     decoder: nn.Module, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bidensify.deploy import operator
-    from bidensify.deploy.executorch import passes
+    from bidensify.deploy.runtimes import prepare
     from bidensify.errors import CheckError
 
-    for module in (operator, passes):
+    for module in (operator, prepare):
         monkeypatch.setattr(module, "SPEC_VERSION", 2)
     newer = bd.pack(settle(Decoder()))
     with pytest.raises(CheckError, match="a layer of version 2; this runtime runs 1 to 1: build a newer one"):

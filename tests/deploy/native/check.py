@@ -5,7 +5,7 @@
 * neon: cross-compiles both for aarch64 and replays the same layers under qemu-user. Needs g++-12-aarch64-linux-gnu and
   qemu-user (Debian: apt-get install g++-12-aarch64-linux-gnu qemu-user). Speed is not measured.
 * fuzz: loads 10 000 mutated packed files, running what loads on the sanitized kernels.
-* operator: replays random calls of the deployed operator (bidensify/deploy/executorch/cpp) with both sanitizers on every kernel,
+* operator: replays random calls of the deployed operator (bidensify/deploy/runtimes/cpp) with both sanitizers on every kernel,
   then 10 000 calls with mutated arguments; neon replays the same calls.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[2] / "bidensify" / "kernels" / "csrc" / "packed"
-DEPLOYED = HERE.parents[2] / "bidensify" / "deploy" / "executorch" / "cpp"
+DEPLOYED = HERE.parents[2] / "bidensify" / "deploy" / "runtimes" / "cpp"
 CASES, CALLS = 400, 300
 FLAGS = [
     "-std=c++17",

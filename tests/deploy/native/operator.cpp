@@ -1,4 +1,4 @@
-// The operator of bidensify/deploy/executorch/cpp on plain memory: recorded calls on every kernel of this processor must give the
+// The operator of bidensify/deploy/runtimes/cpp on plain memory: recorded calls on every kernel of this processor must give the
 // recorded bits, and calls whose arguments were changed at random must be refused with a reason, or run inside their memory (built
 // with AddressSanitizer, every array in a block of its size). Usage: operator CASES MUTATIONS
 #include <stdio.h>

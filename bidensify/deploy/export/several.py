@@ -1,0 +1,64 @@
+"""Several inputs of one network, and what its file gives for them against what it gives itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bidensify.deploy.executorch.lower import AXES
+from bidensify.deploy.export.capture import compare
+from bidensify.errors import CheckError
+
+__all__ = ["judge", "several", "sizes_of"]
+
+# A runtime runs the same kernels, and its float rest rounds a little otherwise. On some inputs that turns a sign, and of an
+# untrained network one sign may turn everything behind it: a wrong file differs on all of them. How far int8 is off, the user
+# judges.
+_TOLERANCE = 1e-3
+_RUNS = 5
+
+
+def several(args: Any, kwargs: Any, least: Mapping[str, int] | None = None) -> list[tuple[Any, Any]]:
+    """The example, then others of its shapes, every second one with images of the sizes ``least``."""
+    return [(args, kwargs), *(_like(args, kwargs, seed, (least or {}) if seed % 2 else {}) for seed in range(1, _RUNS))]
+
+
+def judge(name: str, expected: list[list[Tensor]], outputs: list[list[Tensor]], exact: bool) -> tuple[float, float]:
+    """Median and largest difference over all inputs.
+
+    Raises:
+        CheckError: other shapes or, where ``exact``, a median beyond rounding.
+    """
+    found = sorted(compare(a, b, name, math.inf) for a, b in zip(expected, outputs, strict=True))
+    middle = found[len(found) // 2]
+    if exact and not middle <= _TOLERANCE:
+        raise CheckError(
+            f"{name}: the file's outputs differ from the network's by {middle:.3g} of their mean size in the median of "
+            f"{len(found)} inputs, more than {_TOLERANCE}; nothing was written"
+        )
+    return middle, found[-1]
+
+
+def sizes_of(x: Tensor, sizes: Mapping[str, int]) -> list[int]:
+    """The shape of ``x``, an image's with these sizes."""
+    shape = list(x.shape)
+    for name, size in sizes.items() if x.dim() == 4 else ():
+        shape[AXES[name]] = size
+    return shape
+
+
+def _like(args: Any, kwargs: Any, seed: int, sizes: Mapping[str, int]) -> tuple[Any, Any]:
+    """Other inputs of the same shapes, but for ``sizes`` of images."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(sizes_of(value, sizes), generator=generator).to(value)
+        return noise * (value.std() if value.numel() > 1 else 1) + value.mean()
+
+    return torch.utils._pytree.tree_map(one, (args, kwargs))  # type: ignore[no-any-return]

@@ -1,0 +1,170 @@
+"""From a captured program to OpenVINO's IR: packed layers become the extension's operator, on NHWC; the rest float or int8."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bidensify.deploy.openvino import quantize
+from bidensify.deploy.runtimes.again import run_program, save_arrays
+from bidensify.deploy.runtimes.build import OPENVINO
+from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
+from bidensify.errors import ConfigError, MissingExtraError, PlanError
+
+__all__ = ["convert", "save", "with_int8_rest"]
+
+_NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+# Numbers beside the network stand in the file under this name.
+_SECTION = "bidensify"
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(f"{name} cannot be imported ({error}): pip install 'bidensify[openvino]'") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What OpenVINO and NNCF say while they work is of their own business."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequence[Sequence[int]] | None) -> Any:
+    """The program as an ``openvino.Model``.
+
+    Packed layers read and write images as NHWC, between two transposes each; OpenVINO cancels those that meet, and the others are
+    a matter of how it names a layout, since its own convolutions run on NHWC.
+
+    Args:
+        program: of a packed network.
+        library: the extension.
+        sizes: the inputs' sizes; None leaves those that vary open.
+
+    Raises:
+        MissingExtraError: OpenVINO cannot be imported.
+        PlanError: OpenVINO does not take it.
+    """
+    ov, ops = _import("openvino"), _import("openvino.opset13")
+    frontend, factories = _import("openvino.frontend.pytorch"), _import("openvino.utils.node_factory")
+    factory = factories.NodeFactory()
+    factory.add_extension(str(library))
+
+    def layer(context: Any) -> Any:
+        up, ints = ([int(v) for v in context.get_values_from_const_input(i)] for i in (1, 4))
+        image = ints[1] != LINEAR
+
+        def last(value: Any) -> Any:
+            return ops.transpose(value, _NHWC).output(0) if image else value
+
+        optional = [None if _is_none(value) else value for value in map(context.get_input, (5, 6, 7))]
+        if optional[2] is not None:
+            optional[2] = last(optional[2])
+        given = sum(1 << i for i, value in enumerate(optional) if value is not None)
+        parts = map(last, context.get_input(0).get_node().input_values())
+        rest = (value for value in optional if value is not None)
+        inputs = [*parts, context.get_input(2), context.get_input(3), *rest]
+        node = factory.create("packed_layer", inputs, {"up": up, "spec": ints, "given": given})
+        return (ops.transpose(node, _NCHW) if image else node).outputs()
+
+    read_in_parts(program.graph)
+    program.graph_module.recompile()
+    try:
+        with _quiet():
+            extension = frontend.ConversionExtension("bidensify.packed_layer.default", layer)
+            network = ov.convert_model(program, extension=[extension])
+            if sizes is not None:
+                network.reshape({i: list(shape) for i, shape in enumerate(sizes)})
+    except Exception as error:
+        raise PlanError(f"OpenVINO does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
+    return network
+
+
+def _is_none(value: Any) -> bool:
+    """Whether an argument is Python's None, for which the frontend puts an operator of no name without inputs."""
+    node = value.get_node()
+    return bool(node.get_type_name() == "PtFrameworkNode" and not node.get_input_size())
+
+
+def with_int8_rest(network: Any, images: Sequence[Any], library: Path) -> Any:
+    """The network with its float convolutions and matrix products in int8 (NNCF), calibrated on ``images``.
+
+    Raises:
+        ConfigError: no images.
+        MissingExtraError: NNCF cannot be imported.
+        PlanError: NNCF or OpenVINO, which it runs, does not take it. That runs in a process of its own, for it may end it.
+    """
+    if not len(images):
+        raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
+    if importlib.util.find_spec("nncf") is None:
+        raise MissingExtraError("an int8 rest under OpenVINO needs the package nncf: pip install 'bidensify[openvino]'")
+    ov = _import("openvino")
+    given = [flat((), image) if isinstance(image, Mapping) else flat(image, {}) for image in images]
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        save_arrays(place / "images.npz", given)
+        ov.save_model(network, str(place / "float.xml"), compress_to_fp16=False)
+        files = (place / "float.xml", place / "images.npz", place / "int8.xml")
+        error = run_program(quantize.__file__, library, *files, OPENVINO.folder().parent)
+        if error:
+            raise PlanError(f"NNCF does not take this network ({error}")
+        core = ov.Core()
+        # Else the network would go on reading the file.
+        core.set_property({"ENABLE_MMAP": False})
+        core.add_extension(str(library))
+        return core.read_model(str(place / "int8.xml"))
+
+
+def _leave_in_rows(network: Any) -> None:
+    """Lets images that a convolution gives leave as a matrix that is turned.
+
+    OpenVINO's convolutions give NHWC, and its own change to NCHW takes a full-size output longer than the convolution.
+    """
+    ops = _import("openvino.opset13")
+    for result in network.get_results():
+        value = result.input_value(0)
+        node = value.get_node()
+        if node.get_type_name() == "Add":
+            node = node.input_value(0).get_node()
+        shape = value.get_partial_shape()
+        if "Convolution" not in node.get_type_name() or shape.is_dynamic or len(shape) != 4:
+            continue
+        n, c, h, w = (int(size.get_length()) for size in shape)
+        names = value.get_names()
+        rows = ops.reshape(ops.transpose(value, _NHWC), [n, h * w, c], False)
+        image = ops.reshape(ops.transpose(rows, [0, 2, 1]), [n, c, h, w], False).output(0)
+        value.set_names(set())
+        image.set_names(names)
+        result.input(0).replace_source_output(image)
+
+
+def save(network: Any, path: Path, constants: Mapping[str, Sequence[float]]) -> None:
+    """Writes ``path`` (.xml) and the .bin beside it, weights as they are; ``constants`` stand among the network's properties."""
+    ov = _import("openvino")
+    _leave_in_rows(network)
+    network.validate_nodes_and_infer_types()
+    for name, values in constants.items():
+        network.set_rt_info(" ".join(repr(float(value)) for value in values), [_SECTION, name])
+    ov.save_model(network, str(path), compress_to_fp16=False)

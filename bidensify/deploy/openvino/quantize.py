@@ -1,0 +1,37 @@
+"""Quantizes an IR's float convolutions and matrix products to int8 (NNCF), in a process of its own.
+
+``python quantize.py LIBRARY FLOAT.xml IMAGES.npz INT8.xml PACKAGES``, arrays named image_input. Everything else stays in float:
+packed layers read and write it, so that int8 there would be conversions alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import numpy as np
+
+_PRODUCTS = {
+    "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul",
+}  # fmt: skip
+
+
+def _main(library: str, path: str, images: str, out: str, *packages: str) -> None:
+    sys.path.extend(packages)
+    ov: Any = importlib.import_module("openvino")
+    nncf: Any = importlib.import_module("nncf")
+    core = ov.Core()
+    core.add_extension(library)
+    network = core.read_model(path)
+    with np.load(images, allow_pickle=False) as file:
+        count = 1 + max(int(name.split("_")[0]) for name in file.files)
+        given = [[file[f"{i}_{j}"] for j in range(len(network.inputs))] for i in range(count)]
+    others = {node.get_type_name() for node in network.get_ops()} - _PRODUCTS
+    scope = nncf.IgnoredScope(types=sorted(others), validate=False)
+    quantized = nncf.quantize(network, nncf.Dataset(given), subset_size=count, ignored_scope=scope)
+    ov.save_model(quantized, out, compress_to_fp16=False)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

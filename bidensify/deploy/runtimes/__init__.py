@@ -1,0 +1,1 @@
+"""What the runtimes without torch share: the operator in C++ (cpp/), its build, networks made ready, files run again."""

@@ -1,0 +1,63 @@
+"""A written file, run in a process of its own without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bidensify.deploy.runtimes.build import Runtime
+from bidensify.errors import CheckError, ConfigError, MissingExtraError
+
+__all__ = ["run_again", "run_program", "save_arrays"]
+
+
+def run_again(runtime: Runtime, program: str, path: Path, runs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | str:
+    """Outputs of the file in a process without torch; or why it was not run.
+
+    Args:
+        runtime: what runs it.
+        program: the Python file of that process: ``program LIBRARY FILE INPUTS.npz OUTPUTS.npz PACKAGES``, arrays named run_input
+            and run_output; PACKAGES is the folder that the runtime's package was installed into.
+        path: the file.
+        runs: input tensors of each run.
+
+    Raises:
+        CheckError: the runtime refuses or does not survive it.
+    """
+    try:
+        library, packages = runtime.find(), runtime.folder().parent
+    except (MissingExtraError, ConfigError) as error:
+        return str(error)
+    with tempfile.TemporaryDirectory() as place:
+        given, results = Path(place) / "given.npz", Path(place) / "results.npz"
+        save_arrays(given, runs)
+        ended = run_program(program, library, path, given, results, packages)
+        if ended:
+            raise CheckError(f"{path.name} does not run ({ended}")
+        with np.load(results, allow_pickle=False) as file:
+            count = {run: sum(name.startswith(f"{run}_") for name in file.files) for run in range(len(runs))}
+            return [[torch.from_numpy(file[f"{run}_{i}"]) for i in range(count[run])] for run in count]
+
+
+def save_arrays(path: Path, runs: Sequence[Sequence[Tensor]]) -> None:
+    """Input i of run n as the array n_i of an .npz."""
+    arrays = {
+        f"{run}_{i}": (value.float() if value.dtype == torch.bfloat16 else value).contiguous().numpy()
+        for run, values in enumerate(runs)
+        for i, value in enumerate(values)
+    }
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def run_program(program: str, *arguments: Path) -> str:
+    """Runs a Python file by itself; returns "" or how it ended and the end of what it said."""
+    command = [sys.executable, "-I", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"exit {done.returncode}): {(done.stdout + done.stderr)[-1500:]}" if done.returncode else ""
