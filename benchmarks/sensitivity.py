@@ -2,10 +2,11 @@
 
     python benchmarks/sensitivity.py --run runs/ablation/default-0 --teacher runs/ablation/teacher --out runs/sensitivity
 
-For every binary layer of a trained student: the network is rewritten with that layer kept in float, takes the student's weights
-everywhere else, and is fine-tuned for a few steps, as is the student itself. What the one ends with above the other is what the
-layer gained. Writes the forecasts, a file per fine-tuning (one that is there is read), and ``sensitivity.md`` with rank
-correlations, and ``sensitivity.png``.
+For every binary layer of a trained student: the network is rewritten with that layer kept in float and trained for a few steps
+from the teacher's weights, calibrated, as is the network with all layers binary. What the one ends with above the other is what
+the layer gained. (``--start student`` takes the trained student's weights everywhere else instead: that measures how much a
+student that has learned from the signs is disturbed, and every layer loses.) Writes the forecasts, a file per training (one that
+is there is read), and ``sensitivity.md`` with rank correlations, and ``sensitivity.png``.
 """
 
 from __future__ import annotations
@@ -85,18 +86,19 @@ def tuned(
     data: Data,
     steps: int,
     lr: float,
+    start: str,
 ) -> dict[str, Any]:
-    """One fine-tuning with the layer ``path`` in float (None: with all layers binary)."""
+    """One training with the layer ``path`` in float (None: with all layers binary)."""
     base = recipe.config()
     rules = (bd.Rule(path, "keep"), *base.rules) if path else base.rules
     student = build_student(recipe, teacher, config=bd.BidensifyConfig(**{**base.__dict__, "rules": rules}))
-    own, theirs = student.state_dict(), trained.state_dict()
+    own, theirs = student.state_dict(), trained.state_dict() if start == "student" else {}
     taken = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
     student.load_state_dict(
         {**own, **{key: value for key, value in taken.items() if not (path and key.startswith(f"{path}."))}}
     )
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    bd.calibrate(student, data.images(4), thresholds=False)
+    bd.calibrate(student, data.images(4), thresholds=start == "teacher")
     task = recipe.build_task()
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0)
     order = torch.randperm(data.count("train"), generator=torch.Generator().manual_seed(seed))
@@ -124,8 +126,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--start", choices=("teacher", "student"), default="teacher")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--train", type=int, default=480)
     parser.add_argument("--val", type=int, default=160)
     parser.add_argument(
@@ -152,20 +155,21 @@ def main() -> None:
         )
         for around in ("teacher", "student")
     }
+    folder = arguments.out / f"from_{arguments.start}"
     tasks = [(path, seed) for seed in arguments.seeds for path in [None, *(path for path, _ in binary_layers(trained))]]
     for path, seed in tasks[arguments.part[0] :: arguments.part[1]]:
-        file = arguments.out / "tuned" / f"{path or 'none'}-{seed}.json"
+        file = folder / f"{path or 'none'}-{seed}.json"
         if not file.is_file():
-            row = tuned(path, seed, trained, teacher, recipe, data, arguments.steps, arguments.lr)
+            row = tuned(path, seed, trained, teacher, recipe, data, arguments.steps, arguments.lr, arguments.start)
             with atomic_write(file) as temporary:
                 temporary.write_text(json.dumps(row))
             print(row, flush=True)
-    report(forecasts, arguments.out, arguments.seeds)
+    report(forecasts, arguments.out, folder, arguments.seeds)
 
 
-def report(forecasts: dict[str, Sensitivity], out: Path, seeds: list[int]) -> None:
+def report(forecasts: dict[str, Sensitivity], out: Path, folder: Path, seeds: list[int]) -> None:
     """``sensitivity.md`` and ``sensitivity.png`` of the layers that every seed has."""
-    rows = [json.loads(file.read_text()) for file in sorted((out / "tuned").glob("*.json"))]
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     base = {row["seed"]: row for row in rows if row["path"] is None}
     gains: dict[str, tuple[float, float]] = {}
     for layer in forecasts["teacher"].layers:
@@ -175,7 +179,7 @@ def report(forecasts: dict[str, Sensitivity], out: Path, seeds: list[int]) -> No
             kl = sum(base[row["seed"]]["kl"] - row["kl"] for row in own) / len(own)
             gains[layer.name] = metric, kl
     if len(gains) < 3:
-        print(f"{len(gains)} layers are fine-tuned: too few to correlate")
+        print(f"{len(gains)} layers are trained: too few to correlate")
         return
     by_name = {around: {row.name: row for row in found.layers} for around, found in forecasts.items()}
     columns = {
@@ -205,7 +209,7 @@ def report(forecasts: dict[str, Sensitivity], out: Path, seeds: list[int]) -> No
     for axis, (name, truth) in zip(figure.subplots(1, 2), (("kl", kl), ("miou", metric))):
         axis.scatter(columns[f"teacher, {name}"], truth, s=14)
         axis.set_xlabel(f"forecast: {name} lost by this layer alone in binary")
-        axis.set_ylabel(f"{name} gained by float, fine-tuned")
+        axis.set_ylabel(f"{name} gained by float, trained")
     figure.savefig(out / "sensitivity.png", dpi=120)
 
 

@@ -55,8 +55,9 @@ class Rule:
         match: a glob on the module's path ("decoder.*"), "re:" and a regular expression that must match the whole
             path, or a class name as "class:Conv2d" (the class itself or any of its bases). A class object may be given;
             it is stored by name.
-        action: "keep", "binarize", the name of a method, or a mapping of overrides: method, act_scale
-            ("per_tensor" | "per_channel" | "none" | "spatial"), act_bits (1 | 2), bypass (bool), activation ("rprelu" | "keep").
+        action: "keep", "int8" (the float layer, weights and input rounded to 8 bits), "binarize", the name of a method, or a
+            mapping of overrides: method, act_scale ("per_tensor" | "per_channel" | "none" | "spatial"), act_bits (1 | 2), bypass
+            (bool), activation ("rprelu" | "keep").
         where: predicates on the layer that must hold too, each a closed range [low, high] (None: open):
             in_channels, out_channels, kernel_size (the larger side), stride, groups, height, width (of the output).
 
@@ -91,7 +92,7 @@ class Rule:
             object.__setattr__(self, "action", dict(self.action))
         elif not isinstance(self.action, str):
             raise ConfigError(
-                f"Rule({self.match!r}): action={self.action!r} must be 'keep', 'binarize', a method's name or a "
+                f"Rule({self.match!r}): action={self.action!r} must be 'keep', 'int8', 'binarize', a method's name or a "
                 "mapping of overrides"
             )
         known = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "height", "width")

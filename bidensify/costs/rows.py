@@ -29,6 +29,7 @@ class LayerSummary:
         output: shape of one sample's output, the largest of several; empty where nothing was called.
         act_bits: bits of an activation that binary weights meet.
         kept: why the layer stays in full precision, as the plan says; empty where it does not, or there is no plan.
+        int8_params, int8_macs: weights of 8 bits, and multiply-accumulates with them.
         product_macs: those of ``float_macs`` that multiply two activations, as attention does; no method binarizes them here.
     """
 
@@ -43,34 +44,39 @@ class LayerSummary:
     kept: str = ""
     act_bits: int = 1
     product_macs: int = 0
+    int8_params: int = 0
+    int8_macs: int = 0
 
     @property
     def params(self) -> float:
-        """Full-precision parameters plus binary ones / 32."""
-        return self.float_params + self.binary_params / 32
+        """Full-precision parameters plus int8 ones / 4 and binary ones / 32."""
+        return self.float_params + self.int8_params / 4 + self.binary_params / 32
 
     @property
     def bits(self) -> int:
         """Bits that the layer's parameters need."""
-        return 32 * self.float_params + self.binary_params
+        return 32 * self.float_params + 8 * self.int8_params + self.binary_params
 
     @property
     def bytes(self) -> int:
         """Bytes that the layer's parameters need."""
-        return 4 * self.float_params + -(-self.binary_params // 8)
+        return 4 * self.float_params + self.int8_params + -(-self.binary_params // 8)
 
     @property
     def ops(self) -> float:
-        """Full-precision MACs · 2 + binary MACs · 2 / 64 · bits of an activation + elementwise work."""
-        return 2 * self.float_macs + 2 * self.binary_macs * self.act_bits / 64 + self.elementwise
+        """Full-precision MACs · 2 + int8 MACs · 2 / 4 + binary MACs · 2 / 64 · bits of an activation + elementwise work."""
+        binary = 2 * self.binary_macs * self.act_bits / 64
+        return 2 * self.float_macs + self.int8_macs / 2 + binary + self.elementwise
 
 
 # Title, field, power of ten: the columns of larq's summary, and the literature's OPs.
 _COLUMNS = (
     ("1-bit\nparams", "binary_params", 0),
+    ("8-bit\nparams", "int8_params", 0),
     ("32-bit\nparams", "float_params", 0),
     ("memory\nbytes", "bytes", 0),
     ("1-bit\nMMACs", "binary_macs", 6),
+    ("8-bit\nMMACs", "int8_macs", 6),
     ("32-bit\nMMACs", "float_macs", 6),
     ("MOPs", "ops", 6),
 )
@@ -102,7 +108,7 @@ class Summary:
     @property
     def float_bytes(self) -> int:
         """What the same parameters weigh in float32."""
-        return 4 * int(self.total("binary_params") + self.total("float_params"))
+        return 4 * int(self.total("binary_params") + self.total("int8_params") + self.total("float_params"))
 
     def weight(self) -> str:
         """A line that says what the file will weigh."""
@@ -115,8 +121,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able totals and ``layers``, a row each."""
-        names = ("binary_params", "float_params", "binary_macs", "float_macs", "product_macs", "elementwise")
-        totals: dict[str, Any] = {name: int(self.total(name)) for name in names}
+        names = ("binary_params", "int8_params", "float_params", "binary_macs", "int8_macs", "float_macs")
+        totals: dict[str, Any] = {name: int(self.total(name)) for name in (*names, "product_macs", "elementwise")}
         totals.update(params=self.total("params"), bytes=int(self.total("bytes")), ops=self.total("ops"))
         totals.update(file_bytes=self.file_bytes, float_bytes=self.float_bytes, uncounted=list(self.uncounted))
         rows = [
@@ -128,13 +134,15 @@ class Summary:
     def _shown(self, wide: bool) -> tuple[list[str], list[list[str]]]:
         """(titles, rows) of text, the total last; ``wide`` adds output shapes and reasons."""
         whole = self.total("ops") or 1.0
+        # A network without int8 layers has no columns for them.
+        columns = [each for each in _COLUMNS if not each[1].startswith("int8") or self.total("int8_params")]
 
         def cells(path: str, kind: str, output: str, value: Callable[[str], float], kept: str) -> list[str]:
-            figures = [f"{value(name) / 10**power:,.{power // 3}f}" for _, name, power in _COLUMNS]
+            figures = [f"{value(name) / 10**power:,.{power // 3}f}" for _, name, power in columns]
             figures.append(f"{100 * value('ops') / whole:.1f}")
             return [path, kind, output, *figures, kept] if wide else [path, kind, *figures]
 
-        titles = ["layer", "kind", "output", *(title for title, _, _ in _COLUMNS), "% of\nOPs", "kept because"]
+        titles = ["layer", "kind", "output", *(title for title, _, _ in columns), "% of\nOPs", "kept because"]
         if not wide:
             titles = [title for title in titles if title not in ("output", "kept because")]
         rows = [

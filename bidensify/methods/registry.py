@@ -160,7 +160,7 @@ def register_method(
         ConfigError: a name that is reserved or not an identifier, a value that is none of its choices, or what is given is no
             function.
     """
-    if not isinstance(name, str) or name in ("keep", "binarize") or not name.replace("-", "_").isidentifier():
+    if not isinstance(name, str) or name in ("keep", "int8", "binarize") or not name.replace("-", "_").isidentifier():
         raise ConfigError(f"register_method: {name!r} cannot be a method's name; use letters, digits, '-' and '_'")
     for what, function in (("activation", activation), ("keeps", keeps)):
         if function is not None and not callable(function):

@@ -8,6 +8,7 @@ from bidensify.nn.bypass import Bypass, fusion, fusion_down, fusion_matrix, fusi
 from bidensify.nn.calibration import calibrate
 from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, set_progress
 from bidensify.nn.dab import DistributionAdaptiveBinarizer
+from bidensify.nn.int8 import Int8, Int8Layer, int8_layers, make_int8
 from bidensify.nn.layers import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 from bidensify.nn.native import BatchNormLast
 from bidensify.nn.rprelu import ByWidth, RPReLU
@@ -39,6 +40,8 @@ __all__ = [
     "DistributionAdaptiveBinarizer",
     "Estimator",
     "FrozenLayer",
+    "Int8",
+    "Int8Layer",
     "LearnedScaleWeight",
     "Pointwise",
     "RPReLU",
@@ -55,7 +58,9 @@ __all__ = [
     "fusion_down",
     "fusion_matrix",
     "fusion_up",
+    "int8_layers",
     "make_binary",
+    "make_int8",
     "polynomial_sign",
     "set_binarization",
     "set_progress",

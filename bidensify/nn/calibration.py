@@ -1,4 +1,4 @@
-"""Thresholds and BatchNorm statistics from a few batches, so that no binarizer starts blind."""
+"""Thresholds, BatchNorm statistics and ranges of int8 layers from a few batches, so that no layer starts blind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from bidensify.errors import ConfigError
 from bidensify.nn.binary_layer import binary_layers
 from bidensify.nn.dab import statistics_dtype
+from bidensify.nn.int8 import int8_layers
 
 __all__ = ["calibrate", "normalized_by"]
 
@@ -78,6 +79,8 @@ def calibrate(
 ) -> None:
     """Sets binarizer thresholds so that each channel's signs are mixed, then re-estimates BatchNorm statistics.
 
+    The ranges of int8 layers' inputs are those of the last pass over the batches.
+
     Thresholds are set in forward order within one pass, each from inputs that the thresholds before it made.
     BatchNorm running statistics become the plain averages, over the batches, of the mean and the (biased) variance that
     each batch is normalized by: after one batch, evaluation on it computes what training does. A norm that is not called
@@ -111,6 +114,16 @@ def calibrate(
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
     momenta = [module.momentum for module in norm_layers]
+    ranges = [layer.int8 for _, layer in int8_layers(model) if layer.int8 is not None]
+
+    def run_all() -> None:
+        for part in ranges:
+            part.begin_calibration()
+        for batch in inputs:
+            _run(model, batch)
+        for part in ranges:
+            part.end_calibration()
+
     try:
         model.eval()
         # Thresholds need the statistics that training will see, and running statistics of the float network are not
@@ -123,15 +136,15 @@ def calibrate(
                     layer.binarizer.begin_calibration()
                 for module in norm_layers:
                     module.momentum = 0.0
-                for batch in inputs:
-                    _run(model, batch)
+                run_all()
                 for _, layer in binary_layers(model):
                     layer.binarizer.end_calibration()
             if norms:
                 with _averages(norm_layers):
-                    for batch in inputs:
-                        _run(model, batch)
+                    run_all()
     finally:
+        for part in ranges:
+            part.end_calibration()
         for _, layer in binary_layers(model):
             layer.binarizer.end_calibration()
         for norm, momentum in zip(norm_layers, momenta):

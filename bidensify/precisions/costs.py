@@ -12,7 +12,7 @@ from bidensify.costs.rows import LayerSummary
 from bidensify.costs.summary import summary
 from bidensify.precisions.findings import Cost
 from bidensify.precisions.milliseconds import LayerTimes
-from bidensify.precisions.precision import BINARY, FLOAT
+from bidensify.precisions.precision import BINARY, FLOAT, INT8
 
 __all__ = ["Costs", "costs_of"]
 
@@ -41,22 +41,24 @@ class Costs:
     def of(self, paths: Sequence[str]) -> dict[str, Cost]:
         """The sum over ``paths`` in each precision that is known."""
         found: dict[str, Cost] = {}
-        for name in [*self.rows, FLOAT]:
+        for name in [*self.rows, INT8, FLOAT]:
             total = Cost(macs=0, ops=0, bytes=0, ms=0)
             for path in paths:
                 ms = None if self.times is None else self.times.of(path, name)
-                row = self.rows[BINARY if name == FLOAT else name][path]
-                total = total.plus(
-                    _float(row, ms) if name == FLOAT else Cost(macs=0, ops=row.ops, bytes=row.bytes, ms=ms)
-                )
+                total = total.plus(_cost(name, self.rows[name if name in self.rows else BINARY][path], ms))
             found[name] = total
         return found
 
 
-def _float(row: LayerSummary, ms: float | None) -> Cost:
-    """A binary layer's cost in float, with all that surrounds it."""
-    size = 4 * (row.binary_params + row.float_params)
-    return Cost(macs=row.binary_macs, ops=2 * row.binary_macs + row.elementwise, bytes=size, ms=ms)
+def _cost(name: str, row: LayerSummary, ms: float | None) -> Cost:
+    """A layer's cost in a precision, with all that surrounds it; ``row`` is the binary layer's where it has none."""
+    weights, rest, macs = row.binary_params, 4 * row.float_params, row.binary_macs
+    if name == FLOAT:
+        return Cost(macs=macs, ops=2 * macs + row.elementwise, bytes=4 * weights + rest, ms=ms)
+    if name == INT8:
+        steps = max(row.output, default=0) + 2
+        return Cost(macs=0, ops=macs / 2 + row.elementwise, bytes=weights + rest + 4 * steps, ms=ms)
+    return Cost(macs=0, ops=row.ops, bytes=row.bytes, ms=ms)
 
 
 def costs_of(
@@ -67,7 +69,7 @@ def costs_of(
 ) -> Costs:
     """Counts the layers of students and the full-precision network.
 
-    A float layer counts what surrounds the binary one too (threshold, shift, bypass): a little more than it will cost, so
+    A float or int8 layer counts what surrounds the binary one too (threshold, shift, bypass): a little more than it will cost, so
     that what fits a budget by these figures fits it.
 
     Args:
@@ -79,7 +81,7 @@ def costs_of(
     Raises:
         ConfigError, FormatError: see ``LayerTimes.load``.
     """
-    counted = {name: summary(student, tuple(input_size)) for name, student in students.items()}
+    counted = {name: summary(student, tuple(input_size)) for name, student in students.items() if name != INT8}
     rows = {name: {row.path: row for row in each.layers if row.binary_params} for name, each in counted.items()}
     times = None if milliseconds is None else LayerTimes.load(milliseconds, list(rows[BINARY]))
     others = [row for row in counted[BINARY].layers if not row.binary_params]

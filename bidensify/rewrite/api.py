@@ -13,7 +13,7 @@ from bidensify._util.wrappers import unwrap
 from bidensify.config import BidensifyConfig
 from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method
-from bidensify.nn import BinaryLayer, FrozenLayer
+from bidensify.nn import BinaryLayer, FrozenLayer, Int8Layer
 from bidensify.nn.used_weight import copy_model
 from bidensify.rewrite.apply.model import apply_plan
 from bidensify.rewrite.check import check, on_other_values, second_size
@@ -50,6 +50,8 @@ def _refuse(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, BinaryLayer):
             raise PlanError(f"{path}: the network is binary already; give the full-precision one")
+        if isinstance(module, Int8Layer):
+            raise PlanError(f"{path}: the network is rounded to int8 already; give the full-precision one")
         if isinstance(module, FrozenLayer):
             raise PlanError(f"{path}: the network is packed already; give the full-precision one")
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

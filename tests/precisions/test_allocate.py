@@ -233,7 +233,7 @@ def test_milliseconds_of_bench_and_of_a_file_of_ones_own(tmp_path: Path) -> None
             "shape": "3x3",
             "threads": threads,
             "output": [8, 8],
-            "ms": {"float": 4.0 / threads, "packed": 1.0 / threads},
+            "ms": {"float": 4.0 / threads, "packed": 1.0 / threads, "openvino int8": 3.0 / threads},
         }
         for path in paths
         for threads in (1, 2)
@@ -242,7 +242,7 @@ def test_milliseconds_of_bench_and_of_a_file_of_ones_own(tmp_path: Path) -> None
     costs = costs_of({"binary": student}, model, (3, 16, 16), file)
     assert costs.rest.ms == 0
     assert costs.full.ms == 4 * len(paths)
-    assert {name: cost.ms for name, cost in costs.of(paths[:2]).items()} == {"binary": 2, "float": 8}
+    assert {name: cost.ms for name, cost in costs.of(paths[:2]).items()} == {"binary": 2, "int8": 6, "float": 8}
     own = {"rest": 3.0, "layers": {path: {"binary": 1.0, "float": 2.0} for path in paths}}
     file.write_text(json.dumps(own))
     assert costs_of({"binary": student}, model, (3, 16, 16), file).full.ms == 3 + 2 * len(paths)

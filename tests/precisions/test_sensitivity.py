@@ -55,6 +55,22 @@ def distance(model: nn.Module, teacher: nn.Module) -> float:
     return sum(parts) / 10
 
 
+def rounded(teacher: nn.Module, path: str, inputs: list[Tensor]) -> float:
+    """The distance of the network with one layer's weight and input rounded by torch's operators."""
+    changed = copy_model(teacher).eval()
+    conv = changed.get_submodule(path)
+    assert isinstance(conv, nn.Conv2d)
+    low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
+    step = (max(high, 0.0) - min(low, 0.0)) / 255
+    zero = round(-min(low, 0.0) / step)
+    with torch.no_grad():
+        steps = conv.weight.abs().amax((1, 2, 3)) / 127
+        none = torch.zeros(len(steps), dtype=torch.int32)
+        conv.weight.copy_(torch.fake_quantize_per_channel_affine(conv.weight, steps, none, 0, -127, 127))
+    conv.register_forward_pre_hook(lambda _, args: torch.fake_quantize_per_tensor_affine(args[0], step, zero, 0, 255))
+    return distance(changed, teacher)
+
+
 def test_in_the_teacher_each_layer_alone_is_binary() -> None:
     student, teacher = networks()
     images = batches(4)[:2]
@@ -66,7 +82,7 @@ def test_in_the_teacher_each_layer_alone_is_binary() -> None:
         batch_size=4,
         calibration=images,
         groups=["decoder"],
-        precisions=["act_bits 2"],
+        precisions=["act_bits 2", "int8"],
         quiet=True,
     )
     assert found.teacher is not None
@@ -110,6 +126,13 @@ def test_in_the_teacher_each_layer_alone_is_binary() -> None:
         # Two bits lose less than one, and cost more.
         assert row.measured["act_bits 2"].distance < row.measured["binary"].distance  # type: ignore[operator]
         assert found.added(row, "act_bits 2", "ops") > 0
+        # Eight bits lose next to nothing, by torch's own operators too.
+        assert row.measured["int8"].distance == pytest.approx(rounded(teacher, row.name, seen), rel=0.1, abs=1e-5)
+        assert row.measured["int8"].distance < 0.1 * row.measured["binary"].distance  # type: ignore[operator]
+        sizes = [row.costs[name] for name in ("binary", "act_bits 2", "int8", "float")]
+        assert max(sizes[0].ops, sizes[2].ops) < sizes[3].ops
+        assert sizes[0].bytes < sizes[2].bytes < sizes[3].bytes
+        assert sizes[2].macs == 0
     (group,) = found.groups
     assert group.layers == tuple(row.name for row in found.layers if row.name.startswith("decoder."))
     assert found.gain(group, "float", "distance") > 0.01

@@ -8,7 +8,7 @@ import pytest
 
 import bidensify as bd
 from bidensify.errors import ConfigError
-from bidensify.nn import binary_layers
+from bidensify.nn import binary_layers, int8_layers
 from bidensify.precisions import Sensitivity
 from bidensify.recipe import load_recipe
 from bidensify.train import build_student, load_run, run_recipe
@@ -49,8 +49,10 @@ def test_a_run_spends_its_budget(tmp_path: Path) -> None:
     found = Sensitivity.load(tmp_path / "run" / "sensitivity.json")
     assert (found.samples, found.around, found.input_size) == (3, "teacher", (3, 32, 32))
     kept = json.loads((tmp_path / "run" / "allocation.json").read_text())["chosen"]
-    others = {path for path, name in kept.items() if name != "float"}
-    assert others == {path for path, _ in binary_layers(student)}
+    assert {path for path, name in kept.items() if name == "int8"} == {path for path, _ in int8_layers(student)}
+    assert {path for path, name in kept.items() if name not in ("int8", "float")} == {
+        path for path, _ in binary_layers(student)
+    }
     two = {path for path, layer in binary_layers(student) if layer.binarizer.planes == 2}
     assert two == {path for path, name in kept.items() if name == "act_bits 2"}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.nn import BinaryLayer
+from bidensify.nn import BinaryLayer, Int8Layer
 from bidensify.rewrite.kinds import (
     fused_activation,
     is_absorbable_norm,
@@ -50,12 +50,17 @@ def _geometry(module: nn.Module) -> tuple[Any, ...]:
 
 def _check_layer(layer: LayerPlan, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     module = modules[layer.path]
-    if isinstance(module, BinaryLayer):
-        raise PlanError(f"{layer.path}: is binary already; rewrite the full-precision network")
+    if isinstance(module, BinaryLayer | Int8Layer):
+        what = "int8" if isinstance(module, Int8Layer) else "binary"
+        raise PlanError(f"{layer.path}: is {what} already; rewrite the full-precision network")
     found = _geometry(module)
     wanted = layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.groups
     if found != wanted:
         raise PlanError(f"{layer.path}: the plan is for {wanted}, the network has {found}; it is of another model")
+    if layer.int8:
+        if layer.action != "keep":
+            raise PlanError(f"{layer.path}: the plan has it in int8 and in one bit; plan again")
+        return
     get_method(layer.method)
     if layer.activation:
         activation_of(layer.method, layer.path)
@@ -121,7 +126,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
     _once("an activation", [item.path for item in plan.activations])
     _once("a block", [block.path for block in plan.blocks])
     _once("a norm", [layer.norm for layer in plan.binary if layer.norm is not None])
-    for layer in plan.binary:
+    for layer in [*plan.binary, *plan.int8]:
         _check_layer(layer, model, modules)
     for item in plan.activations:
         _check_activation(item, modules[item.path])

@@ -14,7 +14,7 @@ from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.nn import BinaryLayer, Bypass, ByWidth, RPReLU, make_binary
+from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, RPReLU, make_binary, make_int8
 from bidensify.nn.used_weight import used_weight
 from bidensify.rewrite.apply.fit import activation_of, check_fit
 from bidensify.rewrite.apply.norms import centre, new_norm, taken_norm
@@ -128,6 +128,12 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
             part.train(module.training)
 
 
+def _round(module: nn.Module) -> None:
+    module.__class__ = make_int8(type(module))
+    assert isinstance(module, Int8Layer)
+    module.install_int8()
+
+
 def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> None:
     def make(channels: int) -> nn.Module:
         made: nn.Module = activation_of(item.method, item.path)(channels, item.dim)
@@ -182,6 +188,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             block.install()
         for layer in plan.binary:
             _exchange(model, layer, modules, plan.config)
+        for layer in plan.int8:
+            _round(modules[layer.path])
         for item in plan.activations:
             _apply_activation(item, modules[item.path], reference)
     if plan.blocks:

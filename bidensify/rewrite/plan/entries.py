@@ -52,6 +52,7 @@ class LayerPlan:
         makes_weight: whether the layer's own code makes the weight that it convolves with (weight standardisation, a
             parametrization, a hook); what it makes is binarized.
         eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
+        int8: whether a layer that stays computes in int8.
         nonnegative: whether its input is never below 0: it comes from a ReLU that stays.
     """
 
@@ -80,6 +81,7 @@ class LayerPlan:
     makes_weight: bool = False
     eligible: bool = True
     nonnegative: bool = False
+    int8: bool = False
 
     def spec(self, module: nn.Module | None = None, weight: Tensor | None = None) -> LayerSpec:
         """What the layer's method is told of it.

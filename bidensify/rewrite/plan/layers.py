@@ -71,6 +71,10 @@ def _decide(
         if rule.action == "keep":
             return replace(layer, action="keep", reason=f"rule {rule.match!r}", eligible=not reason)
         forced = f"rule {rule.match!r}"
+        if rule.action == "int8":
+            stays = unusual or ("never called in the recorded run" if layer.calls == 0 else "")
+            stays = stays or (f"{layer.kind} is out of reach" if layer.kind not in KINDS else "")
+            return replace(layer, action="keep", reason=stays or forced, eligible=not (reason or stays), int8=not stays)
         if isinstance(rule.action, Mapping):
             method = rule.action.get("method", method)
             act_scale = rule.action.get("act_scale", act_scale)

@@ -72,8 +72,13 @@ class Plan:
 
     @property
     def kept(self) -> list[LayerPlan]:
-        """The layers that stay in full precision, each with its reason."""
+        """The layers that stay as they are, in full precision or rounded to int8, each with its reason."""
         return [layer for layer in self.layers if layer.action != "binary"]
+
+    @property
+    def int8(self) -> list[LayerPlan]:
+        """The layers that compute in int8."""
+        return [layer for layer in self.layers if layer.int8]
 
     def binary_mac_share(self, *, eligible_only: bool = False) -> float:
         """Share of multiply-accumulates that are binary, over all layers or over the eligible ones."""
@@ -164,6 +169,7 @@ class Plan:
         table = Table(
             title=Text(
                 f"{self.model_class}: {len(self.binary)} of {len(self.layers)} layers binary, {share:.1f} % of MACs"
+                + (f"; {len(self.int8)} in int8" if self.int8 else "")
             ),
             caption=Text(f"recorded on {self.inputs}{rules}" + "".join(f"\n{note}" for note in self.notes)),
         )
@@ -179,7 +185,7 @@ class Plan:
         for layer in self.layers:
             style = None if layer.action == "binary" else "yellow"
             what = (layer.kind, layer.shape) if kinds else (layer.shape,)
-            action = layer.method or "keep"
+            action = layer.method or ("int8" if layer.int8 else "keep")
             output = "×".join(str(n) for n in layer.output)
             macs = (f"{layer.macs / 1e6:.1f}", f"{100 * layer.macs / whole:.1f}")
             row = times.of(layer) if times is not None else None
