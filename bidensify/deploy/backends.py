@@ -42,6 +42,7 @@ class Backend:
         available: whether it runs on this machine.
         run: (x, tiles, side, spec, thresholds, levels, residual, parts) -> y, see ``packed_reference``; None: the reference.
         dtypes: of inputs that it takes.
+        tier: of the native library, None where it is not of it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend:
     available: Callable[[], bool]
     run: Callable[..., Tensor] | None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    tier: int | None = None
 
 
 # In order of preference: the first that is available is what "auto" means on its device.
@@ -118,4 +120,4 @@ def _built(tier: int) -> Callable[[], bool]:
 
 # Numbers of ``bd_tier``; the last one that is registered is preferred.
 for _name, _tier in (("portable", 0), ("neon", 3), ("avx2", 1), ("avx512", 2)):
-    register_backend(Backend(_name, "cpu", _built(_tier), partial(run, _tier)))
+    register_backend(Backend(_name, "cpu", _built(_tier), partial(run, _tier), tier=_tier))

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify.deploy import operator
+from bidensify.deploy import direct, operator
 from bidensify.deploy.backends import check_kernel
 from bidensify.deploy.between.deferred import Deferred
 from bidensify.deploy.between.mode import unwatched
 from bidensify.deploy.bits import signs_from_tiles, tiles_from_bits
+from bidensify.deploy.run import Repeated
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 from bidensify.exact import own_codes
@@ -73,6 +74,7 @@ class PackedLayer(FrozenLayer):
             raise ConfigError(f"{type(self).__name__} holds a {self.kind!r} layer, got a spec of kind {spec.kind!r}")
         self.spec = spec
         self._ints = operator.spec_ints(spec)
+        self._repeated = Repeated()
         self.kernel = check_kernel(kernel)
         self.binarizer = None
         self.bypass: nn.Module | None = None
@@ -135,6 +137,14 @@ class PackedLayer(FrozenLayer):
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _again(self, x: Tensor) -> Tensor | None:
+        """The result for an input as an earlier one, where the kernel alone is the layer and nothing watches."""
+        if self.binarizer is not None or self.bypass is not None:
+            return None
+        buffers: Any = self._buffers
+        y = direct.again(x, buffers["tiles"], buffers["side"], self.kernel, self._repeated)
+        return None if y is None else self._activated(y)
+
     def _run(
         self,
         x: Tensor,
@@ -146,17 +156,15 @@ class PackedLayer(FrozenLayer):
 
         ``given`` is x as the operator takes it, where that differs.
         """
+        bare, made = self.binarizer is None and self.bypass is None, None
         if type(x) is Deferred:
-            made = None
-            if self.binarizer is None and self.bypass is None:
-                made = operator.from_parts(x, self.tiles, self.side, spec, self.kernel)
-            if made is not None:
-                return self._activated(outside(made))
-            x = x.make()
-        if self.binarizer is None and self.bypass is None:
-            direct = operator.direct(x, self.tiles, self.side, spec, self.kernel)
-            if direct is not None:
-                return self._activated(outside(direct))
+            made = direct.from_parts(x, self.tiles, self.side, spec, self.kernel) if bare else None
+            x = x if made is not None else x.make()
+        if bare and made is None:
+            kept = self._repeated if spec is self.spec else None
+            made = direct.direct(x, self.tiles, self.side, spec, self.kernel, kept, given)
+        if made is not None:
+            return self._activated(outside(made))
         thresholds = levels = residual = None
         if self.binarizer is not None:
             thresholds, levels = unwatched(own_codes, self.binarizer, x)
@@ -230,6 +238,8 @@ class PackedConv2d(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C_in, H, W), float32, bfloat16 or float16; the result has its dtype."""
+        if (y := self._again(x)) is not None:
+            return y
         if traced(x):
             return one_step(self, x)
         self._check_input(x, (4,), 1)
@@ -243,6 +253,8 @@ class PackedConvTranspose2d(PackedLayer):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x: (N, C_in, H, W); ``output_size`` = (H', W') picks among the sizes that the stride allows, as in torch."""
+        if output_size is None and (y := self._again(x)) is not None:
+            return y
         if traced(x):
             return one_step(self, x, output_size=output_size)
         self._check_input(x, (4,), 1)
@@ -275,6 +287,8 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, tokens..., C_in); the result has its dtype."""
+        if (y := self._again(x)) is not None:
+            return y
         if traced(x):
             return one_step(self, x)
         self._check_input(x, tuple(range(2, 9)), -1)

@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 
 from bidensify.deploy.backends import choose_backend
-from bidensify.deploy.between.deferred import Deferred, Part
-from bidensify.deploy.between.mode import only_deferring
+from bidensify.deploy.between.deferred import Part
 from bidensify.deploy.reference import packed_reference
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 
 __all__ = [
-    "SPEC_VERSION", "direct", "from_parts", "from_tokens",  "reference_operator", "run_operator",
-    "spec_ints", "tokens",
+    "SPEC_VERSION", "from_tokens",  "reference_operator", "run_operator", "spec_ints", "tokens",
 ]  # fmt: skip
 
 # Of the integers that say what a layer is. A newer version than the program that runs knows is refused.
@@ -174,44 +172,6 @@ def run_operator(
         y = torch.ops.bidensify.packed_layer(*arguments)
     finally:
         _kernel.reset(token)
-    return y
-
-
-def _unwatched() -> bool:
-    """Whether no mode, transform, tracer or profiler of anybody's would see an operator that is called now."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-        or not only_deferring()
-    )
-
-
-def direct(x: Tensor, tiles: Tensor, side: Tensor, spec: PackedSpec, kernel: str) -> Tensor | None:
-    """The operator without torch's dispatcher, or None where something could tell the difference.
-
-    The dispatcher takes a spec apart and has it put together again, which costs a small layer half of its time, and one
-    whose code has left the processor's caches 0.1 ms.
-    """
-    if type(x) is not Tensor or not x.is_cpu or not _unwatched() or (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    backend = choose_backend(kernel)
-    if backend.run is None or x.dtype not in backend.dtypes:
-        return None
-    with torch._C.DisableTorchFunction():
-        return backend.run(x, tiles, side, spec)
-
-
-def from_parts(x: Deferred, tiles: Tensor, side: Tensor, spec: PackedSpec, kernel: str) -> Tensor | None:
-    """The operator on an input that was never made, or None where its backend needs it whole."""
-    backend = choose_backend(kernel)
-    if backend.run is None or x.dtype not in backend.dtypes or x.parts is None:
-        return None
-    with torch._C.DisableTorchFunction():
-        y = backend.run(x, tiles, side, spec, parts=x.parts)
-    x.consumed = True
     return y
 
 

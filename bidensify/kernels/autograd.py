@@ -193,10 +193,13 @@ def post(
         norm: BatchNorm with weight and bias, or None; its running statistics are updated in training.
         activation: bias_in, slope and bias_out of RPReLU, (C,) each, or None.
     """
-    x = dense(x, dim)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     eps = 1.0 if norm is None else norm.eps
     parts = (None,) * 3 if activation is None else activation
+    if norm is None and bypass is None and not torch.is_grad_enabled():
+        alone: Tensor = ops.post(x, None, None, None, None, None, *parts, eps, dim)
+        return alone
+    x = dense(x, dim)
     if norm is None:
         result: Tensor = _Post.apply(x, bypass, None, None, None, *parts, eps, dim)
         return result

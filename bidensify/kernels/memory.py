@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from bidensify.kernels.library import library
 
-__all__ = ["cast", "channels_last", "empty", "kept", "release_memory", "takes"]
+__all__ = ["Room", "cast", "channels_last", "empty", "kept", "release_memory", "room", "takes"]
 
 # Below, a tensor is a few pages at most, and taking it over costs more than they do.
 _LEAST = 64 << 10
@@ -54,19 +55,39 @@ def channels_last(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype).copy_(x)
 
 
+class Room:
+    """Memory for tensors of one shape and dtype, as often as they are wanted; made by ``room``."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = tuple(shape), dtype
+        self._made: Any = None
+        if takes(shape, dtype):
+            found = library()
+            assert found is not None
+            self._made, self._free = found.bd_tensor_new, found.bd_tensor_free
+            self._arguments = ((ctypes.c_int64 * 4)(*shape), *_DTYPES[dtype])
+
+    def empty(self) -> Tensor:
+        """An uninitialized (N, C, H, W), channels_last, on the CPU."""
+        made = None if self._made is None else self._made(*self._arguments)
+        if made is None:
+            return torch.empty(self._shape, dtype=self._dtype, memory_format=torch.channels_last)
+        try:
+            return from_dlpack(_new_capsule(made, b"dltensor", None))
+        except BaseException:
+            self._free(made)
+            raise
+
+
+@lru_cache(maxsize=1024)
+def room(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Room:
+    """See ``Room``."""
+    return Room(shape, dtype)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized (N, C, H, W), channels_last, on the CPU."""
-    if takes(shape, dtype):
-        found = library()
-        assert found is not None
-        made = found.bd_tensor_new((ctypes.c_int64 * 4)(*shape), *_DTYPES[dtype])
-        if made is not None:
-            try:
-                return from_dlpack(_new_capsule(made, b"dltensor", None))
-            except BaseException:
-                found.bd_tensor_free(made)
-                raise
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    return room(tuple(shape), dtype).empty()
 
 
 def release_memory() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bidensify.kernels import structures
-from bidensify.kernels.dense import Geometry, geometry
+from bidensify.kernels.dense import Geometry, dense, geometry
 from bidensify.kernels.library import call
 
 __all__ = [
@@ -156,6 +156,7 @@ def _moments(x: Tensor, dim: int) -> Tensor:
 
 
 def _post(x: Tensor, *parts: Any) -> Tensor:
+    x = dense(x, parts[-1])
     return post_into(torch.empty_like(x), x, *parts)
 
 

@@ -17,7 +17,7 @@ from bidensify.exact import Pointwise, wide
 from bidensify.kernels import autograd
 from bidensify.kernels.dense import supports
 from bidensify.nn.contract import Declares
-from bidensify.nn.torch_tools import one_step, traced
+from bidensify.nn.torch_tools import one_step, traced, unseen
 
 __all__ = ["ByWidth", "RPReLU"]
 
@@ -83,15 +83,19 @@ class RPReLU(Declares, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if traced(x):
             return one_step(self, x)
+        parameters = unseen(self._kernel_parameters, x)
+        if parameters is not None:
+            return autograd.post(x, None, None, parameters, self.dim)
+        return self.after_shift(x + self._shape(self.bias_in, x))
+
+    def _kernel_parameters(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``fused``, where a kernel takes ``x``."""
         if x.shape[self.dim] != self.channels:
             raise ValueError(
                 f"RPReLU: the input has {x.shape[self.dim]} channels on dimension {self.dim} (shape "
                 f"{tuple(x.shape)}), the layer was made for {self.channels}"
             )
-        parameters = self.fused()
-        if parameters is not None and supports(x):
-            return autograd.post(x, None, None, parameters, self.dim)
-        return self.after_shift(x + self._shape(self.bias_in, x))
+        return self.fused() if supports(x) else None
 
     def after_shift(self, x: Tensor) -> Tensor:
         """The activation of an input to which ``bias_in`` has already been added (a BatchNorm can carry it)."""
@@ -125,5 +129,8 @@ class ByWidth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if traced(x):
             return one_step(self, x)
-        width = str(x.shape[self.dim])
+        width = unseen(self._width, x)
         return cast(Tensor, self.widths[width](x) if width in self.widths else self.original(x))
+
+    def _width(self, x: Tensor) -> str:
+        return str(x.shape[self.dim])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from bidensify.errors import ConfigError
 
-__all__ = ["SeenWeight", "asked_by_name", "one_step", "refuse_script", "traced"]
+__all__ = ["SeenWeight", "asked_by_name", "one_step", "refuse_script", "traced", "unseen"]
+
+Result = TypeVar("Result")
 
 # What reads a parameter by its name to put the same values elsewhere.
 _BY_NAME = (
@@ -58,6 +60,15 @@ def one_step(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The call of ``module`` as one step of the graph that ``x`` belongs to."""
     path = x.tracer.path_of_module(module)
     return cast(Tensor, x.tracer.create_proxy("call_module", path, (x, *args), kwargs))
+
+
+def unseen(look: Callable[..., Result], *args: Any) -> Result:
+    """Calls what only looks at properties of tensors: each look costs a mode that watches torch's functions (a packed network
+    runs under one) as much as a small operation, and tells it nothing."""
+    if torch.compiler.is_compiling():
+        return look(*args)
+    with torch._C.DisableTorchFunction():
+        return look(*args)
 
 
 def asked_by_name() -> bool:

@@ -227,21 +227,3 @@ def test_whoever_watches_operators_sees_packed_ones(whole: bool) -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             assert packed(fake.from_tensor(x)).shape == want.shape
         assert torch.equal(torch.func.vmap(lambda v: v * 1)(packed(x)), want)
-
-
-@pytest.mark.skipif(KERNELS[0] == "reference", reason="no kernels on this machine")
-def test_where_nobody_watches_the_dispatcher_is_left_out() -> None:
-    layer = settle(BiDenseConv2d(16, 16, 3, padding=1))
-    packed = freeze(layer)
-    x = torch.randn(1, 16, 9, 8).contiguous(memory_format=torch.channels_last)
-    arguments = (x, packed.tiles, packed.side)
-    through = torch.ops.bidensify.packed_layer([x], [1], *_rest(packed))
-    straight = operator.direct(*arguments, packed.spec, "auto")
-    assert straight is not None
-    assert torch.equal(straight, through)
-    assert operator.direct(x, packed.tiles, packed.side, packed.spec, "reference") is None
-    assert operator.direct(x.double(), packed.tiles, packed.side, packed.spec, "auto") is None
-    wanting = x.clone().requires_grad_()
-    assert operator.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is None
-    with torch.no_grad():
-        assert operator.direct(wanting, packed.tiles, packed.side, packed.spec, "auto") is not None

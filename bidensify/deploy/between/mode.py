@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from bidensify.deploy.between import sums
 from bidensify.deploy.between.deferred import Deferred, add, concatenate, interpolate, made
-from bidensify.deploy.between.placed import placed
+from bidensify.deploy.between.placed import PLACED, placed
 
 __all__ = ["defer_concatenations", "only_deferring", "unwatched"]
 
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ADDED = sums.ADDITIONS | sums.SUMS | {torch.stack}
+# Everything else runs as it is, where nothing waits.
+_KNOWN = frozenset((*_CONCATENATIONS, *_ADDED, *PLACED, F.interpolate, sums.POST))
 # They read no value and write none; neither do the getters of properties (`__get__`).
 _LOOKS = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "__len__")
@@ -38,6 +41,8 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.live and func not in _KNOWN:
+            return func(*args, **kwargs)
         if func in _CONCATENATIONS or func is F.interpolate:
             result = (interpolate if func is F.interpolate else concatenate)(func, args, kwargs)
             if result is not None:
@@ -46,7 +51,7 @@ class _Mode(TorchFunctionMode):
         elif (summed := self._summed(func, args, kwargs)) is not None:
             return summed
         elif self.live and not _only_looks(func):
-            self._settle(func, kwargs)
+            self._settle(func, args, kwargs)
             args, kwargs = tree_map(made, args), tree_map(made, kwargs)
         plain = placed(func, args, kwargs)
         return func(*args, **kwargs) if plain is None else plain
@@ -63,11 +68,11 @@ class _Mode(TorchFunctionMode):
             self.live.append(weakref.ref(result))
         return result
 
-    def _settle(self, func: Any, kwargs: dict[str, Any]) -> None:
+    def _settle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Nothing may happen between a concatenation and its use that could change the parts: what waits is made before
         any other operation, and what a packed layer has used already before any that could write in place.
         """
-        writes = _may_write(func, kwargs)
+        writes = _may_write(func, args, kwargs)
         kept = []
         for reference in self.live:
             deferred = reference()
@@ -80,22 +85,27 @@ class _Mode(TorchFunctionMode):
         self.live = kept
 
 
+@lru_cache(maxsize=1024)
 def _only_looks(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__get__" or name in _LOOKS
 
 
-def _may_write(func: Any, kwargs: dict[str, Any]) -> bool:
+def _may_write(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "_")
     private = name.startswith("__") and name.endswith("__")
     in_place = (
         name.startswith("__i") or name in ("__set__", "__setitem__", "__delitem__") if private else name.endswith("_")
     )
-    # Functional forms with an `inplace` argument may be given it by position.
-    functional = getattr(func, "__module__", "") == F.__name__ and "inplace" in getattr(
-        getattr(func, "__code__", None), "co_varnames", ()
-    )
-    return bool(in_place or functional or kwargs.get("inplace") or kwargs.get("out") is not None)
+    return bool(in_place or _asks_in_place(func, args) or kwargs.get("inplace") or kwargs.get("out") is not None)
+
+
+def _asks_in_place(func: Any, args: Any) -> bool:
+    """Whether a functional form is given its `inplace` argument by position."""
+    if getattr(func, "__module__", "") != F.__name__:
+        return False
+    names = getattr(getattr(func, "__code__", None), "co_varnames", ())
+    return "inplace" in names[: len(args)] and bool(args[names.index("inplace")])
 
 
 def only_deferring() -> bool:

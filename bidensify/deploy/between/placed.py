@@ -16,7 +16,7 @@ from bidensify.kernels import memory
 from bidensify.kernels import training_ops as ops
 from bidensify.kernels.library import library
 
-__all__ = ["placed"]
+__all__ = ["PLACED", "placed"]
 
 
 def placed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -116,3 +116,4 @@ _RUN: dict[Any, Callable[..., Tensor | None]] = {
     Tensor.__add__: _add,
     ops.post: _post,
 }
+PLACED = frozenset(_RUN)
