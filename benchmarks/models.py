@@ -4,6 +4,7 @@
     python benchmarks/models.py --resume                 # only networks without a result yet
     python benchmarks/models.py --only 'timm:*'          # only these; others keep their results
     python benchmarks/models.py --render                 # the page again from the results, nothing run
+    python benchmarks/models.py --export --resume        # the column .pte for networks that have a row; needs ExecuTorch
 
 Results are one line of JSON per network, sorted by the list, in ``benchmarks/results/models.jsonl``.
 """
@@ -70,9 +71,9 @@ def machine() -> dict[str, str]:
     return {"cpu": cpu_name(), "torch": torch.__version__}
 
 
-def run_one(name: str, seconds: float) -> dict[str, Any]:
+def run_one(name: str, seconds: float, export: bool = False) -> dict[str, Any]:
     """Examines one network in a process of its own; a crash or a run over the limit is a row too."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--row", name]
+    command = [sys.executable, str(Path(__file__).resolve()), "--row", name, *(["--export"] if export else [])]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     stage = "imports"
     with subprocess.Popen(
@@ -93,15 +94,27 @@ def run_one(name: str, seconds: float) -> dict[str, Any]:
     return {"name": name, "convert": f"the process ended with code {process.returncode}: {tail}", "seconds": 0.0}
 
 
-def row_of(name: str) -> None:
+def row_of(name: str, export: bool) -> None:
     """The subprocess's part: prints the row."""
     import torch
-    from zoo.checks import examine
+    from zoo.checks import CHECKS, examine
+    from zoo.deployed import DEPLOYED
     from zoo.networks import networks
 
     torch.set_num_threads(1)
-    row = examine(networks()[name], progress=lambda text: print(f"stage: {text}", flush=True))
+    checks = DEPLOYED if export else CHECKS
+    row = examine(networks()[name], lambda text: print(f"stage: {text}", flush=True), checks)
     print(MARK + json.dumps({**row, "machine": machine()}, sort_keys=True), flush=True)
+
+
+def _need_executorch() -> None:
+    from bidensify.deploy.runtimes.build import EXECUTORCH
+    from bidensify.errors import MissingExtraError
+
+    try:
+        EXECUTORCH.find()
+    except MissingExtraError as error:
+        raise typer.BadParameter(f"--export: {error}") from None
 
 
 def main(
@@ -113,11 +126,14 @@ def main(
     page: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
     limit: Annotated[float, typer.Option(metavar="SECONDS", help="Time for one network.")] = 900.0,
     names: Annotated[bool, typer.Option("--names", help="Print the names that would run and run nothing.")] = False,
+    export: Annotated[
+        bool, typer.Option("--export", help="Check the .pte alone, and add it to the rows that are there.")
+    ] = False,
     row: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Rewrite and check the networks of the zoo; exit code 1 if a check failed."""
     if row is not None:
-        row_of(row)
+        row_of(row, export)
         return
     from zoo.networks import networks
     from zoo.page import failures, write_page
@@ -127,8 +143,12 @@ def main(
     if not chosen:
         raise typer.BadParameter(f"--only {' '.join(only or ())} matches none of the {len(order)} networks (--names)")
     found = read(results)
+    if export:
+        _need_executorch()
+        # Networks that convert; what is known of them stays.
+        chosen = [name for name in chosen if "checks" in found.get(name, {})]
     if resume:
-        chosen = [name for name in chosen if name not in found]
+        chosen = [name for name in chosen if name not in found or (export and "pte" not in found[name]["checks"])]
     if failed:
         chosen = [name for name in chosen if name not in found or failures(found[name])]
     if names:
@@ -137,9 +157,12 @@ def main(
     bad = 0
     for number, name in enumerate(() if render else chosen, 1):
         start = time.monotonic()
-        result = run_one(name, limit)
+        result = run_one(name, limit, export)
+        if export:
+            pte = result.get("checks", {}).get("pte") or {"status": result.get("refused") or result["convert"]}
+            result = {**found[name], "checks": {**found[name]["checks"], "pte": pte}}
         add(results, result, order)
-        wrong = failures(result)
+        wrong = ([] if pte["status"] == "pass" else [f"pte: {pte['status']}"]) if export else failures(result)
         bad += bool(wrong)
         text = f"refused: {result['refused']}" if "refused" in result else "; ".join(wrong) or "passes"
         print(f"[{number}/{len(chosen)}] {name} ({time.monotonic() - start:.0f} s): {text}", flush=True)

@@ -7,7 +7,7 @@ import copy
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,11 @@ CHECKS: dict[str, Callable[[Subject], Any]] = {
 }
 
 
-def examine(entry: Entry, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def examine(
+    entry: Entry,
+    progress: Callable[[str], None] = lambda text: None,
+    checks: Mapping[str, Callable[[Subject], Any]] = CHECKS,
+) -> dict[str, Any]:
     """Builds, rewrites and checks one network.
 
     Returns:
@@ -300,7 +304,7 @@ def examine(entry: Entry, progress: Callable[[str], None] = lambda text: None) -
     except Exception as error:
         return {**row, "convert": _short(error), "seconds": 0.0}
     row.update(convert=PASS, seconds=round(subject.seconds, 1), plan=layers_of(subject), checks={})
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         progress(name)
         try:
             result = check(subject)

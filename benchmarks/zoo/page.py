@@ -56,6 +56,10 @@ figures is the same comparison with an original whose convolutions and linear la
 input (`benchmarks/zoo/stages.py`, `levelled`).
 """
 
+PTE = """\
+- **.pte**: packed, exported to ExecuTorch, run again in a process without PyTorch: on the median of five inputs within 1e-3 of
+  the packed network's output. {ran} of {count} do (`FAIL`: the reason is at the end, and no file is written)."""
+
 MARKS = (
     ("backward", "back"), ("class", "class"), ("structure", "out"), ("save_pretrained", "save"), ("round_trip", "trip"),
     ("deepcopy", "copy"), ("again", "twice"), ("kept", "kept"), ("signal", "signal"),
@@ -71,7 +75,7 @@ def failures(row: dict[str, Any]) -> list[str]:
     for name, result in row.get("checks", {}).items():
         status = result["status"]
         # A check that stopped with an error is a failure on any network; a figure outside its range is one where asked.
-        only_reported = ("low" in result or "share" in result) and not strict(row["name"], name)
+        only_reported = name == "pte" or (("low" in result or "share" in result) and not strict(row["name"], name))
         if status not in (PASS, ABSENT) and not only_reported:
             found.append(f"{name}: {status}")
     plan = row.get("plan", {})
@@ -162,18 +166,23 @@ def render(rows: dict[str, dict[str, Any]], order: list[str]) -> str:
     done = [row for row in tried if "plan" in row]
     parts = [HEAD, "## Totals\n", _totals(tried, len(refused))]
     machines = Counter(f"{m['cpu']}, torch {m['torch']}" for m in (row.get("machine") for row in done) if m)
+    exported = {row["name"]: row["checks"]["pte"] for row in done if "pte" in row["checks"]}
+    if exported:
+        ran = sum(result["status"] == PASS for result in exported.values())
+        parts.append(PTE.format(ran=ran, count=len(exported)))
     parts.append("\nMachine: " + "; ".join(f"{name} ({count} networks)" for name, count in machines.items()) + ".")
     missing = [name for name in order if name not in rows]
     if missing:
         parts.append(f"\nNot run: {', '.join(missing)}.")
     header = ["network", "layers", "MACs, %", "way", "s", *(short for _, short in MARKS)]
-    header += ["scale", "signs, %", *(short for _, short in LAST), "packed"]
+    header += ["scale", "signs, %", *(short for _, short in LAST), "packed", *([".pte"] if exported else [])]
     titles = {"smp": "segmentation_models_pytorch", "torchvision": "torchvision", "timm": "timm, features_only"}
     titles["transformers"] = "transformers, small random configurations"
     for source, title in titles.items():
         own = [row for row in done if row["name"].startswith(f"{source}:")]
         if own:
-            parts += [f"\n## {title}\n", _table(header, map(_line, own))]
+            lines = (_line(row) + ([_mark(exported.get(row["name"]))] if exported else []) for row in own)
+            parts += [f"\n## {title}\n", _table(header, lines)]
     parts += ["\n## Why layers are kept\n"]
     reasons = ([r["name"], str(len(r["plan"]["kept"]) and sum(r["plan"]["kept"].values())), _reasons(r)] for r in done)
     parts.append(_table(["network", "kept", "reasons"], reasons))
@@ -183,6 +192,10 @@ def render(rows: dict[str, dict[str, Any]], order: list[str]) -> str:
     wrong = [(row["name"], text) for row in tried for text in failures(row)]
     if wrong:
         parts += ["\n## Failures\n", SCALE, _table(["network", "what"], ([n, _short_reason(t)] for n, t in wrong))]
+    apart = [(name, result["status"]) for name, result in exported.items() if result["status"] != PASS]
+    if apart:
+        parts += ["\n## Not under ExecuTorch\n"]
+        parts.append(_table(["network", "reason"], ([name, _short_reason(text)] for name, text in apart)))
     beyond = [
         (row["name"], row["checks"][name]["status"])
         for row in done

@@ -17,7 +17,7 @@
 #include <map>
 #include <vector>
 
-#include "runner.h"  // bidensify_threads
+#include "runner.h"  // bidensify_check, bidensify_threads
 
 using executorch::aten::ScalarType;
 using executorch::extension::from_blob;
@@ -66,6 +66,8 @@ int main(int argc, char** argv) {
   if (argc < 4 || argc > 6) return std::fprintf(stderr, "usage: mask NET.pte IMAGE MASK.png [THREADS [RUNS]]\n"), 2;
   // Before anything is loaded: what is loaded keeps the threads that were there.
   const int threads = bidensify_threads(argc > 4 ? std::atoi(argv[4]) : 0);
+  char why[1000];
+  if (bidensify_check(argv[1], why, sizeof why) != 0) return std::fprintf(stderr, "%s\n", why), 1;
   Module net(argv[1], Module::LoadMode::Mmap);
   // Reads the file's parts and checks that they lie inside it.
   Error error = net.load(executorch::runtime::Program::Verification::InternalConsistency);

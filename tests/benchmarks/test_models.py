@@ -103,6 +103,28 @@ def test_a_failure_is_written_out() -> None:
     assert "the output differs / somewhere" in page
 
 
+def test_the_column_of_exported_networks() -> None:
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "models.jsonl").read_text().splitlines()]
+    first, second, third = [row for row in rows if "plan" in row and row["name"].startswith("smp:Unet/")][:3]
+    for row in (first, second, third):
+        row["checks"].pop("pte", None)
+    order = [first["name"], second["name"], third["name"]]
+    assert ".pte" not in render({row["name"]: row for row in (first, second, third)}, order)
+    first["checks"]["pte"] = {"status": "pass", "difference": 1e-7}
+    second["checks"]["pte"] = {"status": "PlanError: no | such operator"}
+    page = render({row["name"]: row for row in (first, second, third)}, order)
+    assert "1 of 2 do" in page
+    lines = {
+        row["name"]: line
+        for row in (first, second, third)
+        for line in page.splitlines()
+        if line.startswith(f"| {row['name'][4:]} |")
+    }
+    assert [lines[row["name"]].split("|")[-2].strip() for row in (first, second, third)] == ["+", "FAIL", "?"]
+    assert f"| {second['name']} | PlanError: no / such operator |" in page
+    assert failures(second) == failures(third) == []
+
+
 def test_one_network_takes_no_more_than_its_time() -> None:
     row = script().run_one(SAMPLE[0], 0.2)
     assert row["convert"].startswith("not done after 0 s")

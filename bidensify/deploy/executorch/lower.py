@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -18,7 +19,7 @@ from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
-__all__ = ["AXES", "Sizes", "lower", "shapes_of", "with_int8_rest"]
+__all__ = ["AXES", "Sizes", "lower", "seal", "shapes_of", "with_int8_rest"]
 
 # name -> (least, most, step): "height", "width", "batch".
 Sizes = Mapping[str, tuple[int, int, int]]
@@ -81,8 +82,15 @@ def _imports() -> Iterator[None]:
         ) from error
 
 
+def seal(data: bytes) -> bytes:
+    """The program with its SHA-256 behind it, where ExecuTorch does not look: ExecuTorch may crash on a damaged program, and our
+    runner refuses it before (cpp/digest.h).
+    """
+    return data + b"bidensify sha256" + hashlib.sha256(data).digest()
+
+
 def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequence[float]] | None = None) -> bytes:
-    """The .pte of a captured program, with ``constants`` as methods of their own.
+    """The .pte of a captured program, with ``constants`` as methods of their own, and sealed.
 
     Raises:
         PlanError: ExecuTorch does not take it.
@@ -102,7 +110,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
                 constant_methods={name: [float(v) for v in values] for name, values in (constants or {}).items()},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            return bytes(edge.to_executorch().buffer)
+            return seal(bytes(edge.to_executorch().buffer))
     except Exception as error:
         raise PlanError(f"ExecuTorch does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import bidensify as bd
 from bidensify.deploy import packed_layers
 from bidensify.deploy.backends import available_kernels
+from bidensify.deploy.executorch.lower import seal
 from bidensify.deploy.executorch.program import Program
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError, MissingExtraError
@@ -199,13 +200,32 @@ def test_a_truncated_or_edited_file_is_refused_or_runs_inside_its_memory(
     exported: Path, library: Path, tmp_path: Path
 ) -> None:
     data = exported.read_bytes()
-    for length in (0, 1, 100, len(data) // 2, len(data) - 1000):
-        path = tmp_path / "bad.pte"
+    path = tmp_path / "bad.pte"
+    for length in (0, 1, 47, 48, 100, len(data) // 2, len(data) - 1000, len(data) - 1):
         path.write_bytes(data[:length])
+        with pytest.raises(RuntimeError, match=r"bad\.pte was cut, edited or damaged"):
+            Program(path, library)
+    for at in (0, 8, 100, len(data) // 2, len(data) - 49, len(data) - 48, len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(RuntimeError, match=r"bad\.pte was cut, edited or damaged"):
+            Program(path, library)
+    # Sealed, and no program.
+    for content in (b"", b"x" * 63, b"y" * 65536, data[:1000]):
+        path.write_bytes(seal(content))
         with pytest.raises(RuntimeError, match="is no program that this runtime runs"):
             Program(path, library)
-    with pytest.raises(RuntimeError, match="is no program"):
+    with pytest.raises(RuntimeError, match=r"missing\.pte cannot be read"):
         Program(tmp_path / "missing.pte", library)
+
+
+@here
+def test_random_edits_of_a_whole_file_are_refused_by_the_runner(exported: Path, library: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("fuzz_pte.py")
+    done = subprocess.run(
+        [sys.executable, script, library, exported, "500"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "500 edits, 500 refused, 0 ran, 0 crashes" in done.stdout
 
 
 @here

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "refusal.h"
 
 // Of a header that ExecuTorch's wheel leaves out; the library that it ships has them.
@@ -89,8 +90,18 @@ void copy_plain(const executorch::aten::Tensor& from, int64_t size, char* to) {
 
 extern "C" {
 
+int32_t bidensify_check(const char* path, char* error, size_t error_size) {
+  FILE* const file = fopen(path, "rb");
+  const bool good = file != nullptr && bidensify::sealed(file);
+  const char* const why = file == nullptr ? "cannot be read" : "was cut, edited or damaged, or is not of `bidensify export`; export it again";
+  if (file != nullptr) fclose(file);
+  if (!good && error && error_size) snprintf(error, error_size, "%s %s", path, why);
+  return good ? 0 : 1;
+}
+
 bidensify_net* bidensify_open(const char* path, char* error, size_t error_size) {
   bidensify::forget_refusal();
+  if (bidensify_check(path, error, error_size) != 0) return nullptr;
   bidensify_net* net = new (std::nothrow) bidensify_net(path);
   if (net == nullptr) return nullptr;
   Error code = net->module.load(executorch::runtime::Program::Verification::InternalConsistency);

@@ -27,7 +27,10 @@ typedef struct bidensify_tensor {
   int64_t bytes;
 } bidensify_tensor;
 
-// Loads the method `forward` of a .pte, or returns null; `error` then says why.
+// 0 where a .pte is, byte for byte, what `bidensify export` wrote; else `error` says what to do. ExecuTorch itself may crash on one
+// that was cut or damaged: C++ programs ask before they load it. It is no protection from files that were made to do harm.
+BIDENSIFY_API int32_t bidensify_check(const char* path, char* error, size_t error_size);
+// Checks, and loads the method `forward` of a .pte, or returns null; `error` then says why.
 BIDENSIFY_API bidensify_net* bidensify_open(const char* path, char* error, size_t error_size);
 BIDENSIFY_API void bidensify_close(bidensify_net* net);
 // Numbers of inputs and outputs.
