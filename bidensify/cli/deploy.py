@@ -105,12 +105,9 @@ def export(
     from bidensify.deploy.export import export as write
     from bidensify.deploy.layers import packed_layers
 
-    if out.exists():
-        raise ConfigError(f"{str(out)!r} exists; give another name, or remove it first")
-    loaded = load_source(source, recipe, trust=trust)
-    model = loaded.model
-    if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
-        model = bidensify.pack(model)
+    for file in (out, out.with_suffix(".bin")) if out.suffix == ".xml" else (out,):
+        if file.exists():
+            raise ConfigError(f"{str(file)!r} exists; give another name, or remove it first")
     pte, bits = out.suffix == ".pte", out.suffix in (".pte", ".xml")
     if sizes and not pte:
         raise ConfigError(f"--sizes is for *.pte, not {out.name!r}; other files take any size with --dynamic")
@@ -121,6 +118,10 @@ def export(
             "a .pte's memory is planned for the largest image: give --sizes LEAST:MOST:STEP, not --dynamic"
         )
     dynamic = not (bits if static is None else static)
+    loaded = load_source(source, recipe, trust=trust)
+    model = loaded.model
+    if not latent and not packed_layers(model) and hasattr(model, "bidensify_plan"):
+        model = bidensify.pack(model)
     example = loaded.example(2 if dynamic else 1) if input_shape is None else arguments.example_of(input_shape)
     bounds = arguments.sizes_of(sizes) if sizes else False
     calibration = calibration_images(loaded) if int8_rest else None

@@ -13,18 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import bidensify as bd
+from bidensify.cli.app import app
 from bidensify.deploy.backends import available_kernels
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.openvino.program import open_network
 from bidensify.errors import CheckError, ConfigError, MissingExtraError, PlanError
 from bidensify.methods import get_method
+from bidensify.models import build_model
 from bidensify.nn import BiDenseConv2d
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import LAYERS, settle
 
+ROOT = Path(__file__).parents[3]
 _installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 here = pytest.mark.skipif(
     "openvino" not in _installed, reason="openvino is not installed: pip install 'bidensify[openvino]'"
@@ -254,15 +258,33 @@ def test_a_file_that_gives_other_values_is_not_written(
 
 
 @here
-def test_no_torch_is_needed(exported: Path, library: Path, tmp_path: Path) -> None:
+def test_readmes_lines_run_and_need_no_torch(exported: Path, library: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / library.name).symlink_to(library)
+    for suffix in (".xml", ".bin"):
+        (tmp_path / f"scenes{suffix}").symlink_to(exported.with_suffix(suffix))
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import numpy as np, openvino as ov\n"
-        "core = ov.Core(); core.add_extension(sys.argv[1])\n"
-        "y = core.compile_model(sys.argv[2], 'CPU')(np.zeros((1, 3, 32, 48), np.float32))[0]\n"
-        "assert y.shape == (1, 5, 32, 48), y.shape\n"
+        "import numpy as np; image = np.zeros((1, 3, 32, 48), np.float32)\n"
+        f"{block}\nassert scores.shape == (1, 5, 32, 48), scores.shape\n"
     )
-    subprocess.run([sys.executable, "-c", code, library, exported], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+
+
+@here
+def test_the_command_line(library: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = build_model("demo:unet", num_classes=5, width=8)
+    student = bd.bidensify(net, example_inputs=torch.randn(2, 3, 32, 32)).eval()
+    bd.save_pretrained(bd.pack(student), tmp_path / "packed")
+    call = CliRunner()
+    done = call.invoke(app, ["export", str(tmp_path / "packed"), str(tmp_path / "net.xml"), "--input", "1x3x32x64"])
+    assert done.exit_code == 0, done.output
+    assert "run again by openvino" in done.output
+    assert run(library, tmp_path / "net.xml", torch.zeros(1, 3, 32, 64))[0].shape == (1, 5, 32, 64)
+    sources = call.invoke(app, ["runtime", "sources", "--runtime", "openvino"])
+    assert (Path(sources.output.strip()) / "CMakeLists.txt").is_file()
 
 
 def test_arguments_that_do_not_go_together(decoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
