@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ import typer
 from bidensify._util.terminal import console, shell
 from bidensify.cli import arguments
 from bidensify.cli.command import STOPPED, command
-from bidensify.cli.options import AsJson, Debug, Set
+from bidensify.cli.options import AsJson, Config, Debug, Set
 from bidensify.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ Teacher = Annotated[
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes --resume",
     "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/bnn -s binarize.method=bnn -s stages[0].epochs=2",
+    "bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/mixed -t runs/scenes_teacher --config config.json",
     "bidensify finetune recipes/scenes_segmentation.yaml --dry-run",
     "accelerate launch -m bidensify finetune recipes/scenes_segmentation.yaml --run-dir runs/scenes",
 )
@@ -44,6 +46,7 @@ def finetune(
     role: Role = "student",
     teacher: Teacher = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    config: Config = None,
     settings: Set = None,
     dry_run: Annotated[
         bool,
@@ -55,12 +58,13 @@ def finetune(
     """Distil a full-precision teacher into a 1-bit student, as a recipe says.
 
     Where the recipe has teacher.stages and no teacher's weights are given, the teacher is trained first, in a folder
-    beside the run's (RUN_DIR_teacher).
+    beside the run's (RUN_DIR_teacher). With --config (as allocate writes it) that is the recipe's binarize.
     """
     from bidensify.recipe import load_recipe
     from bidensify.train import run_recipe
 
-    loaded = load_recipe(recipe, settings or [])
+    given = [] if config is None else [f"binarize={json.dumps(arguments.make_config(config, None, []).to_dict())}"]
+    loaded = load_recipe(recipe, [*given, *(settings or [])])
     if dry_run:
         rehearse(str(recipe), loaded, role, teacher, run_dir)
         return

@@ -17,7 +17,7 @@ from bidensify.costs.summary import summary
 from bidensify.errors import ConfigError
 from bidensify.precisions.budget import Budget, read_budget
 from bidensify.precisions.findings import By, Cost, Row
-from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS
+from bidensify.precisions.precision import BINARY, FLOAT, INT8, PRECISIONS
 from bidensify.precisions.program import choose
 from bidensify.precisions.result import Sensitivity
 from bidensify.rewrite.api import bidensify
@@ -221,10 +221,13 @@ def _infeasible(
 
 def _described(sensitivity: Sensitivity, budget: Budget, chosen: dict[str, str]) -> Allocation:
     assert sensitivity.teacher is not None
-    if set(chosen.values()) == {FLOAT}:
+    if set(chosen.values()) <= {INT8, FLOAT}:
+        whole, other = ("stay in full precision", "the network as it is")
+        if INT8 in chosen.values():
+            whole, other = ("have int8 or full precision", "a runtime's own int8 (OpenVINO, XNNPACK)")
         raise ConfigError(
-            f"allocate: under {budget.bounds} every layer may stay in full precision, so there is nothing to rewrite; use the "
-            "network as it is, or give a smaller budget"
+            f"allocate: under {budget.bounds} every layer may {whole}, so there is nothing to rewrite; use {other}, or give a "
+            "smaller budget"
         )
     cost = sensitivity.rest
     for row in sensitivity.layers:

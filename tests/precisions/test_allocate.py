@@ -207,6 +207,22 @@ def test_what_cannot_be_allocated_is_told() -> None:
         bd.allocate(found.model_copy(update={"rest": Cost(macs=1, ops=1, bytes=1)}), ms=3)
 
 
+def test_int8_everywhere_is_nothing_to_rewrite() -> None:
+    found = synthetic([[(0.1, 0, 1, 1), (0.05, 0, 2, 2), (0, 100, 3, 3)]] * 2)
+    rows = [
+        row.model_copy(update={"costs": {**row.costs, "int8": row.costs["middle"]},
+                               "measured": {**row.measured, "int8": Measured(metric=0.9, distance=0.0)}})
+        for row in found.rows
+    ]  # fmt: skip
+    found = found.model_copy(update={"rows": tuple(rows)})
+    with pytest.raises(ConfigError, match="every layer may have int8 or full precision.*OpenVINO"):
+        allocation(found, read_budget({"macs": 0.05}))
+    # Half of them, by a budget that has room for one.
+    got = allocation(found, read_budget({"bytes": 0.0108, "precisions": ["int8"]}))
+    assert sorted(got.chosen.values()) == ["binary", "int8"]
+    assert [rule.action for rule in got.config.rules] == ["int8"]
+
+
 def test_what_is_expected_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     found = synthetic([[(0.1, 0, 1, 1), (0.05, 0, 2, 2), (0, 100, 3, 3)]] * 2, student=0.7)
     config = bd.allocate(found, macs=0.11)

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bidensify as bd
 from bidensify.errors import ConfigError
 from bidensify.nn import binary_layers, int8_layers
 from bidensify.precisions import Sensitivity
 from bidensify.recipe import load_recipe
-from bidensify.train import build_student, load_run, run_recipe
+from bidensify.train import build_student, evaluate, load_run, run_recipe
+from bidensify.train.loop import Loop
 
 
 def recipe(budget: Any, **changes: Any) -> dict[str, Any]:
@@ -72,6 +74,49 @@ def test_a_run_spends_its_budget(tmp_path: Path) -> None:
     (tmp_path / "run" / "sensitivity.json").rename(tmp_path / "killed" / "sensitivity.json")
     run_recipe(recipe({"bytes": 0.3, "images": 3}), tmp_path / "killed", teacher_weights=teacher, quiet=True)
     assert (tmp_path / "killed" / "sensitivity.json").stat().st_mtime_ns == before
+
+
+def test_an_allocated_student_trains_resumes_packs_and_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Float is too large for the budget, so that what gains over one bit gains by int8.
+    data = recipe({"bytes": 0.35, "images": 3, "precisions": ["int8"]})
+    data["stages"][0]["epochs"] = 3
+    run_recipe(data, tmp_path / "whole", train_teacher=True, quiet=True)
+    whole, own = load_run(tmp_path / "whole")
+    rounded = dict(int8_layers(whole))
+    assert rounded
+    assert all(float(layer.int8.high) > float(layer.int8.low) for layer in rounded.values() if layer.int8)
+    chosen = json.loads((tmp_path / "whole" / "allocation.json").read_text())["chosen"]
+    assert set(rounded) == {path for path, name in chosen.items() if name == "int8"}
+    teacher = tmp_path / "whole_teacher"
+    assert not torch.equal(
+        next(iter(rounded.values())).weight, load_run(teacher)[0].get_submodule(next(iter(rounded))).weight
+    )
+
+    # Stopped before its last epoch and gone on with, it ends with the same weights.
+    epoch = Loop._epoch
+
+    def stops(loop: Loop, step: Any, at: Any) -> None:
+        if at.index == 2:
+            raise KeyboardInterrupt
+        epoch(loop, step, at)
+
+    monkeypatch.setattr(Loop, "_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(data, tmp_path / "cut", teacher_weights=teacher, quiet=True)
+    monkeypatch.setattr(Loop, "_epoch", epoch)
+    result = run_recipe(data, tmp_path / "cut", teacher_weights=teacher, resume=True, quiet=True)
+    cut = load_run(tmp_path / "cut")[0]
+    assert len(result.history) == 3
+    assert all(torch.equal(value, cut.state_dict()[key]) for key, value in whole.state_dict().items())
+
+    packed, val = bd.pack(cut), own.build_datasets()[1]
+    x = torch.stack([val[index]["image"] for index in range(2)])
+    with torch.no_grad():
+        assert torch.equal(packed(x), cut.to(memory_format=torch.channels_last)(x))  # type: ignore[call-overload]
+    metrics = evaluate(packed, own.build_task(), val)
+    assert metrics["miou"] == pytest.approx(result.metrics["miou"], abs=1e-6)
 
 
 def test_mistakes_in_a_budget_are_told(tmp_path: Path) -> None:
