@@ -104,8 +104,8 @@ void blocks2(int pixels, const uint32_t* a, int64_t second, int64_t a_step, cons
 }
 
 void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
-          int tiles, int32_t* counts, int64_t count_step) {
-  switch (tiles) {
+          int channels, int32_t* counts, int64_t count_step) {
+  switch ((channels + kLanes - 1) / kLanes) {
     case 1: return blocks<1>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
     case 2: return blocks<2>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
     case 3: return blocks<3>(pixels, a, a_step, s, n, w, tile_step, counts, count_step);
@@ -114,8 +114,8 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
 }
 
 void gemm2(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
-           int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
-  switch (tiles) {
+           int64_t tile_step, int pixels, int channels, int32_t* counts, int64_t count_step) {
+  switch ((channels + kLanes - 1) / kLanes) {
     case 1: return blocks2<1>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
     case 2: return blocks2<2>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
     case 3: return blocks2<3>(pixels, a, second, a_step, s, n, w, tile_step, counts, count_step);
@@ -123,7 +123,7 @@ void gemm2(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, 
   }
 }
 
-const Inner kInner = {6, 4, 3, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+const Inner kInner = {6, 4, 3, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
                       gemm2, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

@@ -63,8 +63,8 @@ void block(const uint32_t* a, int64_t second, int64_t a_step, const Segment* seg
 
 template <int Planes>
 void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w,
-             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
-  for (int v = 0; v < tiles; ++v, w += tile_step, counts += kLanes) {
+             int64_t tile_step, int pixels, int channels, int32_t* counts, int64_t count_step) {
+  for (int v = 0; v * kLanes < channels; ++v, w += tile_step, counts += kLanes) {
     switch (pixels) {
       case 1: block<Planes, 1>(a, second, a_step, s, n, w, counts, count_step); break;
       case 2: block<Planes, 2>(a, second, a_step, s, n, w, counts, count_step); break;
@@ -75,11 +75,11 @@ void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s
 }
 
 void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
-          int tiles, int32_t* counts, int64_t count_step) {
-  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
+          int channels, int32_t* counts, int64_t count_step) {
+  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, channels, counts, count_step);
 }
 
-const Inner kInner = {4, 4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+const Inner kInner = {4, 4, 4, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
                       gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

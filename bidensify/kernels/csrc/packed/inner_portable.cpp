@@ -34,9 +34,9 @@ inline vu widen_counts(vu v) {
 // A byte counts up to 8, or with two planes up to 24, per word.
 template <int Planes>
 void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
-             int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step) {
+             int64_t tile_step, int pixels, int channels, int32_t* counts, int64_t count_step) {
   constexpr int64_t words = Planes == 1 ? 31 : 10;
-  for (int v = 0; v < tiles; ++v) {
+  for (int v = 0; v * kLanes < channels; ++v) {
     for (int p = 0; p < pixels; ++p) {
       vu wide = {};
       for (int64_t s = 0; s < n; ++s) {
@@ -58,11 +58,11 @@ void gemm_of(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s
 }
 
 void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const uint32_t* w, int64_t tile_step, int pixels,
-          int tiles, int32_t* counts, int64_t count_step) {
-  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, tiles, counts, count_step);
+          int channels, int32_t* counts, int64_t count_step) {
+  gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, channels, counts, count_step);
 }
 
-const Inner kInner = {4, 4, 4, kLanes, kLanes, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+const Inner kInner = {4, 4, 4, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
                       gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

@@ -20,6 +20,7 @@ struct Segment {
   int64_t a;   // offset in words from the block's first pixel
   int64_t w;   // offset in words from the tile
   int64_t n;   // number of activation words
+  int64_t bytes;  // of them, from the first on, that hold channels
 };
 
 struct Epilogue {
@@ -54,6 +55,7 @@ struct Inner {
   int max_pixels2;  // of gemm2
   int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
   int stride;  // 32-bit words that one activation word meets per tile, as gemm reads them
+  bool bytes;  // gemm reads a segment's bytes, not its words: segments of several taps must be full
   // Rearranges 16-lane tiles (groups, tiles_per_group, depth words, 16) to what gemm reads, or null where that is the same:
   // words first..last-1, counted through (groups, tiles of `lanes` channels, depth).
   void (*arrange)(const uint32_t* tiles, int64_t tiles_per_group, int64_t depth, int64_t first, int64_t last, uint32_t* out);
@@ -72,12 +74,12 @@ struct Inner {
                 uint32_t* out, int64_t second, const int64_t* pixel_offset, int64_t pixel_step, int64_t word_step);
   // Rearranges n words of both planes, in place, to what gemm2 reads, or null where that is the same.
   void (*merge)(uint32_t* first, uint32_t* second, int64_t n);
-  // counts[p * count_step + v * lanes + lane] = popcount over all segments.
+  // counts[p * count_step + channel] = popcount over all segments, of max_tiles tiles at most.
   void (*gemm)(const uint32_t* a, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w, int64_t tile_step,
-               int pixels, int tiles, int32_t* counts, int64_t count_step);
+               int pixels, int channels, int32_t* counts, int64_t count_step);
   // The same of two planes that meet the same weights: twice the first's popcount and the second's.
   void (*gemm2)(const uint32_t* a, int64_t second, int64_t a_step, const Segment* segments, int64_t n, const uint32_t* w,
-                int64_t tile_step, int pixels, int tiles, int32_t* counts, int64_t count_step);
+                int64_t tile_step, int pixels, int channels, int32_t* counts, int64_t count_step);
   // Popcounts of 16 pixels x 32 channels over the taps: taps[i] points at 16 activation words, valid[i] at 16 masks
   // (read only where masked: some tap of some pixel is outside the image).
   void (*depthwise)(const uint32_t* const* taps, const uint32_t* const* valid, const uint32_t* weights, int n, bool masked,

@@ -40,6 +40,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
   tiles_ = (out_group_ + lanes_ - 1) / lanes_;
   weights_ = a_.tiles;
   words_ = a_.depthwise ? (a_.cin + 31) / 32 : (in_group_ + 31) / 32;
+  tap_bytes_ = inner_.bytes ? (in_group_ + 7) / 8 : words_ * 4;
   row_words_ = words_ * (a_.depthwise ? 1 : a_.groups);
   cin_padded_ = round_up(a_.cin, kLanes) + kLanes;
   cout_padded_ = round_up(a_.cout, kLanes) + kLanes;

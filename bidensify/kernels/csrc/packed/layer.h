@@ -37,10 +37,10 @@ class Layer {
   void convolve(int64_t first, int64_t begin, int64_t end, bool backwards);
   void look_ahead(int64_t first, int64_t row, Scratch& s) const;
   void row(int64_t sample, int64_t r, Scratch& s);
-  void fixed_counts(const uint32_t* bits, const Scratch& s, const uint32_t* w, int64_t tile_step, int tiles, int mixed,
+  void fixed_counts(const uint32_t* bits, const Scratch& s, const uint32_t* w, int64_t tile_step, int channels, int mixed,
                     int32_t* fixed) const;
   void popcounts(const uint32_t* bits, int64_t a_step, const Scratch& s, const uint32_t* w, int64_t tile_step, int pixels,
-                 int tiles, int mixed, const int32_t* fixed, int32_t* counts) const;
+                 int channels, int mixed, const int32_t* fixed, int32_t* counts) const;
   void depthwise_counts(const Scratch& s, const std::vector<uint32_t>& weights, bool masked, int32_t* counts) const;
   void fetch(const Scratch& s, int64_t sample, int64_t channel, int channels, int64_t source, int64_t place, int64_t step,
              int block) const;
@@ -63,6 +63,7 @@ class Layer {
   const char* x_;
   int64_t element_;
   int64_t in_group_, out_group_, lanes_, stride_, tiles_, words_, row_words_;
+  int64_t tap_bytes_;  // of a tap's words, those that gemm has to read
   const uint32_t* weights_;
   uint32_t* arranged_ = nullptr;  // room for the weights as gemm reads them, where that differs
   std::vector<char> inside_;  // depthwise: per output column block, whether every tap is inside

@@ -106,30 +106,30 @@ void Layer::merge_part(int64_t sample, int64_t part) {
 }
 
 // What constant planes give at every pixel of a run: the popcounts of its first pixel.
-void Layer::fixed_counts(const uint32_t* bits, const Scratch& s, const uint32_t* w, int64_t tile_step, int tiles, int mixed,
+void Layer::fixed_counts(const uint32_t* bits, const Scratch& s, const uint32_t* w, int64_t tile_step, int channels, int mixed,
                          int32_t* fixed) const {
   int32_t found[kMaxChannels];
   std::fill(fixed, fixed + kMaxChannels, 0);
   for (int plane = 0; plane < 2; ++plane) {
     if (mixed >> plane & 1) continue;
-    inner_.gemm(bits + plane * second_, 0, s.segments.data(), (int64_t)s.segments.size(), w, tile_step, 1, tiles, found,
+    inner_.gemm(bits + plane * second_, 0, s.segments.data(), (int64_t)s.segments.size(), w, tile_step, 1, channels, found,
                 kMaxChannels);
-    for (int64_t c = 0; c < tiles * lanes_; ++c) fixed[c] += (2 - plane) * found[c];
+    for (int c = 0; c < channels; ++c) fixed[c] += (2 - plane) * found[c];
   }
 }
 
 // Popcounts of a block of pixels, of two planes as one number: twice the first's and the second's.
 void Layer::popcounts(const uint32_t* bits, int64_t a_step, const Scratch& s, const uint32_t* w, int64_t tile_step, int pixels,
-                      int tiles, int mixed, const int32_t* fixed, int32_t* counts) const {
+                      int channels, int mixed, const int32_t* fixed, int32_t* counts) const {
   const int64_t n = (int64_t)s.segments.size();
   if (mixed == 3)
-    return inner_.gemm2(bits, second_, a_step, s.segments.data(), n, w, tile_step, pixels, tiles, counts, kMaxChannels);
+    return inner_.gemm2(bits, second_, a_step, s.segments.data(), n, w, tile_step, pixels, channels, counts, kMaxChannels);
   const int32_t weight = mixed == 1 ? 2 : mixed == 2 ? 1 : 0;
   if (weight)
-    inner_.gemm(bits + (mixed == 2 ? second_ : 0), a_step, s.segments.data(), n, w, tile_step, pixels, tiles, counts,
+    inner_.gemm(bits + (mixed == 2 ? second_ : 0), a_step, s.segments.data(), n, w, tile_step, pixels, channels, counts,
                 kMaxChannels);
   for (int p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < tiles * lanes_; ++c) {
+    for (int c = 0; c < channels; ++c) {
       int32_t& at = counts[p * kMaxChannels + c];
       at = (weight ? weight * at : 0) + fixed[c];
     }

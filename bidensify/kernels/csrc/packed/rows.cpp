@@ -137,19 +137,19 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         if (!s.segments.empty()) {
           Segment& last = s.segments.back();
           // Neighbouring taps of one row are one stretch of words.
-          if (a_.groups == 1 && last.a + last.n == a && last.w + last.n * stride_ == w) {
+          if (a_.groups == 1 && tap_bytes_ == words_ * 4 && last.a + last.n == a && last.w + last.n * stride_ == w) {
             last.n += words_;
+            last.bytes += tap_bytes_;
             continue;
           }
         }
-        s.segments.push_back({a, w, words_});
+        s.segments.push_back({a, w, words_, tap_bytes_});
       }
     const int32_t kvalid = (int32_t)(s.rows.size() * run.taps.size() * in_group_) * unit_;
     for (int64_t g = 0; g < a_.groups; ++g)
       for (int64_t t = 0; t < tiles_; t += inner_.max_tiles) {
-        const int tiles = (int)std::min<int64_t>(inner_.max_tiles, tiles_ - t);
         const int64_t channel = g * out_group_ + t * lanes_;
-        const int channels = (int)std::min<int64_t>(tiles * lanes_, out_group_ - t * lanes_);
+        const int channels = (int)std::min<int64_t>(inner_.max_tiles * lanes_, out_group_ - t * lanes_);
         const uint32_t* w = weights_ + (g * tiles_ + t) * tile_step;
         Epilogue e;
         fill(e, sample, channel, channels);
@@ -157,7 +157,7 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
         e.kvalid_step = 0;
         e.y_step = run.step * a_.cout;
         e.buffer_step = run.step * a_.cout;
-        if (a_.planes == 2 && mixed != 3) fixed_counts(bits + g * words_, s, w, tile_step, tiles, mixed, fixed);
+        if (a_.planes == 2 && mixed != 3) fixed_counts(bits + g * words_, s, w, tile_step, channels, mixed, fixed);
         for (int64_t j = 0; j < count; j += step) {
           const int block = (int)std::min<int64_t>(step, count - j);
           s.x_ahead.step<0>();
@@ -165,10 +165,10 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
           if (a_.dots == nullptr) fetch(s, sample, channel, channels, before + j, place + run.start + j * run.step, run.step, block);
           const uint32_t* from = bits + g * words_ + j * run.in_step * row_words_;
           if (a_.planes == 2) {
-            popcounts(from, run.in_step * row_words_, s, w, tile_step, block, tiles, mixed, fixed, counts);
+            popcounts(from, run.in_step * row_words_, s, w, tile_step, block, channels, mixed, fixed, counts);
           } else {
             inner_.gemm(from, run.in_step * row_words_, s.segments.data(), (int64_t)s.segments.size(), w, tile_step, block,
-                        tiles, counts, count_step);
+                        channels, counts, count_step);
           }
           const int64_t ow = run.start + j * run.step;
           const int64_t out = (sample * a_.oh * a_.ow + place + ow) * a_.cout + channel;
