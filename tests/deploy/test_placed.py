@@ -32,6 +32,8 @@ PLACED: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm": lambda x: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), VARIANCE.to(x.dtype), MEAN.to(x.dtype)),
     "batch_norm plain": lambda x: F.batch_norm(x, MEAN.to(x.dtype), VARIANCE.to(x.dtype), eps=1e-3),
     "bilinear size": lambda x: F.interpolate(x, size=(50, 31), mode="bilinear"),
+    "bilinear same size": lambda x: F.interpolate(x, size=x.shape[2:], mode="bilinear"),
+    "bilinear same size corners": lambda x: F.interpolate(x, size=x.shape[2:], mode="bilinear", align_corners=True),
     "bilinear corners": lambda x: F.interpolate(x, (64, 48), mode="bilinear", align_corners=True),
     "bilinear scale": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False),
     "bilinear scale corners": lambda x: F.interpolate(x, scale_factor=4.0, mode="bilinear", align_corners=True),
@@ -94,6 +96,20 @@ def test_the_same_bits(name: str, dtype: torch.dtype) -> None:
             assert memory.kept()[0] == before
         del got
     assert memory.kept()[0] == before
+
+
+@pytest.mark.parametrize("size", [(6, 8), (12, 16), (24, 32)])
+def test_tokens_as_a_map_are_upsampled_in_channels_last(size: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    tokens = torch.randn(1, size[0] * size[1], 256)
+    packed = pack(
+        settle(Net(lambda x: F.interpolate(x.transpose(1, 2).reshape(1, 256, *size), (24, 32), mode="bilinear")))
+    )
+    want = packed.operation(tokens)
+    with torch.inference_mode():
+        got = packed(tokens)
+    assert torch.equal(got, want)
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rprelu() -> None:

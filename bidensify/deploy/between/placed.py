@@ -28,12 +28,12 @@ def placed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
     return None if library() is None or torch.is_autocast_enabled("cpu") else run(*args, **kwargs)
 
 
-def _dense(x: Any) -> bool:
+def _dense(x: Any, large: bool = True) -> bool:
     return (
         type(x) is Tensor
         and x.dim() == 4
         and x.device.type == "cpu"
-        and memory.takes(x.shape, x.dtype)
+        and (not large or memory.takes(x.shape, x.dtype))
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -82,7 +82,9 @@ def _batch_norm(
 def _interpolate(
     input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: Any = None, **more: Any
 ) -> Tensor | None:  # fmt: skip
-    if mode != "bilinear" or any(more.values()) or not _dense(input):
+    # The result is what is large. With one sample torch may take a map in channels_last for one that is not, by its strides, and
+    # copy what its kernel made into the other order.
+    if mode != "bilinear" or any(more.values()) or not _dense(input, large=False):
         return None
     height, width = input.shape[2:]
     scales: tuple[float | None, float | None] = (None, None)
@@ -97,6 +99,9 @@ def _interpolate(
     if not memory.takes(shape, input.dtype):
         return None
     out = memory.empty(shape, input.dtype)
+    if shape == tuple(input.shape) and scales == (None, None):
+        # Each value once its own plus three times 0 times another: itself, if it is finite.
+        return out.copy_(input)
     torch.ops.aten.upsample_bilinear2d.out(input, shape[2:], bool(align_corners), *scales, out=out)
     return out
 
