@@ -161,9 +161,10 @@ def measure(folder: Path, program: Path, threads: list[int], runs: int, names: l
 
     library = ""
     if any(name.startswith("ov_bits") for name in names):
-        from bidensify.deploy.runtimes.build import OPENVINO
-
-        library = str(OPENVINO.find())
+        # Not here: a process's peak counts what its parent held when it was started.
+        code = "from bidensify.deploy.runtimes.build import OPENVINO; print(OPENVINO.find())"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        library = found.stdout.split()[-1]
     made = json.loads((folder / "made.json").read_text())
     print(f"{made['network']}, {processor()}, {platform.python_version()}", flush=True)
     print(
@@ -186,16 +187,16 @@ def measure(folder: Path, program: Path, threads: list[int], runs: int, names: l
                     file = file_of(folder, name, size)
                     command = [program, file, image, folder / "mask.png", count, runs]
                 done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-                found = re.search(r"([\d.]+) ms on \d+ threads, ([\d.]+) MiB", done.stdout)
-                if found is None:
+                line = re.search(r"([\d.]+) ms on \d+ threads, ([\d.]+) MiB", done.stdout)
+                if line is None:
                     print(f"| {size} | {count} | {name} | failed: {(done.stdout + done.stderr)[-300:]} |")
                     continue
                 best = re.search(r"fastest of \d+ runs: ([\d.]+) ms", done.stdout)
-                fast = float(found[1] if best is None else best[1])
+                fast = float(line[1] if best is None else best[1])
                 weights = file.with_suffix(".bin")
                 mb = (file.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
                 print(
-                    f"| {size} | {count} | {name} | {mb:.2f} | {float(found[2]):.0f} | {fast:.1f} | {float(found[1]):.1f} |",
+                    f"| {size} | {count} | {name} | {mb:.2f} | {float(line[2]):.0f} | {fast:.1f} | {float(line[1]):.1f} |",
                     flush=True,
                 )
 

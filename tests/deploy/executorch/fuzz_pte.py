@@ -98,10 +98,10 @@ def main() -> None:
         ]
         command += ["--sealed"] if given.sealed else []
         try:
-            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=600)
             lines, code = run.stdout.split("\n"), run.returncode
         except subprocess.TimeoutExpired as error:
-            lines, code = (error.stdout or b"").decode().split("\n"), 1
+            lines, code = (error.stdout or b"").decode(errors="replace").split("\n"), 1
         words = [line.split() for line in lines if line.startswith(("open ", "run ", "refused ", "ran "))]
         ends.update(word for word, _ in words if word in ("refused", "ran"))
         if code == 0:
