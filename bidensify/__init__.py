@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bidensify.nn import calibrate
     from bidensify.precisions import allocate, sensitivity
     from bidensify.rewrite.api import bidensify, plan
+    from bidensify.rewrite.least_squares import fit_scales
     from bidensify.tasks import register_task
     from bidensify.train import finetune
 
@@ -36,6 +37,7 @@ _PUBLIC = {
     "compile": "bidensify.deploy.between.compiled",
     "export": "bidensify.deploy.export",
     "finetune": "bidensify.train",
+    "fit_scales": "bidensify.rewrite.least_squares",
     "from_pretrained": "bidensify.deploy.pretrained",
     "pack": "bidensify.deploy.pack",
     "plan": "bidensify.rewrite.api",
@@ -59,6 +61,7 @@ __all__ = [
     "compile",
     "export",
     "finetune",
+    "fit_scales",
     "from_pretrained",
     "pack",
     "plan",

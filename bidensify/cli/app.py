@@ -16,6 +16,7 @@ from rich.markup import escape
 from bidensify._util.version import __version__
 from bidensify.cli.bench import bench
 from bidensify.cli.budgets.allocate import allocate
+from bidensify.cli.budgets.calibrate import calibrate
 from bidensify.cli.budgets.sensitivity import sensitivity
 from bidensify.cli.compare import compare
 from bidensify.cli.demo import demo
@@ -28,8 +29,8 @@ from bidensify.cli.runs import check, finetune
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
-    plan, summary, convert, check, finetune, evaluate, predict, sensitivity, allocate, compare, pack, bench, export, runtime,
-    demo,
+    plan, summary, convert, check, finetune, evaluate, predict, sensitivity, allocate, calibrate, compare, pack, bench, export,
+    runtime, demo,
 )  # fmt: skip
 
 app = typer.Typer(

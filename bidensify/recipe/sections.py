@@ -195,11 +195,15 @@ class DistributedSection(Section):
 
 
 class CalibrateSection(Section):
-    """Batches for thresholds and norm statistics at the start of the student, and for norm statistics at the end."""
+    """Batches for thresholds and norm statistics at the start of the student, and for norm statistics at the end.
+
+    ``least_squares``: at the start scales and shifts are fitted to the teacher's activations too (``bidensify.fit_scales``).
+    """
 
     batches: int = Field(default=8, ge=0)
     each_stage: bool = True
     at_end: bool = True
+    least_squares: bool = False
 
 
 class EvaluateSection(Section):

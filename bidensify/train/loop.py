@@ -109,7 +109,7 @@ class Loop:
         stage, state, recipe = self.recipe.stages[number], self.state, self.recipe
         set_mode(self.student, stage)
         if checkpoint is None:
-            calibrate_start(self.student, self.train, recipe, self.accelerator, self.plan[state.epoch])
+            calibrate_start(self.student, self.teacher, self.train, recipe, self.accelerator, self.plan[state.epoch])
         with stage_step(
             self.student, self.teacher, stage, self.task, recipe=recipe, accelerator=self.accelerator, state=checkpoint
         ) as step:

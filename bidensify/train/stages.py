@@ -17,6 +17,7 @@ from bidensify.losses import Features
 from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
+from bidensify.rewrite.least_squares import fit_scales
 from bidensify.train.loaders import training_loader
 from bidensify.train.optim import parameter_groups
 
@@ -105,12 +106,29 @@ def calibration_batches(
 
 
 def calibrate_start(
-    student: nn.Module, train: Dataset[dict[str, Tensor]], recipe: Recipe, accelerator: Accelerator, epoch: Epoch
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset[dict[str, Tensor]],
+    recipe: Recipe,
+    accelerator: Accelerator,
+    epoch: Epoch,
 ) -> None:
-    """Calibrates a student at the start of a stage: thresholds and norms of the first, norms of later ones."""
+    """Calibrates a student at the start of a stage: thresholds and norms of the first, norms of later ones.
+
+    Raises:
+        ConfigError: the recipe asks for least squares, and there is no teacher.
+    """
     first = epoch.stage == 0
     if recipe.calibrate.batches == 0 or not any(True for _ in binary_layers(student)):
         return
     if first or recipe.calibrate.each_stage:
         batches = calibration_batches(student, train, recipe, accelerator.device, epoch.index)
+        if first and recipe.calibrate.least_squares:
+            if teacher is None:
+                raise ConfigError(
+                    f"recipe {recipe.name!r} has calibrate.least_squares, which fits to a teacher's activations; add "
+                    "teacher.weights or teacher.stages"
+                )
+            fit_scales(student, teacher, batches)
+            return
         calibrate(student, batches, thresholds=first, norms=True)

@@ -17,6 +17,7 @@ from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, 
 
 __all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation"]
 
+REPLACES_ADD = "replaces the residual add"
 _KINDS = ("linear", "function", "scripted", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
 # (height, width), or fewer or more dimensions.
 Sizes = Annotated[tuple[Size, ...], Field(max_length=8)]
@@ -102,6 +103,11 @@ class LayerPlan:
             nonnegative=self.nonnegative,
             weight=None if weight is None or weight.is_meta else weight.detach(),
         )
+
+    @property
+    def replaces_add(self) -> bool:
+        """Whether its bypass stands for a residual add that is gone."""
+        return REPLACES_ADD in self.reason
 
     @property
     def shape(self) -> str:

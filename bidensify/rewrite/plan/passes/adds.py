@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bidensify.rewrite.plan.code import Site
 from bidensify.rewrite.plan.draft import Draft
-from bidensify.rewrite.plan.entries import ActivationPlan
+from bidensify.rewrite.plan.entries import REPLACES_ADD, ActivationPlan
 from bidensify.rewrite.plan.passes.residual import Residual, find_residuals
 
 __all__ = ["settle_adds"]
@@ -57,5 +57,5 @@ def _remove(draft: Draft, found: Residual) -> bool:
         draft.removed[node] = flow.tensors(node)[main]
     draft.absorbed_scales.update(found.scales)
     scale = flow.layer_scale(found.scales[0]) if found.scales else None
-    draft.change(found.last, "replaces the residual add", way="block", layer_scale=scale)
+    draft.change(found.last, REPLACES_ADD, way="block", layer_scale=scale)
     return True
