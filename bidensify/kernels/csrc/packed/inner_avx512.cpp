@@ -123,7 +123,7 @@ void gemm2(const uint32_t* a, int64_t second, int64_t a_step, const Segment* s, 
   }
 }
 
-const Inner kInner = {6, 4, 3, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+const Inner kInner = {6, 4, 3, 6, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
                       gemm2, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

@@ -79,7 +79,7 @@ void gemm(const uint32_t* a, int64_t a_step, const Segment* s, int64_t n, const 
   gemm_of<1>(a, 0, a_step, s, n, w, tile_step, pixels, channels, counts, count_step);
 }
 
-const Inner kInner = {4, 4, 4, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
+const Inner kInner = {4, 4, 4, 4, kLanes, kLanes, false, nullptr, sum_pixels, pack_pixels, measure_pixels, pack2_pixels, nullptr, gemm,
                       gemm_of<2>, depthwise_counts, finish_block, average_pixels, fuse_pixel, accumulate_row};
 
 }  // namespace

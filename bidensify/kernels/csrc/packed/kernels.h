@@ -53,6 +53,7 @@ struct Epilogue {
 struct Inner {
   int max_pixels, max_tiles;
   int max_pixels2;  // of gemm2
+  int few_pixels;   // at most either: of layers with many popcounts for each value of the output
   int lanes;  // output channels per tile as gemm reads it: 16, or 32 with an arrangement of its own
   int stride;  // 32-bit words that one activation word meets per tile, as gemm reads them
   bool bytes;  // gemm reads a segment's bytes, not its words: segments of several taps must be full

@@ -15,6 +15,7 @@ constexpr int64_t kPointwiseRow = 64;
 constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kMostParts = 256;
 constexpr int64_t kArrangeUnits = 16;
+constexpr int64_t kFewBits = 64;
 
 // Whether some sample's two values are not -v and v.
 bool lopsided(const bd_conv_args& a) {
@@ -40,7 +41,10 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
   tiles_ = (out_group_ + lanes_ - 1) / lanes_;
   weights_ = a_.tiles;
   words_ = a_.depthwise ? (a_.cin + 31) / 32 : (in_group_ + 31) / 32;
-  tap_bytes_ = inner_.bytes ? (in_group_ + 7) / 8 : words_ * 4;
+  // Blocks of many pixels pay where popcounts are few: they set up what follows once, and may leave out bytes without channels.
+  const bool small = out_group_ <= kLanes || (int64_t)a_.kh * a_.kw * in_group_ <= kFewBits;
+  block_pixels_ = small ? inner_.max_pixels : inner_.few_pixels;
+  tap_bytes_ = inner_.bytes && small ? (in_group_ + 7) / 8 : words_ * 4;
   row_words_ = words_ * (a_.depthwise ? 1 : a_.groups);
   cin_padded_ = round_up(a_.cin, kLanes) + kLanes;
   cout_padded_ = round_up(a_.cout, kLanes) + kLanes;
@@ -62,7 +66,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
   if (a_.depthwise) {
     blocks_ = words_ * ((a_.ow + kLanes - 1) / kLanes);
   } else {
-    for (const Run& run : runs_) blocks_ += (run.count + inner_.max_pixels - 1) / inner_.max_pixels;
+    for (const Run& run : runs_) blocks_ += (run.count + block_pixels_ - 1) / block_pixels_;
     blocks_ *= a_.groups * ((tiles_ + inner_.max_tiles - 1) / inner_.max_tiles);
   }
 

@@ -74,6 +74,7 @@ class Layer {
   int64_t rows_, row_pixels_;
   int32_t unit_;  // the largest integer that an activation stands for: 1, or 3 with two planes
   int64_t second_ = 0;  // words from the first plane's to the second's
+  int block_pixels_;
   int64_t blocks_;  // of a row, each with its own popcounts and last step
   // Depthwise: words of one row lie in planes, one per 32 channels, split by column phase.
   int64_t plane_, phase_length_;

@@ -119,7 +119,7 @@ void Layer::row(int64_t sample, int64_t r, Scratch& s) {
   prepare_bypass(sample, r, pixels, s);
   if (s.windows != nullptr) sum_windows(sample, r, s);
   const int mixed = a_.planes == 2 ? mixed_[sample - base_] : 0;
-  const int64_t step = mixed == 3 ? inner_.max_pixels2 : inner_.max_pixels;
+  const int64_t step = mixed == 3 ? std::min(inner_.max_pixels2, block_pixels_) : block_pixels_;
   int32_t fixed[kMaxChannels];
   const int64_t taps = (int64_t)a_.kh * a_.kw, tile_step = taps * words_ * stride_;
   const uint32_t* bits = bits_ + (sample - base_) * a_.h * a_.w * row_words_ + (pointwise_ ? place * row_words_ : 0);
