@@ -30,6 +30,8 @@ from bidensify.kernels import memory
 SHAPES = (
     *(case for case in CASES if not case.name.startswith(("transposed", "3x3/2", "3x3 512"))),
     Case("1x1 64->256 at 128x128", "conv", (1, 64, 128, 128), 256),
+    Case("3x3 16->16 at 192x256", "conv", (1, 16, 192, 256), 16, 3, 1, 1),
+    Case("linear 16384x256->1024", "linear", (1, 16384, 256), 1024),
 )
 POPCOUNTS = Case("3x3 1024->1024 at 16x16", "conv", (1, 1024, 16, 16), 1024, 3, 1, 1)
 
