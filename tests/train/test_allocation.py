@@ -145,3 +145,21 @@ def test_the_options_that_are_gone_may_hold_what_is_left_of_them() -> None:
     data["binarize"]["weights"] = "random"
     with pytest.raises(ConfigError, match="the option 'weights' is gone"):
         load_recipe(data)
+
+
+def test_a_run_may_start_from_least_squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[int] = []
+
+    def noted(student: Any, teacher: Any, batches: list[Any]) -> None:
+        fitted.append(len(batches))
+        bd.fit_scales(student, teacher, batches)
+
+    monkeypatch.setattr("bidensify.train.stages.fit_scales", noted)
+    data = recipe(None, binarize={}, calibrate={"batches": 1, "least_squares": True})
+    result = run_recipe(data, tmp_path / "run", train_teacher=True, quiet=True)
+    assert fitted == [1]
+    assert len(result.history) == 1
+    data = recipe(None, binarize={}, calibrate=data["calibrate"], teacher=None)
+    data["stages"][0]["losses"] = {"task": 1}
+    with pytest.raises(ConfigError, match="has calibrate.least_squares, which fits to a teacher's activations"):
+        run_recipe(data, tmp_path / "alone", quiet=True)
