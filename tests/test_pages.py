@@ -56,7 +56,7 @@ def more(words: list[str]) -> list[str]:
     if words[0] == "compare":
         return ["--quiet", *SMALL, "--seconds", "0.05", "--pictures", "1"]
     quiet = ["--quiet"] if words[0] == "finetune" and "--dry-run" not in words else []
-    if words[0] == "sensitivity" and scenes:
+    if words[0] in ("sensitivity", "calibrate") and scenes:
         # What the teacher was trained with.
         return [part for value in SMALL[1::2] if "epochs" not in value for part in ("--set", value)]
     return quiet + (SMALL if words[0] == "finetune" and scenes else [])
