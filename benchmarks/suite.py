@@ -60,6 +60,8 @@ SIZES = ((192, 256), (512, 512))
 # Networks of one size of image alone.
 SQUARE = {"transformers DPT-small": 384}
 PACKED = ("packed", "packed compiled", "packed bfloat16")
+# The packed network as `bidensify export NET.xml` writes it: the same kernels inside OpenVINO, the rest in float or int8.
+EXPORTED = ("packed openvino", "packed openvino int8 rest")
 MARK = "row: "
 
 
@@ -93,6 +95,23 @@ def open_float(folder: Path, module: nn.Module, x: Tensor, number: int) -> Calla
     return lambda: next(iter(request.infer().values()))
 
 
+def open_packed(folder: Path, packed: nn.Module, x: Tensor, number: int, int8: bool) -> Callable[[], Any]:
+    """The packed network under OpenVINO."""
+    import bidensify as bd
+    from bidensify.deploy.openvino.program import open_network
+    from bidensify.deploy.runtimes.build import OPENVINO
+
+    file = folder / f"packed_{'int8_rest' if int8 else 'float_rest'}.xml"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = [torch.randn_like(x) for _ in range(2)] if int8 else None
+        bd.export(packed, file, example_inputs=x, int8_rest=images)
+    ov: Any = importlib.import_module("openvino")
+    request = open_network(file, OPENVINO.find(), number).create_infer_request()
+    request.set_input_tensor(ov.Tensor(x.contiguous().numpy(), shared_memory=True))
+    return lambda: next(iter(request.infer().values()))
+
+
 def calls(
     name: str, size: tuple[int, int], number: int, cache: Path, wanted: list[str], linear: str
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -122,6 +141,8 @@ def calls(
         "packed": lambda: partial(bd.pack(student), x),
         "packed compiled": lambda: partial(bd.pack(student, compile=True), x),
         "packed bfloat16": lambda: partial(bd.pack(student, float_dtype=torch.bfloat16), x),
+        "packed openvino": lambda: open_packed(folder, First(bd.pack(student)).eval(), x, number, False),
+        "packed openvino int8 rest": lambda: open_packed(folder, First(bd.pack(student)).eval(), x, number, True),
     }
     made: dict[str, Callable[[], Any]] = {}
     missing: dict[str, str] = {}
@@ -195,13 +216,14 @@ def mean(values: list[float]) -> float:
 
 def render(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for each number of threads, geometric means, what is slower than int8."""
-    names = ("float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED)
+    names = ("float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED, *EXPORTED)
     parts = []
     for number in sorted({row["threads"] for row in rows}):
         head = ["network", "size", *names, "int8 / packed", "float / packed", "best packed"]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         over_int8: list[float] = []
         over_float: list[float] = []
+        under_openvino: list[float] = []
         slower = []
         for row in sorted((row for row in rows if row["threads"] == number), key=lambda r: (r["size"], r["network"])):
             times, chosen = row["ms"], best(row)
@@ -221,12 +243,17 @@ def render(rows: list[dict[str, Any]]) -> str:
                     ratio = times["float"] / times[chosen]
                     over_float += [ratio] if row["linear"] == "pointwise" else []
                     ratios[1] = f"{ratio:.2f}"
+            if EXPORTED[1] in times and "openvino int8" in times and row["linear"] == "pointwise":
+                under_openvino.append(times["openvino int8"] / times[EXPORTED[1]])
             lines.append("| " + " | ".join([*cells, *ratios]) + " |")
         title = f"{number} thread{'s' if number > 1 else ''}, ms"
         text = (
             f"Geometric means: {mean(over_int8):.2f} times OpenVINO int8, {mean(over_float):.2f} times float PyTorch."
         )
         text += f" Slower than int8: {', '.join(slower) or 'none'}."
+        if under_openvino:
+            text += f" Under OpenVINO with an int8 rest, packed is {mean(under_openvino):.2f} times its int8"
+            text += f" ({len(under_openvino)} networks, the slowest {min(under_openvino):.2f})."
         parts.append("\n".join([title, "", *lines, "", text]))
     return "\n\n".join(parts)
 
@@ -246,7 +273,7 @@ def child(arguments: argparse.Namespace, name: str, size: tuple[int, int], numbe
 
 
 def main() -> None:
-    every = ["float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED]
+    every = ["float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED, *EXPORTED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="names or patterns of networks")
     parser.add_argument("--size", type=int, nargs="+", help="height and width; default both sizes")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bidensify.deploy.openvino import quantize
+from bidensify.deploy.openvino.layout import NCHW, NHWC, turn
 from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
 from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
@@ -23,7 +24,6 @@ from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
 
-_NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 # Numbers beside the network stand in the file under this name.
 _SECTION = "bidensify"
 
@@ -55,8 +55,8 @@ def _quiet() -> Iterator[None]:
 def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequence[Sequence[int]] | None) -> Any:
     """The program as an ``openvino.Model``.
 
-    Packed layers read and write images as NHWC, between two transposes each; OpenVINO cancels those that meet, and the others are
-    a matter of how it names a layout, since its own convolutions run on NHWC.
+    Packed layers read and write images as NHWC, between two transposes each; ``turn`` lets those that meet go, and at
+    convolutions they are a matter of how OpenVINO names a layout, since its own run on NHWC.
 
     Args:
         program: of a packed network.
@@ -77,7 +77,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
         image = ints[1] != LINEAR
 
         def last(value: Any) -> Any:
-            return ops.transpose(value, _NHWC).output(0) if image else value
+            return ops.transpose(value, NHWC).output(0) if image else value
 
         optional = [None if _is_none(value) else value for value in map(context.get_input, (5, 6, 7))]
         if optional[2] is not None:
@@ -87,7 +87,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
         rest = (value for value in optional if value is not None)
         inputs = [*parts, context.get_input(2), context.get_input(3), *rest]
         node = factory.create("packed_layer", inputs, {"up": up, "spec": ints, "given": given})
-        return (ops.transpose(node, _NCHW) if image else node).outputs()
+        return (ops.transpose(node, NCHW) if image else node).outputs()
 
     read_in_parts(program.graph)
     program.graph_module.recompile()
@@ -97,6 +97,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
             network = ov.convert_model(program, extension=[extension])
             if sizes is not None:
                 network.reshape({i: list(shape) for i, shape in enumerate(sizes)})
+            turn(network)
     except Exception as error:
         raise PlanError(f"OpenVINO does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
     return network
@@ -153,7 +154,7 @@ def _leave_in_rows(network: Any) -> None:
             continue
         n, c, h, w = (int(size.get_length()) for size in shape)
         names = value.get_names()
-        rows = ops.reshape(ops.transpose(value, _NHWC), [n, h * w, c], False)
+        rows = ops.reshape(ops.transpose(value, NHWC), [n, h * w, c], False)
         image = ops.reshape(ops.transpose(rows, [0, 2, 1]), [n, c, h, w], False).output(0)
         value.set_names(set())
         image.set_names(names)

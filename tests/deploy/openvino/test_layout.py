@@ -1,0 +1,97 @@
+"""Between packed layers under OpenVINO: images are moved to NCHW and back only where something needs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bidensify as bd
+from bidensify.deploy.openvino.program import open_network
+from bidensify.nn import BiDenseConv2d
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import settle
+
+pytestmark = pytest.mark.skipif(
+    "openvino" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
+    reason="openvino is not installed: pip install 'bidensify[openvino]'",
+)
+
+
+class Block(nn.Module):
+    """Packed layers with squeeze-and-excitation, a sum, a concatenation and an activation of a constant between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = BiDenseConv2d(3, 16, 3, padding=1)
+        self.second = BiDenseConv2d(16, 16, 3, padding=1)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.shift = nn.Parameter(torch.randn(1, 16, 1, 1))
+        self.last = BiDenseConv2d(48, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        b = self.second(a)
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(b.mean((2, 3), keepdim=True)))))
+        c = torch.where(b * gate > self.shift, a, 2 * b)
+        return self.last(torch.cat([c + a, torch.relu(a - self.shift), (b - 1).clamp(-1, 1)], 1))  # type: ignore[no-any-return]
+
+
+class Planar(nn.Module):
+    """What runs over rows, columns or channels of a packed layer's image, and a sum with an image of another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = BiDenseConv2d(3, 8, 3, padding=1), BiDenseConv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a = self.first(x)
+        rows, channels = a.mean(2, keepdim=True), a.amax(1, keepdim=True)
+        b = self.last(torch.softmax(a, 1) + rows * channels + x[:, :1])
+        return b, b.flatten(2) @ a.flatten(2).mT, b.sum((2, 3)), torch.cat([a, b], 2)
+
+
+def exported(model: nn.Module, path: Path) -> Any:
+    """The packed network's IR, run on two images beside the packed network in PyTorch."""
+    from bidensify.deploy.runtimes.build import OPENVINO
+
+    torch.manual_seed(0)
+    packed = bd.pack(settle(model))
+    bd.export(packed, path, example_inputs=torch.randn(2, 3, 12, 20))
+    library = OPENVINO.find()
+    x = torch.randn(2, 3, 12, 20)
+    with torch.no_grad():
+        wanted = packed(x)
+    found = open_network(path, library, threads=1)([x.numpy()])
+    for i, want in enumerate(wanted if isinstance(wanted, tuple) else (wanted,)):
+        got = torch.from_numpy(found[i])
+        assert got.shape == want.shape
+        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    ov = pytest.importorskip("openvino")
+    core = ov.Core()
+    core.add_extension(str(library))
+    return core.read_model(path)
+
+
+def test_no_image_is_moved_between_packed_layers(tmp_path: Path) -> None:
+    network = exported(Block(), tmp_path / "net.xml")
+    moved = [
+        list(node.input_value(0).get_shape())
+        for node in network.get_ordered_ops()
+        if node.get_type_name() == "Transpose" and node.input_value(0).get_node().get_type_name() != "Constant"
+    ]
+    images = [shape for shape in moved if shape.count(1) < 2]
+    # The image that comes in, and the one that leaves.
+    assert images == [[2, 3, 12, 20], [2, 12, 20, 8]]
+    assert len(moved) <= 4
+    assert sum(node.get_type_name() == "packed_layer" for node in network.get_ordered_ops()) == 3
+
+
+def test_what_needs_another_order_keeps_it(tmp_path: Path) -> None:
+    exported(Planar(), tmp_path / "net.xml")
