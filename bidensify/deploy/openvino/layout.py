@@ -16,12 +16,12 @@ __all__ = ["NCHW", "NHWC", "turn"]
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 # Each element by itself, with NumPy's broadcasting.
-_ELEMENTWISE = frozenset(
-    ("Abs", "Add", "Clamp", "Convert", "Divide", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterEqual")
-    + ("HSigmoid", "HSwish", "Less", "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum")
-    + ("Mish", "Multiply", "Negative", "Power", "Relu", "Select", "Sigmoid", "Sign", "SoftPlus", "Sqrt")
-    + ("SquaredDifference", "Subtract", "Swish", "Tanh")
-)
+_ELEMENTWISE = {
+    "Abs", "Add", "Clamp", "Convert", "Divide", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterEqual",
+    "HSigmoid", "HSwish", "Less", "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum",
+    "Mish", "Multiply", "Negative", "Power", "Relu", "Select", "Sigmoid", "Sign", "SoftPlus", "Sqrt",
+    "SquaredDifference", "Subtract", "Swish", "Tanh",
+}  # fmt: skip
 # Input 1 holds the axes.
 _REDUCTIONS = frozenset(("ReduceMax", "ReduceMean", "ReduceSum"))
 _FREE = ("Convolution", "GroupConvolution")
