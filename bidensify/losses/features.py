@@ -66,6 +66,11 @@ class Features:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was recorded, so that the next pass begins as the first did: none is taken for another's, and a compiled
+        one need not be compiled again."""
         self._found.clear()
 
     def __getitem__(self, path: str) -> Tensor:

@@ -60,6 +60,12 @@ class Losses:
             for name, term in self.terms.items()
         ]
 
+    def forget(self) -> None:
+        """Drops the features of the pass before."""
+        for features in (self._student, self._teacher):
+            if features is not None:
+                features.forget()
+
     def check(self, output: Any, target: Sample, teacher_output: Any = None) -> None:
         """Looks whether each term can work on these outputs.
 

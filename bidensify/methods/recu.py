@@ -30,16 +30,18 @@ from bidensify.nn import LearnedScaleWeight, SignBinarizer, sign, straight_throu
 class RevivedWeight(LearnedScaleWeight):
     """alpha_o * sign of the standardised weight, clamped to its tau-quantile."""
 
-    tau = 0.85
+    # The quantile, and how many times the mean magnitude it is: a compiled graph takes numbers, not functions of them.
+    tau, reach = 0.85, -log(2 - 2 * 0.85)
 
     def set_progress(self, fraction: float) -> None:
         self.tau = 0.85 + 0.14 * (exp(fraction) - 1) / (e - 1)
+        self.reach = -log(2 - 2 * self.tau)
 
     def transform(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         mean, deviation, _ = self.moments(weight, correction=1)
         gain = 2 * sqrt(2) / (deviation.square() + 1e-5).sqrt()
         standard = (weight - self.like(mean, weight)) * self.like(gain, weight)
-        bound = -standard.detach().abs().mean() * log(2 - 2 * self.tau)
+        bound = standard.detach().abs().mean() * self.reach
         return standard.clamp(-bound, bound), self.alpha, None
 
 

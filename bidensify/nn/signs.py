@@ -91,7 +91,7 @@ def crossing(k: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> tuple[
         (C,) each: threshold, and flip: -1 where k < 0. Where k is 0 every x is above the threshold, and flip is b's sign.
     """
     # Other runtimes that a graph is written for choose among float32 numbers alone.
-    narrow = k.device.type == "mps" or torch.compiler.is_compiling()
+    narrow = dtype != torch.float64 and (k.device.type == "mps" or torch.compiler.is_compiling())
     wide = torch.float32 if narrow else torch.float64
     k, b = k.detach().to(wide), b.detach().to(wide)
     largest = torch.finfo(dtype).max

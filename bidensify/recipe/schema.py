@@ -47,6 +47,8 @@ class Recipe(Section):
     ``model`` and the data sets in ``data`` may be left out where :func:`bidensify.finetune` is given a network and data
     sets of your own; what builds them from the recipe then raises a ConfigError.
 
+    ``compile`` sends the student's (or teacher's) training step through ``torch.compile``.
+
     ``imports`` are modules of your own ("my_package.my_module", "file.py") that register methods, losses, tasks, data sets
     or model sources; the working directory is on the path, as with ``python -m``.
     """
@@ -65,6 +67,7 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = False
+    compile: bool = False
     distributed: DistributedSection = DistributedSection()
     calibrate: CalibrateSection = CalibrateSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -18,6 +18,7 @@ from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.rewrite.least_squares import fit_scales
+from bidensify.train.compiled import check_compiler
 from bidensify.train.loaders import training_loader
 from bidensify.train.optim import parameter_groups
 
@@ -53,8 +54,9 @@ def check_stages(student: nn.Module, recipe: Recipe, teacher: nn.Module | None) 
     Raises:
         ConfigError: the student is packed, or its own teacher, or a model is in half precision; a stage binarizes a model
             that has no binary layers, leaves binary ones off in the end, distils without a teacher, or names layers or
-            parameters that are not there.
+            parameters that are not there; or ``compile`` cannot be.
     """
+    check_compiler(recipe)
     binary = any(True for _ in binary_layers(student))
     if teacher is student:
         raise ConfigError("the teacher is the student itself; give the full-precision network as teacher")

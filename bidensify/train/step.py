@@ -18,6 +18,7 @@ from bidensify.losses.terms import widen
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.tasks import Task
+from bidensify.train.compiled import compiled
 from bidensify.train.distributed import forward_context, sum_over_processes
 from bidensify.train.optim import Ema, build_optimizer
 from bidensify.train.sharded import Sharded, whole
@@ -34,7 +35,7 @@ class Step:
 
     Args:
         student: the network whose parameters are stepped.
-        model: what is called: the student, or its wrapper in a run of several processes.
+        model: what is called: the student, or its wrapper in a run of several processes, or in one that is compiled.
         sharded: what holds the sharded copy of the student that is trained in its place, or None.
         teacher: the full-precision network, in eval mode, or None.
         optimizer: over the student's parameters.
@@ -104,7 +105,9 @@ class Step:
         return values
 
     def _waiting(self) -> Any:
-        return self.accelerator.no_sync(self.model) if self.sharded is None else self.sharded.waiting()
+        if self.sharded is not None:
+            return self.sharded.waiting()
+        return self.accelerator.no_sync(getattr(self.model, "_orig_mod", self.model))
 
     def gather(self) -> None:
         """Brings the student's whole weights up to date, where shares of them are trained."""
@@ -124,6 +127,7 @@ class Step:
 
     def _terms(self, part: Sample) -> list[Tensor]:
         teacher_output: Any = None
+        self.losses.forget()
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_output = self.teacher(part["image"])
@@ -208,7 +212,7 @@ def stage_step(
                 theirs = stack.enter_context(Features(teacher, stage.layers, "teacher"))
             yield Step(
                 student=student,
-                model=model,
+                model=compiled(model) if recipe.compile else model,
                 sharded=sharded,
                 teacher=teacher,
                 optimizer=optimizer,
