@@ -24,6 +24,7 @@ from bidensify.errors import BidensifyError, ConfigError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
 from bidensify.tasks import Task
+from bidensify.train.compiled import compiles
 from bidensify.train.distributed import forward_context
 from bidensify.train.evaluation import eval_mode, evaluate
 from bidensify.train.stages import set_mode
@@ -56,6 +57,10 @@ def check_start(
     """
     with accelerator.main_process_first():  # the others read what the first remembers on disk
         notes = [*_labels(train, "data.train"), *_labels(val, "data.val")]
+    if recipe.compile and not compiles(recipe, accelerator.device):
+        notes.append(
+            "compile: true is for GPUs; on this CPU the training kernels are faster, and the step is not compiled"
+        )
     share = recipe.data.batch_size // recipe.data.accumulate
     with seeded(recipe.seed), _untouched(student):
         # Under a seed of its own, so that the run's draws are not seen twice.

@@ -18,7 +18,7 @@ from bidensify.losses.terms import widen
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.tasks import Task
-from bidensify.train.compiled import compiled
+from bidensify.train.compiled import compiled, compiles
 from bidensify.train.distributed import forward_context, sum_over_processes
 from bidensify.train.optim import Ema, build_optimizer
 from bidensify.train.sharded import Sharded, whole
@@ -212,7 +212,7 @@ def stage_step(
                 theirs = stack.enter_context(Features(teacher, stage.layers, "teacher"))
             yield Step(
                 student=student,
-                model=compiled(model) if recipe.compile else model,
+                model=compiled(model) if compiles(recipe, accelerator.device) else model,
                 sharded=sharded,
                 teacher=teacher,
                 optimizer=optimizer,

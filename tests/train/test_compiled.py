@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import bidensify as bd
 from bidensify.errors import ConfigError
+from bidensify.kernels import dense
 from bidensify.nn import set_binarization, set_progress
 from bidensify.train.compiled import compiled
 
@@ -113,3 +114,14 @@ def test_what_cannot_be_compiled_is_told_first(
     with pytest.raises(ConfigError, match=message):
         tiny.student_run(tmp_path / "run", changes={**changes, "compile": True})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_a_cpu_with_training_kernels_keeps_them(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    monkeypatch.setenv("BIDENSIFY_TRAIN_KERNELS", kernels)
+    counters.clear()
+    tiny.student_run(tmp_path / "run", changes={"compile": True})
+    assert (counters["stats"]["unique_graphs"] == 0) == dense.available()
