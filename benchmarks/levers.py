@@ -3,9 +3,9 @@
     python benchmarks/levers.py --out runs/levers --seeds 0 --only "lr 6e-3" "branches x 0.5"
     python benchmarks/levers.py --out runs/levers --table          # what is there: levers.json and a Markdown table
 
-Recipe, teacher and default are those of ``ablation.py``, and so is the length of every run unless its text says otherwise. A run
-that is there already is read, one that was stopped is resumed. A lever is a change of the recipe, or code of its own here: another
-start of the student, something after each step, another data set. Nothing of it is an option of the package unless it won.
+Recipe, teacher and default are those of ``ablation.py``, and so is the length of every run unless its text says otherwise. A
+run that is there already is read, one that was stopped is resumed. A lever is a change of the recipe, or code of its own
+beside this file: another start of the student, something after each step, another data set.
 """
 
 from __future__ import annotations
