@@ -24,10 +24,10 @@ from bidensify.errors import BidensifyError, ConfigError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
 from bidensify.tasks import Task
-from bidensify.train.compiled import compiles
 from bidensify.train.distributed import forward_context
 from bidensify.train.evaluation import eval_mode, evaluate
 from bidensify.train.stages import set_mode
+from bidensify.train.step import compiles
 
 Sample = dict[str, Tensor]
 __all__ = ["RunCheck", "check_disk", "check_start", "disk_needed"]

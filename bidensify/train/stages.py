@@ -18,9 +18,9 @@ from bidensify.nn import binary_layers, calibrate, set_binarization, state_of
 from bidensify.recipe import Recipe
 from bidensify.recipe.sections import StageSection
 from bidensify.rewrite.least_squares import fit_scales
-from bidensify.train.compiled import check_compiler
 from bidensify.train.loaders import training_loader
 from bidensify.train.optim import parameter_groups
+from bidensify.train.step import check_compiler
 
 _MODES = {"none": (False, False), "activations": (True, False), "all": (True, True)}
 

@@ -18,7 +18,7 @@ import bidensify as bd
 from bidensify.errors import ConfigError
 from bidensify.kernels import dense
 from bidensify.nn import set_binarization, set_progress
-from bidensify.train.compiled import compiled
+from bidensify.train.step import compiled
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
 
