@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from bidensify.deploy.executorch.passes import layout_pass
+from bidensify.deploy.executorch.passes import kernels_pass, layout_pass
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.errors import ConfigError, MissingExtraError, PlanError
@@ -98,7 +98,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
     EXECUTORCH.folder()
     with _imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
@@ -110,7 +110,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
                 constant_methods={name: [float(v) for v in values] for name, values in (constants or {}).items()},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            return seal(bytes(edge.to_executorch().buffer))
+            return seal(bytes(edge.to_executorch(ExecutorchBackendConfig(passes=[kernels_pass()])).buffer))
     except Exception as error:
         raise PlanError(f"ExecuTorch does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
 

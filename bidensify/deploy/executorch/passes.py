@@ -1,4 +1,17 @@
-"""An edit of the edge dialect: what comes before packed layers lies as they read it."""
+"""Edits of the edge dialect that make tensors lie as what reads them expects.
+
+ExecuTorch fixes the order in which a tensor lies (its dim order) when a program is written, and no kernel changes it. Three kinds
+of readers are to be served, and each is by one pass:
+
+- a packed layer reads and writes channels_last (a linear one: contiguous). ``layout_pass`` copies where its input lies otherwise,
+  before XNNPACK takes its share, so that XNNPACK makes most of the copies itself.
+- a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that it
+  has to be called so before the partition: ``layout_pass`` again.
+- of ExecuTorch's own kernels, pointwise ones on tensors of one shape and order take any, since they go through memory; the others
+  are written for contiguous tensors: some refuse others, some misread them. ``kernels_pass`` runs on what XNNPACK left: it gives
+  them contiguous tensors and puts what they give into the order in which it lay before, so that it changes nothing for whoever
+  reads it. Otherwise ExecuTorch itself would make some of them contiguous later, and with them all that follows.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +19,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.runtimes.prepare import LINEAR
 
-__all__ = ["layout_pass"]
+__all__ = ["kernels_pass", "layout_pass"]
+
+_LAST = [0, 2, 3, 1]
+
+
+def _order(value: Any) -> list[int] | None:
+    """The dimensions of a tensor from the outermost to the innermost in memory; None: no tensor, or none without doubt."""
+    try:
+        return [int(axis) for axis in value.dim_order()] if isinstance(value, Tensor) else None
+    except RuntimeError:
+        return None
+
+
+def _orders(value: Any) -> list[list[int]]:
+    """Those in which ExecuTorch can copy."""
+    plain = list(range(value.dim())) if isinstance(value, Tensor) else []
+    return [plain, _LAST] if len(plain) == 4 else [plain]
 
 
 def layout_pass() -> Any:
-    """A pass over the edge dialect: packed layers get channels_last, kernels that take no other order get contiguous inputs."""
+    """A pass over the edge dialect: packed layers get channels_last; kernels that take no other order, and those whose result
+    would lie in an order into which ExecuTorch cannot copy (a gather along an image's rows), get contiguous inputs.
+    """
     from executorch.exir.dialects._ops import ops
     from executorch.exir.pass_base import ExportPass
 
@@ -31,7 +63,7 @@ def layout_pass() -> Any:
                 order = torch.channels_last if last else torch.contiguous_format
                 if (last and tensor.dim() != 4) or tensor.is_contiguous(memory_format=order):
                     return value
-                wanted = [0, 2, 3, 1] if last else list(range(tensor.dim()))
+                wanted = _LAST if last else list(range(tensor.dim()))
                 return super(Layout, self).call_operator(clone, (value,), {"dim_order": wanted}, meta)
 
             if op is packed:
@@ -39,8 +71,69 @@ def layout_pass() -> Any:
                 parts = [lies(part, last) for part in args[0]]
                 tail = [lies(args[5], False), lies(args[6], False), lies(args[7], last)]
                 args = (parts, *args[1:5], *tail)
-            elif op in plain:
-                args = tuple(lies(value, False) for value in args)
-            return super().call_operator(op, args, kwargs, meta)
+            elif op in plain or _order(meta.data.get("val")) not in (None, *_orders(meta.data.get("val"))):
+                args, kwargs = tree_map(lambda value: lies(value, False), (args, kwargs))
+            return self._sure(super().call_operator(op, args, kwargs, meta), meta)
+
+        def call_getitem(self, value: Any, key: int, meta: Any) -> Any:
+            return self._sure(super().call_getitem(value, key, meta), meta)
+
+        def _sure(self, value: Any, meta: Any) -> Any:
+            """One pixel or one channel lies in both orders: XNNPACK takes it for contiguous, whatever its order is called."""
+            one: Any = getattr(value, "data", None)
+            order = _order(one)
+            if order is None or order == sorted(order) or not one.is_contiguous():
+                return value
+            return super().call_operator(clone, (value,), {"dim_order": sorted(order)}, meta)
 
     return Layout()
+
+
+def kernels_pass() -> Any:
+    """A pass over the edge dialect behind XNNPACK's partition: ExecuTorch's own kernels get the order that they are written for,
+    and all else sees the order that it saw before.
+    """
+    from executorch.exir.dialects._ops import ops
+    from executorch.exir.pass_base import ExportPass
+
+    edge = ops.edge
+    move = edge.dim_order_ops._to_dim_order_copy.default
+    # They say themselves how they read: by an order, by strides.
+    told = {
+        move,
+        edge.dim_order_ops._clone_dim_order.default,
+        edge.dim_order_ops._empty_dim_order.default,
+        edge.aten.as_strided_copy.default,
+        edge.bidensify.packed_layer.default,
+    }
+
+    class Kernels(ExportPass):  # type: ignore[misc]
+        def _moved(self, value: Any, order: list[int], meta: Any) -> Any:
+            return super().call_operator(move, (value,), {"dim_order": order}, meta)
+
+        def _like(self, value: Any, meta: Any) -> Any:
+            """The result in the order that it had when delegates were made."""
+            wanted, found = _order(meta.data.get("val")), _order(getattr(value, "data", None))
+            return value if wanted is None or found is None or wanted == found else self._moved(value, wanted, meta)
+
+        def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+            given = [value for value in tree_leaves((args, kwargs)) if _order(getattr(value, "data", None)) is not None]
+            result = meta.data.get("val")
+            ones = [value.data for value in given] + ([result] if isinstance(result, Tensor) else [])
+            plain = all(_order(one) == sorted(_order(one) or []) for one in ones)
+            alike = len({(tuple(one.shape), tuple(_order(one) or [])) for one in ones}) == 1
+            pointwise = torch.Tag.pointwise in getattr(getattr(op, "_op", op), "tags", ())
+            if op in told or plain or not given or (pointwise and alike):
+                return super().call_operator(op, args, kwargs, meta)
+
+            def contiguous(value: Any) -> Any:
+                order = _order(getattr(value, "data", None))
+                return value if order is None or order == sorted(order) else self._moved(value, sorted(order), meta)
+
+            args, kwargs = tree_map(contiguous, (args, kwargs))
+            return self._like(super().call_operator(op, args, kwargs, meta), meta)
+
+        def call_getitem(self, value: Any, key: int, meta: Any) -> Any:
+            return self._like(super().call_getitem(value, key, meta), meta)
+
+    return Kernels()

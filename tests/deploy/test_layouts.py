@@ -1,0 +1,137 @@
+"""Under both runtimes, packed layers read what other operators give in whatever order it lies there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bidensify as bd
+from bidensify.deploy.runtimes.again import run_again
+from bidensify.nn import BiDenseConv2d
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import relative, settle
+from layouts import BEFORE, Net
+
+_installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+RUNTIMES = [
+    pytest.param(
+        suffix,
+        marks=pytest.mark.skipif(name not in _installed, reason=f"not installed: pip install 'bidensify[{name}]'"),
+    )
+    for suffix, name in ((".pte", "executorch"), (".xml", "openvino"))
+]
+# What a runtime itself cannot.
+WITHOUT = {
+    ".pte": {"a largest value"},  # ExecuTorch 1.5 has no adaptive_max_pool2d
+    ".xml": {"normed by groups"},  # OpenVINO 2026.4 crashes on a residual around a GroupNorm between packed layers
+}
+GROUPS = [list(BEFORE)[start::4] for start in range(4)]
+
+
+class Beside(nn.Module):
+    """Networks, each with an input of its own."""
+
+    def __init__(self, nets: list[nn.Module]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y for net, x in zip(self.nets, inputs) for y in net(x))
+
+
+def outputs(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+    """What the file gives, in a process of its own."""
+    from bidensify.deploy.executorch import program as pte
+    from bidensify.deploy.openvino import program as ir
+    from bidensify.deploy.runtimes.build import EXECUTORCH, OPENVINO
+
+    runtime, program = (EXECUTORCH, pte) if path.suffix == ".pte" else (OPENVINO, ir)
+    found = run_again(runtime, program.__file__, path, [inputs])
+    assert not isinstance(found, str), found
+    return found[0]
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
+@pytest.mark.parametrize("names", GROUPS, ids=[names[0] for names in GROUPS])
+def test_what_comes_before_a_packed_layer(names: list[str], suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = [name for name in names if name not in WITHOUT[suffix]]
+    model = bd.pack(settle(Beside([Net(name) for name in names])))
+    inputs = [torch.randn(2, 3, 24, 32) for _ in names]
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=tuple(inputs))
+    with torch.no_grad():
+        wanted = model(*inputs)
+    for i, (got, want) in enumerate(zip(outputs(done.path, inputs), wanted, strict=True)):
+        assert relative(got, want) < 1e-5, (names[i // 3], i % 3)
+
+
+class Pooled(nn.Module):
+    """Packed layers on pools of one packed layer's result, enlarged and joined before another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.first = BiDenseConv2d(16, 16, 3, padding=1)
+        self.branches = nn.ModuleList(BiDenseConv2d(16, 8, 1) for _ in range(4))
+        self.joined = BiDenseConv2d(48, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        parts = [x]
+        for size, branch in zip((1, 2, 3, 5), self.branches):
+            y = branch(F.adaptive_avg_pool2d(x, size))
+            parts.append(F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True))
+        y: Tensor = self.joined(torch.cat(parts, 1))
+        return y
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pooled_branches_of_packed_layers(batch: int, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bd.pack(settle(Pooled()))
+    x = torch.randn(batch, 3, 24, 32)
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
+    with torch.no_grad():
+        assert relative(outputs(done.path, [x])[0], model(x)) < 1e-5
+
+
+@pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
+def test_every_tensor_lies_as_its_kernel_was_written_for(tmp_path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+
+    from bidensify.deploy.executorch.passes import kernels_pass, layout_pass
+    from bidensify.deploy.export.capture import capture
+    from bidensify.deploy.runtimes.prepare import prepared
+
+    with torch.no_grad():
+        program = capture(prepared(bd.pack(settle(Pooled()))), (torch.randn(2, 3, 24, 32),), {}, None)
+    edge = to_edge_transform_and_lower(
+        program,
+        transform_passes=[layout_pass()],
+        partitioner=[XnnpackPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    before = {
+        node.name: node.meta["val"].dim_order()
+        for node in edge.exported_program().graph.nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    }
+    graph = edge.to_executorch(ExecutorchBackendConfig(passes=[kernels_pass()])).exported_program().graph
+    pools = [node for node in graph.nodes if "adaptive_avg_pool2d" in str(node.target)]
+    assert len(pools) == 3  # that of one pixel is XNNPACK's
+    for node in pools:
+        assert node.args[0].meta["val"].dim_order() == (0, 1, 2, 3)
+        (reader,) = node.users
+        assert reader.meta["val"].dim_order() == before[node.name] == (0, 2, 3, 1)
+    for node in graph.nodes:
+        if "packed_layer" in str(node.target):
+            assert all(part.meta["val"].is_contiguous(memory_format=torch.channels_last) for part in node.args[0])
