@@ -141,6 +141,8 @@ def export(
     if done.largest is not None:
         compared += f" in the median of some inputs, {done.largest:.1e} at most"
     console().print(f"{done.path}: {done.bytes:,} bytes, {compared}", soft_wrap=True)
+    if done.note:
+        console().print(done.note, soft_wrap=True)
 
 
 @command(

@@ -90,8 +90,8 @@ def test_rounding_is_torchs(seed: int, scale: float, shift: float) -> None:
     part.begin_calibration()
     part(x * 0.7)
     part.end_calibration()
-    assert part._affine is not None
-    step, zero = part._affine
+    assert part.affine is not None
+    step, zero = part.affine
     assert part.low <= 0 <= part.high
     got, wanted = part(x), torch.fake_quantize_per_tensor_affine(x, step, zero, 0, 255)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6 * step) or float((got - wanted).abs().max()) <= step * 1.001

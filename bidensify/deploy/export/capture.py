@@ -30,6 +30,7 @@ class Exported:
         difference: mean |file - model| over mean |model|, over all outputs on the example input; None if nothing ran it.
         reason: why nothing ran it.
         largest: of a .pte, ``difference`` being the median over some inputs, the difference on the one where it is largest.
+        note: what the file computes in another way than the network's plan says.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Exported:
     difference: float | None
     reason: str = ""
     largest: float | None = None
+    note: str = ""
 
 
 def run(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -17,7 +17,7 @@ from bidensify.deploy.export.several import judge, several
 from bidensify.deploy.openvino import convert, program
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import OPENVINO
-from bidensify.deploy.runtimes.prepare import flat, prepared
+from bidensify.deploy.runtimes.prepare import flat, in_floats, prepared
 from bidensify.errors import ConfigError
 
 __all__ = ["export_ir"]
@@ -49,7 +49,7 @@ def export_ir(
                 f"{target.name}: the network or its input is {', '.join(halves)}, which OpenVINO computes in float32 on most "
                 "processors, so that the file would give other values; give a float32 network"
             )
-        made = prepared(model)
+        made = prepared(model, pt2e=False)
         captured = capture(made, args, kwargs, any_shapes(model, args, kwargs) if dynamic else None)
         network = convert.convert(captured, library, None if dynamic else [list(x.shape) for x in inputs])
         if int8_rest is not None:
@@ -67,5 +67,5 @@ def export_ir(
                 os.replace(written.with_suffix(suffix), target.with_suffix(suffix))
     size = sum(target.with_suffix(suffix).stat().st_size for suffix in (".bin", ".xml"))
     if isinstance(outputs, str) or found is None:
-        return Exported(target, size, None, None, str(outputs))
-    return Exported(target, size, "openvino", found[0], largest=found[1])
+        return Exported(target, size, None, None, str(outputs), note=in_floats(model))
+    return Exported(target, size, "openvino", found[0], largest=found[1], note=in_floats(model))

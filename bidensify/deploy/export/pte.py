@@ -17,7 +17,7 @@ from bidensify.deploy.export.capture import Exported, argument_names, capture, r
 from bidensify.deploy.export.several import judge, several, sizes_of
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import EXECUTORCH
-from bidensify.deploy.runtimes.prepare import flat, prepared
+from bidensify.deploy.runtimes.prepare import flat, in_floats, prepared
 from bidensify.errors import ConfigError
 
 __all__ = ["export_pte"]
@@ -56,5 +56,5 @@ def export_pte(
             found = None if isinstance(outputs, str) else judge(target.name, expected, outputs, int8_rest is None)
     size = target.stat().st_size
     if isinstance(outputs, str) or found is None:
-        return Exported(target, size, None, None, str(outputs))
-    return Exported(target, size, "executorch", found[0], largest=found[1])
+        return Exported(target, size, None, None, str(outputs), note=in_floats(model))
+    return Exported(target, size, "executorch", found[0], largest=found[1], note=in_floats(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bidensify.deploy.layers import PackedLayer
 from bidensify.deploy.operator import SPEC_VERSION
 from bidensify.errors import ConfigError
-from bidensify.nn import BinaryLayer
+from bidensify.nn import BinaryLayer, Int8, int8_layers
 
-__all__ = ["LINEAR", "flat", "prepared", "read_in_parts"]
+__all__ = ["LINEAR", "flat", "in_floats", "prepared", "read_in_parts"]
 
 _aten = torch.ops.aten
 # Of a spec's kinds.
@@ -23,11 +24,60 @@ LINEAR = 2
 _MOST_PARTS = 64
 
 
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode as runtimes take it: it enters in channels_last and holds no bits twice.
+class _Rounding(nn.Module):
+    """``Int8`` of a layer whose weight is rounded already, in the operators that a runtime knows.
+
+    The product behind it is one of floats. OpenVINO would make it int8 if the weight were rounded by an operator, too, and on a
+    processor without VNNI (AVX2 alone) the sums of two products then saturate at 16 bits; XNNPACK's int8 convolutions give int8.
 
     Raises:
-        ConfigError: the network is latent.
+        ConfigError: it has no range.
+    """
+
+    def __init__(self, of: Int8, path: str, pt2e: bool) -> None:
+        super().__init__()
+        if of.affine is None:
+            raise ConfigError(
+                f"export: the int8 layer {path!r} has no range of its input: bidensify.calibrate(student, images) before pack"
+            )
+        self.step, self.zero = of.affine
+        self.pt2e = pt2e
+        if pt2e:
+            importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")  # defines the operators
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pt2e:
+            return torch.fake_quantize_per_tensor_affine(x.float(), self.step, self.zero, 0, 255).to(x.dtype)
+        ops = torch.ops.quantized_decomposed
+        given = (self.step, self.zero - 128, -128, 127, torch.int8)
+        rounded: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x.float(), *given), *given)
+        return rounded.to(x.dtype)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The weight as it is."""
+        return weight
+
+
+def in_floats(model: nn.Module) -> str:
+    """What is to be said of a network's int8 layers, or ""."""
+    paths = [path for path, layer in int8_layers(model) if layer.int8 is not None]
+    if not paths:
+        return ""
+    some = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
+    return (
+        f"{len(paths)} int8 layers ({some}) hold and read values that are rounded to int8, and multiply them in float"
+    )
+
+
+def prepared(model: nn.Module, pt2e: bool = True) -> nn.Module:
+    """A copy in evaluation mode as runtimes take it: it enters in channels_last, holds no bits twice, and its int8 layers hold
+    rounded weights.
+
+    Args:
+        pt2e: the runtime rounds by pt2e's operators (ExecuTorch), rather than by ``fake_quantize`` (OpenVINO).
+
+    Raises:
+        ConfigError: the network is latent, or an int8 layer was not calibrated.
     """
     latent = [path for path, module in model.named_modules() if isinstance(module, BinaryLayer)]
     if latent:
@@ -35,6 +85,11 @@ def prepared(model: nn.Module) -> nn.Module:
             f"export: {latent[0]!r} and {len(latent) - 1} more layers are latent; give bidensify.pack(model)"
         )
     made = copy.deepcopy(model).eval().cpu()
+    for path, layer in int8_layers(made):
+        if layer.int8 is not None:
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight.data = layer.int8.weight(weight).detach()
+            layer.int8 = _Rounding(layer.int8, path, pt2e)  # type: ignore[assignment]
     for module in made.modules():
         if isinstance(module, PackedLayer):
             # Kernels read the words; the stored bits would be in the file a second time.

@@ -39,6 +39,7 @@ class Int8(nn.Module):
 
     Attributes:
         low, high: the input's range, (); equal before calibration: each input is rounded within its own range then.
+        affine: its step and zero point, or None.
     """
 
     low: Tensor
@@ -51,7 +52,7 @@ class Int8(nn.Module):
         self.register_buffer("high", torch.zeros(()))
         self.calibrating = False
         # Step and zero point as numbers: no wait for a device, and constants of an exported program.
-        self._affine: tuple[float, int] | None = None
+        self.affine: tuple[float, int] | None = None
         self._seen: Tensor | None = None
 
     def begin_calibration(self) -> None:
@@ -67,10 +68,10 @@ class Int8(nn.Module):
         self.calibrating, self._seen = False, None
 
     def _settle(self) -> None:
-        self._affine = None
+        self.affine = None
         if not self.low.is_meta and float(self.high) > float(self.low):
             step = (float(self.high) - float(self.low)) / _STEPS
-            self._affine = step, round(-float(self.low) / step)
+            self.affine = step, round(-float(self.low) / step)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -86,12 +87,12 @@ class Int8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on 256 levels, in its dtype."""
-        if self._affine is None or self.calibrating:
+        if self.affine is None or self.calibrating:
             step, zero = self._listened(x.detach())
             return _rounded(x.float(), step, zero, 0, _STEPS).to(x.dtype)
         if torch.compiler.is_exporting():
-            return torch.fake_quantize_per_tensor_affine(x.float(), *self._affine, 0, _STEPS).to(x.dtype)
-        return _rounded(x.float(), *self._affine, 0, _STEPS).to(x.dtype)
+            return torch.fake_quantize_per_tensor_affine(x.float(), *self.affine, 0, _STEPS).to(x.dtype)
+        return _rounded(x.float(), *self.affine, 0, _STEPS).to(x.dtype)
 
     def _listened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(step, zero point), () each, of what ``x`` and the batches before it span."""
