@@ -104,6 +104,16 @@ def test_pooled_branches_of_packed_layers(batch: int, suffix: str, tmp_path: Pat
 
 
 @pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
+def test_a_gate_under_sizes_that_vary(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bd.pack(settle(Net("squeeze and excite")))
+    sizes = {"height": (16, 32, 8), "width": (16, 32, 8)}
+    done = bd.export(model, tmp_path / "net.pte", example_inputs=torch.randn(1, 3, 24, 32), dynamic=sizes)
+    assert done.difference is not None
+    assert done.difference < 1e-5
+
+
+@pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
 def test_every_tensor_lies_as_its_kernel_was_written_for(tmp_path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.runtimes.prepare import LINEAR
@@ -40,6 +41,12 @@ def _orders(value: Any) -> list[list[int]]:
     """Those in which ExecuTorch can copy."""
     plain = list(range(value.dim())) if isinstance(value, Tensor) else []
     return [plain, _LAST] if len(plain) == 4 else [plain]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape, for certain where sizes vary, and one order."""
+    sizes = zip(a.shape, b.shape)
+    return a.dim() == b.dim() and _order(a) == _order(b) and all(statically_known_true(m == n) for m, n in sizes)
 
 
 def layout_pass() -> Any:
@@ -121,7 +128,7 @@ def kernels_pass() -> Any:
             result = meta.data.get("val")
             ones = [value.data for value in given] + ([result] if isinstance(result, Tensor) else [])
             plain = all(_order(one) == sorted(_order(one) or []) for one in ones)
-            alike = len({(tuple(one.shape), tuple(_order(one) or [])) for one in ones}) == 1
+            alike = all(_alike(one, ones[0]) for one in ones)
             pointwise = torch.Tag.pointwise in getattr(getattr(op, "_op", op), "tags", ())
             if op in told or plain or not given or (pointwise and alike):
                 return super().call_operator(op, args, kwargs, meta)
