@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ class Pooled(nn.Module):
         self.stem = nn.Conv2d(3, 16, 3, 2, 1)
         self.first = BiDenseConv2d(16, 16, 3, padding=1)
         self.branches = nn.ModuleList(BiDenseConv2d(16, 8, 1) for _ in range(4))
-        self.joined = BiDenseConv2d(48, 16, 3, padding=1)
+        self.whole = nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU())
+        self.joined = BiDenseConv2d(56, 16, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(self.stem(x))
@@ -88,8 +90,10 @@ class Pooled(nn.Module):
         for size, branch in zip((1, 2, 3, 5), self.branches):
             y = branch(F.adaptive_avg_pool2d(x, size))
             parts.append(F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True))
-        y: Tensor = self.joined(torch.cat(parts, 1))
-        return y
+        y = self.whole(F.adaptive_avg_pool2d(x, 1))
+        parts.append(F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True))
+        y = self.joined(torch.cat(parts, 1))
+        return cast(Tensor, y)
 
 
 @pytest.mark.parametrize("suffix", RUNTIMES)

@@ -5,8 +5,8 @@ of readers are to be served, and each is by one pass:
 
 - a packed layer reads and writes channels_last (a linear one: contiguous). ``layout_pass`` copies where its input lies otherwise,
   before XNNPACK takes its share, so that XNNPACK makes most of the copies itself.
-- a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that it
-  has to be called so before the partition: ``layout_pass`` again.
+- a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that a
+  packed layer's result has to be called so before the partition: ``layout_pass`` again.
 - of ExecuTorch's own kernels, pointwise ones on tensors of one shape and order take any, since they go through memory; the others
   are written for contiguous tensors: some refuse others, some misread them. ``kernels_pass`` runs on what XNNPACK left: it gives
   them contiguous tensors and puts what they give into the order in which it lay before, so that it changes nothing for whoever
@@ -80,10 +80,9 @@ def layout_pass() -> Any:
                 args = (parts, *args[1:5], *tail)
             elif op in plain or _order(meta.data.get("val")) not in (None, *_orders(meta.data.get("val"))):
                 args, kwargs = tree_map(lambda value: lies(value, False), (args, kwargs))
-            return self._sure(super().call_operator(op, args, kwargs, meta), meta)
-
-        def call_getitem(self, value: Any, key: int, meta: Any) -> Any:
-            return self._sure(super().call_getitem(value, key, meta), meta)
+            made = super().call_operator(op, args, kwargs, meta)
+            # A delegate's own results cannot be renamed: a copy behind one would only make it end there.
+            return self._sure(made, meta) if op is packed else made
 
         def _sure(self, value: Any, meta: Any) -> Any:
             """One pixel or one channel lies in both orders: XNNPACK takes it for contiguous, whatever its order is called."""
