@@ -149,3 +149,25 @@ def test_every_tensor_lies_as_its_kernel_was_written_for(tmp_path: Path) -> None
     for node in graph.nodes:
         if "packed_layer" in str(node.target):
             assert all(part.meta["val"].is_contiguous(memory_format=torch.channels_last) for part in node.args[0])
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_map_of_one_channel_leaves_and_is_read_again(channels: int, suffix: str, tmp_path: Path) -> None:
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, channels, 1)
+            self.first, self.second = BiDenseConv2d(16, 16, 3, padding=1), BiDenseConv2d(channels, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = torch.relu(self.head(self.first(self.stem(x))))
+            return y, F.interpolate(y, scale_factor=2, mode="bilinear"), self.head(self.second(y))
+
+    torch.manual_seed(0)
+    model, x = bd.pack(settle(Depth())), torch.randn(2, 3, 24, 32)
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
+        assert relative(got, want) < 1e-5, i

@@ -6,7 +6,7 @@ of readers are to be served, and each is by one pass:
 - a packed layer reads and writes channels_last (a linear one: contiguous). ``layout_pass`` copies where its input lies otherwise,
   before XNNPACK takes its share, so that XNNPACK makes most of the copies itself.
 - a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that a
-  packed layer's result has to be called so before the partition: ``layout_pass`` again.
+  packed layer's result is called so before the partition (``layout_pass``), and what delegates read and give behind it.
 - of ExecuTorch's own kernels, pointwise ones on tensors of one shape and order take any, since they go through memory; the others
   are written for contiguous tensors: some refuse others, some misread them. ``kernels_pass`` runs on what XNNPACK left: it gives
   them contiguous tensors and puts what they give into the order in which it lay before, so that it changes nothing for whoever
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from bidensify.deploy.runtimes.prepare import LINEAR
 
@@ -101,6 +101,7 @@ def kernels_pass() -> Any:
     """
     from executorch.exir.dialects._ops import ops
     from executorch.exir.pass_base import ExportPass
+    from executorch.exir.tensor import TensorSpec
 
     edge = ops.edge
     move = edge.dim_order_ops._to_dim_order_copy.default
@@ -138,6 +139,21 @@ def kernels_pass() -> Any:
 
             args, kwargs = tree_map(contiguous, (args, kwargs))
             return self._like(super().call_operator(op, args, kwargs, meta), meta)
+
+        def call_delegate(self, lowered: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+            def read(value: Any) -> Any:
+                one: Any = getattr(value, "data", None)
+                order = _order(one)
+                both = order is not None and order != sorted(order) and one.is_contiguous()
+                return self._moved(value, sorted(order or ()), meta) if both else value
+
+            def spec(one: Any) -> Any:
+                # Without a spec it would get one of the order that torch names.
+                return TensorSpec.from_tensor(one.new_empty(one.shape) if one.is_contiguous() else one)
+
+            made = super().call_delegate(lowered, tuple(map(read, args)), kwargs, meta)
+            made.node.meta["spec"] = tree_map_only(Tensor, spec, meta.data["val"])
+            return made
 
         def call_getitem(self, value: Any, key: int, meta: Any) -> Any:
             return self._like(super().call_getitem(value, key, meta), meta)
