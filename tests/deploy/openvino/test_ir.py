@@ -163,7 +163,7 @@ def test_a_network_of_any_size(decoder: nn.Module, library: Path, tmp_path: Path
 def test_an_int8_rest_is_near(tmp_path: Path, library: Path) -> None:
     torch.manual_seed(0)
     decoder = Decoder()
-    # OpenVINO 2026.4 crashes while NNCF measures this network with it.
+    # Under OpenVINO 2026.4 the process crashes while NNCF measures this network with it; why is not found.
     decoder.norm = nn.Identity()  # type: ignore[assignment]
     decoder = bd.pack(settle(decoder))
     images = [torch.randn(1, 3, 32, 32) for _ in range(4)]
