@@ -31,7 +31,7 @@ RUNTIMES = [
 # What a runtime itself cannot.
 WITHOUT = {
     ".pte": {"a largest value"},  # ExecuTorch 1.5 has no adaptive_max_pool2d
-    ".xml": {"normed by groups"},  # crashes under OpenVINO 2026.4 (GroupNorm and a residual between layers); why is not found
+    ".xml": {"normed by groups"},  # crashes under OpenVINO 2026.4; why is not found
 }
 GROUPS = [list(BEFORE)[start::4] for start in range(4)]
 
