@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,18 +41,6 @@ class Lever:
     start: Callable[[nn.Module], None] | None = None
     after_step: Callable[[nn.Module], After] | None = None
     data: Callable[[Dataset[Sample]], Dataset[Sample]] | None = None
-
-
-def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with other values at some paths."""
-    data = copy.deepcopy(base)
-    for path, value in changes.items():
-        place: Any = data
-        *parents, last = path.split(".")
-        for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        place[int(last) if isinstance(place, list) else last] = value
-    return data
 
 
 def rates(first: float, second: float | None = None) -> dict[str, Any]:

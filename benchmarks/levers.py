@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from ablation import finished, score  # noqa: E402
-from lever_list import LEVERS, Lever, changed  # noqa: E402
+from lever_list import LEVERS, Lever  # noqa: E402
 
 from bidensify._util.files import atomic_write  # noqa: E402
 from bidensify._util.machine import cpu_name  # noqa: E402
@@ -42,7 +42,8 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 
 def train(lever: Lever, base: dict[str, Any], seed: int, folder: Path, teacher_folder: Path) -> None:
     """One run, as ``run_recipe`` has it, with what the lever adds."""
-    recipe = load_recipe({**changed(base, lever.recipe), "seed": seed})
+    changes = (f"{path}={json.dumps(value)}" for path, value in lever.recipe.items())
+    recipe = load_recipe(base, [f"seed={seed}", *changes])
     data, val = recipe.build_datasets()
     teacher = build_teacher(recipe, teacher_folder)
     student = build_student(recipe, teacher)
