@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidensify.bench.int8 import installed_runtimes, open_int8, quantize_int8
+from bidensify.bench.int8 import installed_runtimes, open_int8, openvino_call, quantize_int8
 from bidensify.bench.timing import interleave, machine, threads
 from bidensify.models import build_model
 
@@ -62,6 +62,7 @@ SQUARE = {"transformers DPT-small": 384}
 PACKED = ("packed", "packed compiled", "packed bfloat16")
 # The packed network as `bidensify export NET.xml` writes it: the same kernels inside OpenVINO, the rest in float or int8.
 EXPORTED = ("packed openvino", "packed openvino int8 rest")
+VARIANTS = ("float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED, *EXPORTED)
 MARK = "row: "
 
 
@@ -90,13 +91,11 @@ def open_float(folder: Path, module: nn.Module, x: Tensor, number: int) -> Calla
         ov.save_model(made, file, compress_to_fp16=False)
     core = ov.Core()
     options = {"INFERENCE_NUM_THREADS": number, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
-    request.set_input_tensor(ov.Tensor(x.contiguous().numpy(), shared_memory=True))
-    return lambda: next(iter(request.infer().values()))
+    return openvino_call(core.compile_model(core.read_model(file), "CPU", options), x)
 
 
-def open_packed(folder: Path, packed: nn.Module, x: Tensor, number: int, int8: bool) -> Callable[[], Any]:
-    """The packed network under OpenVINO."""
+def open_packed(folder: Path, student: nn.Module, x: Tensor, number: int, int8: bool) -> Callable[[], Any]:
+    """The student, packed, under OpenVINO."""
     import bidensify as bd
     from bidensify.deploy.openvino.program import open_network
     from bidensify.deploy.runtimes.build import OPENVINO
@@ -105,11 +104,8 @@ def open_packed(folder: Path, packed: nn.Module, x: Tensor, number: int, int8: b
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         images = [torch.randn_like(x) for _ in range(2)] if int8 else None
-        bd.export(packed, file, example_inputs=x, int8_rest=images)
-    ov: Any = importlib.import_module("openvino")
-    request = open_network(file, OPENVINO.find(), number).create_infer_request()
-    request.set_input_tensor(ov.Tensor(x.contiguous().numpy(), shared_memory=True))
-    return lambda: next(iter(request.infer().values()))
+        bd.export(First(bd.pack(student)).eval(), file, example_inputs=x, int8_rest=images)
+    return openvino_call(open_network(file, OPENVINO.find(), number), x)
 
 
 def calls(
@@ -141,8 +137,8 @@ def calls(
         "packed": lambda: partial(bd.pack(student), x),
         "packed compiled": lambda: partial(bd.pack(student, compile=True), x),
         "packed bfloat16": lambda: partial(bd.pack(student, float_dtype=torch.bfloat16), x),
-        "packed openvino": lambda: open_packed(folder, First(bd.pack(student)).eval(), x, number, False),
-        "packed openvino int8 rest": lambda: open_packed(folder, First(bd.pack(student)).eval(), x, number, True),
+        "packed openvino": lambda: open_packed(folder, student, x, number, False),
+        "packed openvino int8 rest": lambda: open_packed(folder, student, x, number, True),
     }
     made: dict[str, Callable[[], Any]] = {}
     missing: dict[str, str] = {}
@@ -216,10 +212,9 @@ def mean(values: list[float]) -> float:
 
 def render(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for each number of threads, geometric means, what is slower than int8."""
-    names = ("float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED, *EXPORTED)
     parts = []
     for number in sorted({row["threads"] for row in rows}):
-        head = ["network", "size", *names, "int8 / packed", "float / packed", "best packed"]
+        head = ["network", "size", *VARIANTS, "int8 / packed", "float / packed", "best packed"]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         over_int8: list[float] = []
         over_float: list[float] = []
@@ -228,7 +223,10 @@ def render(rows: list[dict[str, Any]]) -> str:
         for row in sorted((row for row in rows if row["threads"] == number), key=lambda r: (r["size"], r["network"])):
             times, chosen = row["ms"], best(row)
             cells = [row["network"] + ("" if row["linear"] == "pointwise" else f", linear={row['linear']}")]
-            cells += ["×".join(map(str, row["size"])), *(f"{times[key]:.1f}" if key in times else "–" for key in names)]
+            cells += [
+                "×".join(map(str, row["size"])),
+                *(f"{times[key]:.1f}" if key in times else "–" for key in VARIANTS),
+            ]
             ratios = ["", "", ""]
             if chosen is not None:
                 ratios[2] = chosen.removeprefix("packed").strip() or "eager"
@@ -273,13 +271,12 @@ def child(arguments: argparse.Namespace, name: str, size: tuple[int, int], numbe
 
 
 def main() -> None:
-    every = ["float", "float compiled", "openvino float", "openvino int8", "onnxruntime int8", *PACKED, *EXPORTED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="names or patterns of networks")
     parser.add_argument("--size", type=int, nargs="+", help="height and width; default both sizes")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing per row, all variants together")
-    parser.add_argument("--variants", nargs="+", default=every, choices=every)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--linear", default="pointwise", help="BidensifyConfig(linear=...)")
     parser.add_argument("--cache", type=Path, default=Path("runs/suite"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "suite.json")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Int8Network", "installed_runtimes", "open_int8", "quantize_int8"]
+__all__ = ["Int8Network", "installed_runtimes", "open_int8", "openvino_call", "quantize_int8"]
 
 _SAMPLES = 8
 _NEEDS = {
@@ -50,6 +51,25 @@ def quantize_int8(
     return target
 
 
+def openvino_call(network: Any, x: Tensor) -> Callable[[], Any]:
+    """A call that runs OpenVINO's compiled network on what ``x`` then holds; it returns the first output.
+
+    Args:
+        network: an ``openvino.CompiledModel`` of one input.
+        x: an input; a copy in the usual memory format is read where it has another.
+    """
+    ov: Any = importlib.import_module("openvino")
+    request = network.create_infer_request()
+    given = ov.Tensor(x.contiguous().numpy(), shared_memory=True)
+    request.set_input_tensor(given)
+    return partial(_first_output, request, given)
+
+
+def _first_output(request: Any, given: Any) -> Any:
+    """``given`` is what the request reads and does not keep alive itself."""
+    return next(iter(request.infer().values()))
+
+
 def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], Any]:
     """A call that runs the network in ``file`` on what ``x`` then holds, with ``threads`` threads; it returns the first output.
 
@@ -63,9 +83,7 @@ def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], An
         ov: Any = importlib.import_module("openvino")
         options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
         core = ov.Core()
-        request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
-        request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
-        return lambda: next(iter(request.infer().values()))
+        return openvino_call(core.compile_model(core.read_model(file), "CPU", options), x)
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
