@@ -43,9 +43,9 @@ class InstanceSign(ActivationBinarizer):
         alpha, beta, b = (self._shaped(each, x).to(mean.dtype) for each in (self.alpha, self.beta, self.b))
         return (alpha * mean + beta * third + b).to(x.dtype)
 
-    @torch.no_grad()
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and third moment, summed in one order for every memory format."""
+        """Mean and third moment, detached, summed in one order for every memory format."""
+        x = x.detach()
         if torch.compiler.is_compiling():
             # A graph for other runtimes has an order of its own.
             wide, space = x.to(statistics_dtype(x)), self._spatial(x)
@@ -57,10 +57,9 @@ class InstanceSign(ActivationBinarizer):
         shape = (len(x), self.channels, *ones) if self.dim == 1 else (len(x), *ones, self.channels)
         return found[0].view(shape), found[1].view(shape)
 
-    @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         one = x.new_ones(())
-        return self._threshold(x, *self._moments(x)), -one, one
+        return self._threshold(x, *self._moments(x)).detach(), -one, one
 
     def binarize(self, x: Tensor) -> Tensor:
         threshold, low, high = self.codes(x)

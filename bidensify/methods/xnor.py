@@ -59,13 +59,12 @@ class NormalizedSign(AffineSign):
         u = self.norm(x)
         return threshold_sign(u, u.new_zeros(()), u.new_ones(()), ste="strict")
 
-    @torch.no_grad()
     def _map(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """K for each output channel: the layer itself, with equal weights, on |x|."""
         size = {"output_size": list(y.shape[2:])} if isinstance(layer, nn.ConvTranspose2d) else {}
         with UsedWeight(lambda weight: torch.full_like(weight, 1 / self.taps)):
-            found: Tensor = layer.bare_forward(x.abs(), **size)  # type: ignore[operator]
-        return found
+            found: Tensor = layer.bare_forward(x.detach().abs(), **size)  # type: ignore[operator]
+        return found.detach()
 
     def weigh(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         if self.act_scale != "spatial" or not self.enabled:

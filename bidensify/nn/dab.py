@@ -177,9 +177,7 @@ class DistributionAdaptiveBinarizer(ActivationBinarizer):
         if self.native(x):
             return self._dab(dense(x, self.dim), 0)[0]
         beta = self._threshold(x)
-        with torch.no_grad():
-            shifted = x - beta
-        alpha = self._scale(shifted)
+        alpha = self._scale(x.detach() - beta.detach())
         return threshold_sign(x, beta, alpha) if self.planes == 1 else threshold_levels(x, beta, alpha)
 
     def calibrate(self, x: Tensor) -> None:

@@ -105,9 +105,8 @@ class WeightBinarizer(nn.Module):
         rows = self.rows(weight)
         mean = rows.mean(1)
         away = rows - mean[:, None]
-        with torch.no_grad():
-            # Equal weights differ from their mean by the mean's rounding.
-            differ = away.abs().amax(1) > 8 * torch.finfo(rows.dtype).eps * rows.abs().amax(1)
+        # Equal weights differ from their mean by the mean's rounding.
+        differ = away.detach().abs().amax(1) > 8 * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(1)
         # The root of 0 has no gradient, also where it is not taken.
         square = torch.where(differ, away.square().sum(1) / max(rows.shape[1] - correction, 1), torch.ones_like(mean))
         return torch.where(differ, mean, torch.zeros_like(mean)), square.sqrt(), differ
@@ -214,10 +213,8 @@ def _codes_of_forward(self: WeightBinarizer, weight: Tensor) -> tuple[Tensor, Te
 
 def _forward_of_codes(self: WeightBinarizer, weight: Tensor) -> Tensor:
     """``codes`` behind the estimator."""
-    with torch.no_grad():
-        signs, scale, offset = self.codes(weight.detach())
-        scale = self.like(scale.to(weight.dtype), weight)
-        offset = None if offset is None else self.like(offset.to(weight.dtype), weight)
-    return binarize_weight(
-        weight, scale, signs=signs.to(weight.dtype), offset=offset, ste=self.ste, ste_scaled=self.ste_scaled
-    )
+    signs, scale, offset = self.codes(weight.detach())
+    scale = self.like(scale.detach().to(weight.dtype), weight)
+    offset = None if offset is None else self.like(offset.detach().to(weight.dtype), weight)
+    signs = signs.detach().to(weight.dtype)
+    return binarize_weight(weight, scale, signs=signs, offset=offset, ste=self.ste, ste_scaled=self.ste_scaled)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from own_parts import register
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 
 import bidensify as bd
 from bidensify.deploy import available_kernels
@@ -253,6 +254,15 @@ def test_autocast_and_compile(method: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x.clone().requires_grad_()).detach(), trained, rtol=1e-4, atol=1e-4)
+
+
+@each_method
+def test_exported_graphs_have_no_regions_without_gradients(method: str) -> None:
+    """torch.export splits a graph at each of them and traces all of it again: an hour for a network of 300 layers."""
+    layer, x = layer_of(method, "3x3"), torch.randn(2, 16, 9, 7)
+    program = torch.export.export(layer, (x,))
+    assert [node.name for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)] == []
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 @each_method
