@@ -1,8 +1,7 @@
 """Between packed layers images stay NHWC: what computes each element or each channel is turned instead of the images.
 
 OpenVINO runs its own convolutions on NHWC, whatever it calls the layout, but sums, products, means and concatenations whose
-operands are transposed packed layers it computes as NCHW, and moves every image there and back. (So it does with bilinear
-enlargements, which it turns back to NCHW itself.)
+operands are transposed packed layers it computes as NCHW, and moves every image there and back.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import importlib
 from typing import Any
 
 import numpy as np
+
+from bidensify.deploy.openvino.enlarge import enlarged
 
 __all__ = ["NCHW", "NHWC", "turn"]
 
@@ -53,6 +54,13 @@ def turn(network: Any) -> None:
             source = turned.get(_key(node.input_value(0)))
             if source is not None:
                 _replace(node.output(0), source)
+        elif kind == "Interpolate" and _key(node.input_value(0)) in turned:
+            network.validate_nodes_and_infer_types()
+            large = enlarged(node, turned[_key(node.input_value(0))])
+            if large is not None:
+                image = ops.transpose(large, NCHW).output(0)
+                _replace(node.output(0), image)
+                turned[_key(image)] = large
         elif node.get_name() in images and _worth(node, kind, turned):
             for i in _images(node, kind):
                 node.input(i).replace_source_output(nhwc(node.input_value(i)))

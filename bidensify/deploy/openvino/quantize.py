@@ -1,7 +1,8 @@
 """Quantizes an IR's float convolutions and matrix products to int8 (NNCF), in a process of its own.
 
 ``python quantize.py LIBRARY FLOAT.xml IMAGES.npz INT8.xml PACKAGES``, arrays named image_input. Everything else stays in float:
-packed layers read and write it, so that int8 there would be conversions alone.
+packed layers read and write it, so that int8 there would be conversions alone, and an enlargement's products would lose more
+than they gain.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def _main(library: str, path: str, images: str, out: str, *packages: str) -> Non
         count = 1 + max(int(name.split("_")[0]) for name in file.files)
         given = [[file[f"{i}_{j}"] for j in range(len(network.inputs))] for i in range(count)]
     others = {node.get_type_name() for node in network.get_ops()} - _PRODUCTS
-    scope = nncf.IgnoredScope(types=sorted(others), validate=False)
+    # As enlarge.py names them; this program imports nothing of the package.
+    names = [
+        node.get_friendly_name() for node in network.get_ops() if node.get_friendly_name().startswith("bidensify_")
+    ]
+    scope = nncf.IgnoredScope(names=names, types=sorted(others), validate=False)
     quantized = nncf.quantize(network, nncf.Dataset(given), subset_size=count, ignored_scope=scope)
     ov.save_model(quantized, out, compress_to_fp16=False)
 

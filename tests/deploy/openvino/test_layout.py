@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import bidensify as bd
-from bidensify.deploy.openvino.program import open_network
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import settle
+sys.path.insert(0, str(Path(__file__).parent))
+from ir_tools import exported, moved
 
 pytestmark = pytest.mark.skipif(
     "openvino" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
@@ -57,39 +54,13 @@ class Planar(nn.Module):
         return b, b.flatten(2) @ a.flatten(2).mT, b.sum((2, 3)), torch.cat([a, b], 2)
 
 
-def exported(model: nn.Module, path: Path) -> Any:
-    """The packed network's IR, run on two images beside the packed network in PyTorch."""
-    from bidensify.deploy.runtimes.build import OPENVINO
-
-    torch.manual_seed(0)
-    packed = bd.pack(settle(model))
-    bd.export(packed, path, example_inputs=torch.randn(2, 3, 12, 20))
-    library = OPENVINO.find()
-    x = torch.randn(2, 3, 12, 20)
-    with torch.no_grad():
-        wanted = packed(x)
-    found = open_network(path, library, threads=1)([x.numpy()])
-    for i, want in enumerate(wanted if isinstance(wanted, tuple) else (wanted,)):
-        got = torch.from_numpy(found[i])
-        assert got.shape == want.shape
-        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
-    ov = pytest.importorskip("openvino")
-    core = ov.Core()
-    core.add_extension(str(library))
-    return core.read_model(path)
-
-
 def test_no_image_is_moved_between_packed_layers(tmp_path: Path) -> None:
     network = exported(Block(), tmp_path / "net.xml")
-    moved = [
-        list(node.input_value(0).get_shape())
-        for node in network.get_ordered_ops()
-        if node.get_type_name() == "Transpose" and node.input_value(0).get_node().get_type_name() != "Constant"
-    ]
-    images = [shape for shape in moved if shape.count(1) < 2]
+    transposed = moved(network)
+    images = [shape for shape in transposed if shape.count(1) < 2]
     # The image that comes in, and the one that leaves.
     assert images == [[2, 3, 12, 20], [2, 12, 20, 8]]
-    assert len(moved) <= 4
+    assert len(transposed) <= 4
     assert sum(node.get_type_name() == "packed_layer" for node in network.get_ordered_ops()) == 3
 
 
