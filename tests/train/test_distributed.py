@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from bidensify.train.distributed import (
     sync_batch_norm,
 )  # fmt: skip
 
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
 
@@ -155,6 +157,16 @@ def test_two_processes_have_the_loss_curve_of_one(
         assert other["metrics"] == one.metrics
     else:
         assert other["metrics"]["miou"] == pytest.approx(one.metrics["miou"], abs=1e-3)
+
+
+@needs_gloo
+@needs_compiler
+def test_two_compiled_processes_have_the_loss_curve_of_one(tiny: ModuleType, alone: Any, tmp_path: Path) -> None:
+    changes = settings(tiny, "fp64", 1)
+    one, two = alone(changes, 2), tmp_path / "two"
+    launch(two, {"changes": {**changes, "compile": True, "distributed": {"strategy": "ddp"}}, "depth": 2})
+    assert curve(two) == pytest.approx(curve(one.run_dir), rel=1e-9)
+    assert json.loads((two / "result.json").read_text())["metrics"] == one.metrics
 
 
 @needs_gloo
