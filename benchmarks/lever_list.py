@@ -15,6 +15,7 @@ from lever_parts import (
     branches,
     bypass_gain,
     in_order,
+    no_bypass,
     rectified,
 )
 from torch import Tensor, nn
@@ -88,6 +89,20 @@ LEVERS: dict[str, Lever] = {
         "adds stay; bypasses have a learned gain per channel that starts at 0, RPReLU slope 0: with float layers the student "
         "starts as the teacher",
         {**FAST, "binarize.residual": "double"}, both([rectified(0.0), bypass_gain(None)]),
+    ),
+    "teacher at first, no bypass": Lever(
+        "adds stay; no layer has a bypass, RPReLU slope 0: the same start, and no gain to learn",
+        {**FAST, "binarize.residual": "double"}, both([rectified(0.0), no_bypass]),
+    ),
+    "residual double, ReLU at first": Lever(
+        "both; the student does not start as the teacher, for the bypasses are there",
+        {**FAST, "binarize.residual": "double"}, rectified(0.0),
+    ),
+    "teacher at first, no bypass, batch 8": Lever(
+        "both", {**FAST, "binarize.residual": "double", "data.batch_size": 8}, both([rectified(0.0), no_bypass]),
+    ),
+    "residual double, no bypass": Lever(
+        "adds stay; no layer has a bypass", {**FAST, "binarize.residual": "double"}, no_bypass,
     ),
     "gain learned from 1": Lever(
         "adds stay; a learned gain per channel on bypasses that starts at 1", {**FAST, "binarize.residual": "double"},

@@ -100,6 +100,12 @@ def bypass_gain(until: float | None, gain: float = 0.0) -> Callable[[nn.Module],
     return start
 
 
+def no_bypass(student: nn.Module) -> None:
+    """No layer has a bypass."""
+    for _, layer in binary_layers(student):
+        layer.bypass = None
+
+
 def in_order(until: float, backwards: bool) -> Callable[[nn.Module], None]:
     """Layers become binary one after another."""
 

@@ -19,6 +19,23 @@ settings.register_profile("judged", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("judged")
 
+# Trains in seconds.
+RECIPE = """
+name: tiny
+model: {source: "demo:unet", options: {num_classes: 8, width: 8, levels: 2}}
+data:
+  train: {name: scenes, split: train, length: 8}
+  val: {name: scenes, split: val, length: 4}
+  size: [32, 32]
+  batch_size: 4
+task: {name: segmentation}
+teacher: {stages: [{name: float, binarize: none, epochs: 1, lr: 1.0e-3}]}
+stages: [{name: all, binarize: all, epochs: 1, lr: 1.0e-3, losses: {task: 1.0, kl: 1.0}}]
+calibrate: {batches: 1}
+device: cpu
+log: {tensorboard: false}
+"""
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two or more processes for the whole suite; none for parts of it, which would wait longer for them than they gain."""
@@ -52,3 +69,9 @@ def tiny() -> ModuleType:
 def trees() -> ModuleType:
     """The module trees.py beside this file."""
     return _module("trees")
+
+
+@pytest.fixture(scope="session")
+def recipe_text() -> str:
+    """A small recipe of every section that has no default."""
+    return RECIPE

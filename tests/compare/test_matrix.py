@@ -14,27 +14,11 @@ from bidensify.compare.results import Results
 from bidensify.errors import ConfigError, TrainingError
 from bidensify.recipe import load_recipe
 
-RECIPE = """
-name: tiny
-model: {source: "demo:unet", options: {num_classes: 8, width: 8, levels: 2}}
-data:
-  train: {name: scenes, split: train, length: 8}
-  val: {name: scenes, split: val, length: 4}
-  size: [32, 32]
-  batch_size: 4
-task: {name: segmentation}
-teacher: {stages: [{name: float, binarize: none, epochs: 1, lr: 1.0e-3}]}
-stages: [{name: all, binarize: all, epochs: 1, lr: 1.0e-3, losses: {task: 1.0, kl: 1.0}}]
-calibrate: {batches: 1}
-device: cpu
-log: {tensorboard: false}
-"""
-
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, recipe_text: str) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
+    path.write_text(recipe_text)
     return path
 
 

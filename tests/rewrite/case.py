@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import bidensify as bd
+from bidensify.nn import binary_layers
 from bidensify.rewrite import Plan
 from bidensify.rewrite.record.recorded import tensors_in
 
-__all__ = ["Case", "same", "same_state"]
+__all__ = ["Case", "check_mixed_signs", "same", "same_state"]
 
 
 class Case:
@@ -71,3 +72,19 @@ def same_state(a: nn.Module, b: nn.Module, what: str) -> None:
     assert list(left) == list(right), f"{what}: other keys"
     for key, value in left.items():
         assert torch.equal(value, right[key]), f"{what}: another {key}"
+
+
+def check_mixed_signs(student: nn.Module, x: Tensor) -> None:
+    """Calibrated on ``x``, every channel of every binary layer has both signs on it."""
+    bd.calibrate(student, [x])
+    shares: dict[str, Tensor] = {}
+    for path, layer in binary_layers(student):
+        layer.binarizer.register_forward_hook(
+            lambda m, args, out, path=path: shares.update({path: (out > 0).float().mean((0, 2, 3))})
+        )
+    with torch.no_grad():
+        student.train()(x)
+    assert shares
+    for path, share in shares.items():
+        assert (share > 0.05).all(), path
+        assert (share < 0.95).all(), path

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from case import check_mixed_signs
 from networks import BasicBlock, Net, UpBlock
 from torch import Tensor, nn
 
@@ -267,19 +268,7 @@ def test_a_long_row_of_layers_does_not_outgrow_the_original() -> None:
 def test_calibration_mixes_signs_behind_relus() -> None:
     torch.manual_seed(0)
     student = bd.bidensify(Net())
-    x = torch.randn(4, 3, 32, 32)
-    bd.calibrate(student, [x])
-    shares: dict[str, Tensor] = {}
-    for path, layer in binary_layers(student):
-        layer.binarizer.register_forward_hook(
-            lambda m, args, out, path=path: shares.update({path: (out > 0).float().mean((0, 2, 3))})
-        )
-    with torch.no_grad():
-        student.train()(x)
-    assert shares
-    for path, share in shares.items():
-        assert (share > 0.05).all(), path
-        assert (share < 0.95).all(), path
+    check_mixed_signs(student, torch.randn(4, 3, 32, 32))
 
 
 def test_a_network_that_cannot_be_rewritten_says_what_it_is() -> None:

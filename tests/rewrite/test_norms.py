@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from case import check_mixed_signs
 from torch import Tensor, nn
 
 import bidensify as bd
@@ -17,21 +18,6 @@ def around(norm: nn.Module, *after: nn.Module) -> nn.Sequential:
         nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False), norm, *after,
         nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1),
     )  # fmt: skip
-
-
-def mixed_signs(student: nn.Module, x: Tensor) -> None:
-    bd.calibrate(student, [x])
-    shares: dict[str, Tensor] = {}
-    for path, layer in binary_layers(student):
-        layer.binarizer.register_forward_hook(
-            lambda m, args, out, path=path: shares.update({path: (out > 0).float().mean((0, 2, 3))})
-        )
-    with torch.no_grad():
-        student.train()(x)
-    assert shares
-    for path, share in shares.items():
-        assert (share > 0.05).all(), path
-        assert (share < 0.95).all(), path
 
 
 def frozen_norms() -> dict[str, nn.Module]:
@@ -65,7 +51,7 @@ def test_a_frozen_batchnorm_becomes_the_layers_own_with_its_values(kind: str) ->
     other = {key: value + 1 for key, value in model.state_dict().items()}
     assert not student.load_state_dict(other).missing_keys
     assert torch.equal(layer.norm.running_var, values["running_var"] + 1)
-    mixed_signs(student, torch.randn(4, 3, 16, 16))
+    check_mixed_signs(student, torch.randn(4, 3, 16, 16))
 
 
 @pytest.mark.parametrize("bypass", [True, False])
@@ -147,7 +133,7 @@ def test_a_fused_norm_that_stays_gets_rprelu_inside(name: str) -> None:
     assert student[1].norm.num_features == 8
     x = torch.randn(2, 8, 4, 4)
     assert student[2](x).min() < 0
-    mixed_signs(student, torch.randn(4, 3, 16, 16))
+    check_mixed_signs(student, torch.randn(4, 3, 16, 16))
 
 
 def test_batchnormact_is_absorbed_behind_a_layer_and_opened_in_front_of_one() -> None:
@@ -165,7 +151,7 @@ def test_batchnormact_is_absorbed_behind_a_layer_and_opened_in_front_of_one() ->
     assert isinstance(ahead[1], nn.BatchNorm2d)
     assert isinstance(ahead[1].act, RPReLU)
     assert isinstance(ahead[4].act, RPReLU)
-    mixed_signs(ahead, torch.randn(4, 3, 16, 16))
+    check_mixed_signs(ahead, torch.randn(4, 3, 16, 16))
 
 
 def test_layernorm2d_stays() -> None:
@@ -174,7 +160,7 @@ def test_layernorm2d_stays() -> None:
     assert type(student[2]) is layers.LayerNorm2d
     assert isinstance(student[3], RPReLU)
     assert student[1].norm is not None
-    mixed_signs(student, torch.randn(4, 3, 16, 16))
+    check_mixed_signs(student, torch.randn(4, 3, 16, 16))
 
 
 class Dropped(nn.Module):

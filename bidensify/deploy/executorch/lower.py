@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch.utils._pytree import tree_map
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
+from bidensify.deploy.runtimes.quiet import quiet
 from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
 __all__ = ["AXES", "Sizes", "lower", "seal", "shapes_of", "with_int8_rest"]
@@ -54,27 +52,10 @@ def shapes_of(sizes: Sizes | None, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What ExecuTorch says while it lowers is of its own business."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
 def _imports() -> Iterator[None]:
     """Around imports of ExecuTorch's, which are loud: a MissingExtraError where one fails."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except ImportError as error:
         raise MissingExtraError(
@@ -102,7 +83,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
-        with _quiet():
+        with quiet():
             edge = to_edge_transform_and_lower(
                 program,
                 transform_passes=[layout_pass()],
@@ -142,7 +123,7 @@ def with_int8_rest(
     aten = torch.ops.aten
     for operator in (aten.conv2d.default, aten.conv_transpose2d.input, aten.linear.default):
         quantizer.set_operator_type(operator, config)
-    with _quiet():
+    with quiet():
         module = prepare_pt2e(program.module(), quantizer)
         for image in images:
             if isinstance(image, Mapping):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from bidensify.deploy.openvino.layout import NCHW, NHWC, turn
 from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
 from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
+from bidensify.deploy.runtimes.quiet import quiet
 from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
@@ -33,23 +30,6 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingExtraError(f"{name} cannot be imported ({error}): pip install 'bidensify[openvino]'") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What OpenVINO and NNCF say while they work is of their own business."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequence[Sequence[int]] | None) -> Any:
@@ -92,7 +72,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
-        with _quiet():
+        with quiet():
             extension = frontend.ConversionExtension("bidensify.packed_layer.default", layer)
             network = ov.convert_model(program, extension=[extension])
             if sizes is not None:
