@@ -17,7 +17,7 @@ CONFIG_VERSION = 1
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
-    "frame": ("own", "bidense", "paper"),
+    "frame": ("own", "bidense", "paper", "teacher"),
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
@@ -134,7 +134,8 @@ class BidensifyConfig:
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
             binarizers into BiDense's layer, to tell the binarizer from the frame; "paper" sets it up as BiDense's paper has its
-            baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass.
+            baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass; "teacher" does so for
+            every method, and RPReLU starts as ReLU: with float layers a network of ReLUs and norms is the one that was given.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
         keep_slower: keep in full precision what is slower as bits on this machine, by the table that

@@ -88,6 +88,7 @@ class Method:
         norm: "after" (a layer has a BatchNorm behind its convolution: the network's, or a new one) or "none" (a new one is
             never added).
         activation_first: the bypass joins behind the activation.
+        centred: activations start centred, for a bypass hands their mean on to all layers behind; otherwise as they are made.
         residual: what happens to residual adds under this method (as ``BidensifyConfig.residual``); None: as configured.
         keeps: (spec) -> why the method leaves a layer in full precision, or "".
         act_bits: bits of an activation that it has.
@@ -104,6 +105,7 @@ class Method:
     keeps: Callable[[LayerSpec], str] | None = None
     act_bits: tuple[int, ...] = (1,)
     citation: str = ""
+    centred: bool = True
 
     def takes(self, kind: str) -> bool:
         """Whether the method binarizes layers of a kind ("conv2d", "conv_transpose2d" or "linear") at all."""
@@ -118,9 +120,10 @@ class Method:
 
 _METHODS: dict[str, Method] = {}
 # Behind a method's name: its binarizers in another frame than its authors', so that a comparison can tell them from the frame:
-# in BiDense's layer (BatchNorm, bypasses, RPReLU), or as BiDense's paper sets up its baselines (a BatchNorm behind each
-# convolution, the blocks' residual adds, no bypass).
-_IN_BIDENSE, _IN_PAPER = "-in-bidense", "-in-paper"
+# in BiDense's layer (BatchNorm, bypasses, RPReLU), as BiDense's paper sets up its baselines (a BatchNorm behind each
+# convolution, the blocks' residual adds, no bypass), or as the network itself has it (the same, and RPReLU starts as ReLU).
+_IN_BIDENSE, _IN_PAPER, _IN_TEACHER = "-in-bidense", "-in-paper", "-in-teacher"
+_FRAMES = {"bidense": _IN_BIDENSE, "paper": _IN_PAPER, "teacher": _IN_TEACHER}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bypass": ("none", "same", "all"),
     "norm": ("after", "none"),
@@ -232,38 +235,36 @@ def available_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method registered as ``name``; with "-in-bidense" or "-in-paper" behind it, its parts in that frame.
+    """The method registered as ``name``; with "-in-bidense", "-in-paper" or "-in-teacher" behind it, its parts in that frame.
 
     Raises:
         ConfigError: there is none; the message lists near names.
     """
-    base = name.removesuffix(_IN_BIDENSE).removesuffix(_IN_PAPER) if isinstance(name, str) else name
+    frames = _FRAMES.values() if isinstance(name, str) else ()
+    base = next((name.removesuffix(frame) for frame in frames if name.endswith(frame)), name)
     if base not in _METHODS:
         raise ConfigError(f"unknown method {name!r}{near(base, available_methods())}")
     found = _METHODS[base]
     if base == name:
         return found
-    keeps = found.keeps
-    if name == base + _IN_PAPER:
-        return replace(
-            found,
-            name=name,
-            bypass="none",
-            norm="after",
-            activation_first=False,
-            residual="keep",
-            keeps=_anywhere(keeps),
-        )
-    return replace(
+    framed = replace(
         found,
         name=name,
-        activation=RPReLU,
-        bypass="all",
+        bypass="none",
         norm="after",
         activation_first=False,
-        residual=None,
-        keeps=_anywhere(keeps),
+        residual="keep",
+        keeps=_anywhere(found.keeps),
     )
+    if name == base + _IN_PAPER:
+        return framed
+    if name == base + _IN_TEACHER:
+        return replace(framed, activation=_relu_at_first, centred=False)
+    return replace(framed, activation=RPReLU, bypass="all", residual=None)
+
+
+def _relu_at_first(channels: int, dim: int) -> RPReLU:
+    return RPReLU(channels, dim, slope=0.0)
 
 
 def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:
@@ -273,9 +274,9 @@ def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec],
 
 def in_frame(name: str, config: BidensifyConfig) -> str:
     """The name of a method under ``config.frame``."""
-    if config.frame == "own" or name.endswith((_IN_BIDENSE, _IN_PAPER)):
+    if config.frame == "own" or name.endswith(tuple(_FRAMES.values())):
         return name
-    if config.frame == "bidense":
-        return name + _IN_BIDENSE
-    # What the paper proposes has its own layer there.
-    return name if name.split("-")[0] == "bidense" else name + _IN_PAPER
+    if config.frame == "paper" and name.split("-")[0] == "bidense":
+        # What the paper proposes has its own layer there.
+        return name
+    return name + _FRAMES[config.frame]

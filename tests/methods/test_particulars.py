@@ -15,7 +15,8 @@ from bidensify.deploy import available_kernels
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError, PackError
 from bidensify.methods import LayerParts, LayerSpec, get_method, in_frame
-from bidensify.nn import BinaryLayer, RPReLU, SignBinarizer, make_binary, set_progress
+from bidensify.models import build_model
+from bidensify.nn import BinaryLayer, RPReLU, SignBinarizer, make_binary, set_binarization, set_progress
 
 METHODS = [name for name in bd.available_methods() if not name.startswith("own-")]
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -104,6 +105,37 @@ def test_frames() -> None:
         assert not keeps(LayerSpec("linear", 8, 8, dim=-1))
     with pytest.raises(ConfigError, match="frame='ours' is none of its values; known: own, bidense"):
         bd.BidensifyConfig(frame="ours")
+    with pytest.raises(ConfigError, match="unknown method 'xnor-in-paper-in-bidense'"):
+        get_method("xnor-in-paper-in-bidense")
+
+
+@pytest.mark.parametrize("method", ["bidense", "react", "dorefa"])
+def test_in_the_teachers_frame_float_layers_compute_what_the_network_did(method: str) -> None:
+    """Residual blocks, a projection, a decoder with concatenations; trained norms; hooks of no kind."""
+    torch.manual_seed(0)
+    network = build_model("demo:unet", num_classes=5, width=8)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    x = torch.randn(4, 3, 32, 48)
+    with torch.no_grad():
+        network.train()(x)
+        expected = network.eval()(x)
+    config = bd.BidensifyConfig(method=method, frame="teacher")
+    student = bd.bidensify(network, config, example_inputs=x).eval()
+    layers = dict(bd.nn.binary_layers(student))
+    assert len(layers) > 10
+    assert all(layer.bypass is None for layer in layers.values())
+    student, image = student.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        binary = student(image)
+        assert torch.equal(bd.pack(student)(image), binary)
+        assert float((binary - expected).abs().max()) > 0.1
+        set_binarization(student, activations=False, weights=False)
+        torch.testing.assert_close(student(image), expected, rtol=1e-4, atol=1e-4)
+    again = bd.BidensifyConfig.from_dict(config.to_dict())
+    assert bd.plan(network, again, example_inputs=x).to_dict() == student.bidensify_plan.to_dict()
 
 
 TURNED = {

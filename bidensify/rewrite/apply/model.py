@@ -109,7 +109,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
     activation = None
     if layer.activation and method.activation is not None:
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
-        if isinstance(activation, RPReLU) and norm is not None:
+        if isinstance(activation, RPReLU) and norm is not None and method.centred:
             centre(activation, norm, bypass=layer.bypass)
     module.__class__ = make_binary(type(module))
     assert isinstance(module, BinaryLayer)
