@@ -168,8 +168,8 @@ def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses() -> None:
     assert {type(layer.activation).__name__ for _, layer in binary_layers(framed)} <= {"RPReLU", "Identity"}
     again = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
     assert again.bidensify_plan == framed.bidensify_plan
-    with pytest.raises(ConfigError, match="frame='theirs'.* own, bidense"):
-        bd.BidensifyConfig(frame="theirs")
+    with pytest.raises(ConfigError, match="frame='mine'.* own, bidense"):
+        bd.BidensifyConfig(frame="mine")
 
 
 def test_what_a_method_says_of_its_layers_is_done() -> None:
