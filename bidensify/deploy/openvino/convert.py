@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bidensify.deploy.openvino import quantize
+from bidensify.deploy.openvino.apart import keep_apart
 from bidensify.deploy.openvino.layout import NCHW, NHWC, turn
 from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
@@ -78,6 +79,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
             if sizes is not None:
                 network.reshape({i: list(shape) for i, shape in enumerate(sizes)})
             turn(network)
+            keep_apart(network)
     except Exception as error:
         raise PlanError(f"OpenVINO does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
     return network

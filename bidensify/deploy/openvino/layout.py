@@ -13,11 +13,11 @@ import numpy as np
 
 from bidensify.deploy.openvino.enlarge import enlarged
 
-__all__ = ["NCHW", "NHWC", "turn"]
+__all__ = ["ELEMENTWISE", "NCHW", "NHWC", "turn"]
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 # Each element by itself, with NumPy's broadcasting.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "Abs", "Add", "Clamp", "Convert", "Divide", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterEqual",
     "HSigmoid", "HSwish", "Less", "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum",
     "Mish", "Multiply", "Negative", "Power", "Relu", "Select", "Sigmoid", "Sign", "SoftPlus", "Sqrt",
@@ -85,7 +85,7 @@ def _worth(node: Any, kind: str, turned: dict[str, Any]) -> bool:
     if kind == "Concat":
         if node.get_attributes()["axis"] not in (1, -3):
             return False
-    elif kind not in _ELEMENTWISE or any(
+    elif kind not in ELEMENTWISE or any(
         i not in images and not _scalar(node.input_value(i)) for i in range(node.get_input_size())
     ):
         return False
