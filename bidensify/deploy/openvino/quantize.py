@@ -34,7 +34,12 @@ def _main(library: str, path: str, images: str, out: str, *packages: str) -> Non
         node.get_friendly_name() for node in network.get_ops() if node.get_friendly_name().startswith("bidensify_")
     ]
     scope = nncf.IgnoredScope(names=names, types=sorted(others), validate=False)
-    quantized = nncf.quantize(network, nncf.Dataset(given), subset_size=count, ignored_scope=scope)
+    # Without VNNI (AVX2 alone) pairs of products saturate at 16 bits, which weights of 7 bits cannot reach. By itself NNCF
+    # sees to the first layer alone, and the file may run on another processor than this one.
+    overflow = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    quantized = nncf.quantize(
+        network, nncf.Dataset(given), subset_size=count, ignored_scope=scope, advanced_parameters=overflow
+    )
     ov.save_model(quantized, out, compress_to_fp16=False)
 
 
