@@ -56,6 +56,18 @@ def test_onnx_runs_elsewhere_on_other_sizes_and_stays_small(packed: nn.Module, t
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
 
 
+def test_openvino_reads_the_onnx(packed: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    ov = pytest.importorskip("openvino")
+    x = torch.randn(2, 3, 64, 64)
+    done = export(packed, tmp_path / "net.onnx", example_inputs=x)
+    network = ov.Core().compile_model(str(done.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        want = packed(x)
+    got = torch.from_numpy(network([x.numpy()])[0])
+    assert float((got - want).abs().mean()) < 1e-5 * float(want.abs().mean())
+
+
 @pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
 @pytest.mark.parametrize("state", ["latent", "packed"])
 def test_two_bits_of_activations_run_elsewhere(tmp_path: Path, name: str, state: str) -> None:

@@ -127,6 +127,23 @@ def _copysign(size: Tensor, sign: Tensor) -> Tensor:
     return torch.where(sign < 0, -size.abs(), size.abs())
 
 
+def _without_empty_shapes(graph: Any) -> None:
+    """Scalars are no longer made by an Expand to the empty shape, which OpenVINO's reader takes for a number and refuses."""
+    made = {name: node for node in graph.node for name in node.output}
+
+    def empty(name: str) -> bool:
+        node = made.get(name)
+        if node is not None and node.op_type == "Cast":
+            return empty(node.input[0])
+        return node is not None and any(a.name == "value" and list(a.t.dims) == [0] for a in node.attribute)
+
+    for node in graph.node:
+        # What it expands has no dimension either.
+        if node.op_type == "Expand" and empty(node.input[1]):
+            node.op_type = "Identity"
+            del node.input[1]
+
+
 def _write_onnx(
     program: torch.export.ExportedProgram, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, list[Tensor] | None]:
@@ -143,6 +160,7 @@ def _write_onnx(
         exported = torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
     assert exported is not None
     proto = exported.model_proto
+    _without_empty_shapes(proto.graph)
     for node in proto.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
