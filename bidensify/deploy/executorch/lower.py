@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
@@ -80,10 +81,12 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
     with _imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy
+        from executorch.exir.passes import MemoryPlanningPass
     read_in_parts(program.graph)
     program.graph_module.recompile()
     try:
-        with quiet():
+        with quiet(), pointers_in_workspace():
             edge = to_edge_transform_and_lower(
                 program,
                 transform_passes=[layout_pass()],
@@ -91,7 +94,11 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
                 constant_methods={name: [float(v) for v in values] for name, values in (constants or {}).items()},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            return seal(bytes(edge.to_executorch(ExecutorchBackendConfig(passes=[kernels_pass()])).buffer))
+            config = ExecutorchBackendConfig(
+                passes=[kernels_pass()],
+                memory_planning_pass=MemoryPlanningPass(MemoryPlanningAlgorithmSuite([greedy, tight])),
+            )
+            return seal(bytes(edge.to_executorch(config).buffer))
     except Exception as error:
         raise PlanError(f"ExecuTorch does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
 
