@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from bidensify.methods.registry import LayerSpec
-from bidensify.nn import RPReLU, WeightBinarizer
+from bidensify.methods.registry import LayerSpec, rprelu
+from bidensify.nn import WeightBinarizer
 
 __all__ = ["downsampling_shortcut", "hardtanh", "linear_alone", "rprelu", "scaled_sign"]
-
-
-def rprelu(channels: int, dim: int) -> nn.Module:
-    """ReActNet's activation, which keeps the negative side."""
-    return RPReLU(channels, dim)
 
 
 def hardtanh(channels: int, dim: int) -> nn.Module:

@@ -134,6 +134,16 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
 
 
+def rprelu(channels: int, dim: int) -> RPReLU:
+    """ReActNet's activation, which learns a slope of its negative side, from 0: a trained network's weights are of ReLU."""
+    return RPReLU(channels, dim, slope=0.0)
+
+
+def _rprelu_from_scratch(channels: int, dim: int) -> RPReLU:
+    """As ReActNet and BiDense begin, whose weights are drawn: with a slope of 0.25."""
+    return RPReLU(channels, dim)
+
+
 def register_method(
     name: str,
     *,
@@ -256,15 +266,15 @@ def get_method(name: str) -> Method:
         residual="keep",
         keeps=_anywhere(found.keeps),
     )
-    if name == base + _IN_PAPER:
-        return framed
     if name == base + _IN_TEACHER:
-        return replace(framed, activation=_relu_at_first, centred=False)
-    return replace(framed, activation=RPReLU, bypass="all", residual=None)
-
-
-def _relu_at_first(channels: int, dim: int) -> RPReLU:
-    return RPReLU(channels, dim, slope=0.0)
+        return replace(framed, activation=rprelu, centred=False)
+    if name == base + _IN_BIDENSE:
+        return replace(framed, activation=rprelu, bypass="all", residual=None)
+    # What the paper proposes has its own layer there.
+    framed = found if base.split("-")[0] == "bidense" else framed
+    return replace(
+        framed, name=name, activation=_rprelu_from_scratch if found.activation is rprelu else found.activation
+    )
 
 
 def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:
@@ -275,8 +285,5 @@ def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec],
 def in_frame(name: str, config: BidensifyConfig) -> str:
     """The name of a method under ``config.frame``."""
     if config.frame == "own" or name.endswith(tuple(_FRAMES.values())):
-        return name
-    if config.frame == "paper" and name.split("-")[0] == "bidense":
-        # What the paper proposes has its own layer there.
         return name
     return name + _FRAMES[config.frame]
