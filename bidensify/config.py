@@ -129,7 +129,8 @@ class BidensifyConfig:
             and DoReFa-Net have.
         residual: what happens to residual adds. "auto": removed where the bypasses inside already carry everything the
             shortcut carried, else kept with the last layer's bypass dropped. "keep": always kept, with the last
-            layer's bypass dropped. "double": kept with every bypass (for comparison).
+            layer's bypass dropped. "double": kept with every bypass, which trains better on networks of few or inverted
+            residual blocks, and doubles the signal in every block of plain convolutions.
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
