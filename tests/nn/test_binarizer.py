@@ -85,6 +85,20 @@ def test_codes_are_what_forward_gives(act_scale: str) -> None:
             assert torch.equal(torch.where(x >= beta, high, low).expand_as(x), layer(x))
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_scale_without_kernels_is_as_exact_as_with_them(planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a ReLU many values are equal, and a step that is off by 1e-5 turns all of them at once."""
+    torch.manual_seed(0)
+    dab = DistributionAdaptiveBinarizer(32, planes=planes)
+    x = torch.randn(2, 32, 64, 64).relu().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        kernels = dab.codes(x)[2]
+        monkeypatch.setattr(DistributionAdaptiveBinarizer, "native", lambda self, x: False)
+        plain, exact = dab.codes(x)[2], dab.double().codes(x.double())[2]
+    torch.testing.assert_close(plain.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(kernels.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_statistics_are_per_sample() -> None:
     layer = filled(4, "per_tensor")
     x = torch.randn(5, 4, 12, 10)
