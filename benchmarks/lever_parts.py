@@ -41,17 +41,15 @@ def branches(factor: float) -> Callable[[nn.Module], None]:
     return start
 
 
-def rectified(slope: float | None, shift: bool = False) -> Callable[[nn.Module], None]:
-    """RPReLU as a leaky ReLU: its slope (None: as it is), and no shift (or the one that it had)."""
+def rectified(slope: float) -> Callable[[nn.Module], None]:
+    """RPReLU as a leaky ReLU: its slope, and no shift."""
 
     @torch.no_grad()
     def start(student: nn.Module) -> None:
         for module in student.modules():
             if isinstance(module, RPReLU):
-                if slope is not None:
-                    module.slope.fill_(slope)
-                if not shift:
-                    module.bias_out.zero_()
+                module.slope.fill_(slope)
+                module.bias_out.zero_()
 
     return start
 

@@ -1,11 +1,12 @@
-"""What ran: the name that figures are published with."""
+"""This machine: the name that figures are published with, and what torch.compile needs of it."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 
-__all__ = ["cpu_name"]
+__all__ = ["cpu_name", "has_compiler"]
 
 
 def cpu_name() -> str:
@@ -17,3 +18,8 @@ def cpu_name() -> str:
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = found.get("model name") or platform.processor() or platform.machine()
     return f"{name} (family {found['cpu family']}, model {found.get('model', '?')})" if "cpu family" in found else name
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler that torch.compile finds is on the PATH."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))

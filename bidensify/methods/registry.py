@@ -121,7 +121,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 # Behind a method's name: its binarizers in another frame than its authors', so that a comparison can tell them from the frame:
 # in BiDense's layer (BatchNorm, bypasses, RPReLU), as BiDense's paper sets up its baselines (a BatchNorm behind each
-# convolution, the blocks' residual adds, no bypass), or as the network itself has it (the same, and RPReLU starts as ReLU).
+# convolution, the blocks' residual adds, no bypass), or as the network itself has it (the same, and RPReLU is ReLU at first).
 _IN_BIDENSE, _IN_PAPER, _IN_TEACHER = "-in-bidense", "-in-paper", "-in-teacher"
 _FRAMES = {"bidense": _IN_BIDENSE, "paper": _IN_PAPER, "teacher": _IN_TEACHER}
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -137,11 +137,6 @@ PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
 def rprelu(channels: int, dim: int) -> RPReLU:
     """ReActNet's activation, which learns a slope of its negative side, from 0: a trained network's weights are of ReLU."""
     return RPReLU(channels, dim, slope=0.0)
-
-
-def _rprelu_from_scratch(channels: int, dim: int) -> RPReLU:
-    """As ReActNet and BiDense begin, whose weights are drawn: with a slope of 0.25."""
-    return RPReLU(channels, dim)
 
 
 def register_method(
@@ -270,11 +265,9 @@ def get_method(name: str) -> Method:
         return replace(framed, activation=rprelu, centred=False)
     if name == base + _IN_BIDENSE:
         return replace(framed, activation=rprelu, bypass="all", residual=None)
-    # What the paper proposes has its own layer there.
+    # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, with a slope of 0.25.
     framed = found if base.split("-")[0] == "bidense" else framed
-    return replace(
-        framed, name=name, activation=_rprelu_from_scratch if found.activation is rprelu else found.activation
-    )
+    return replace(framed, name=name, activation=RPReLU if found.activation is rprelu else found.activation)
 
 
 def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:

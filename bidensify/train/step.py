@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bidensify._util.machine import has_compiler
 from bidensify.data.batches import to_device
 from bidensify.errors import ConfigError, FormatError, TrainingError
 from bidensify.kernels import dense
@@ -170,7 +170,7 @@ def check_compiler(recipe: Recipe) -> None:
     """
     if not recipe.compile:
         return
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if not has_compiler():
         raise ConfigError(
             f"recipe {recipe.name!r} has compile: true, and torch.compile needs a C++ compiler, of which there is none on the "
             "PATH; install g++, or leave compile out"

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import bidensify as bd
+from bidensify._util.machine import has_compiler
 from bidensify.deploy.between import compiled
 from bidensify.errors import PackError
 from bidensify.nn import BiDenseConv2d
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 def small() -> nn.Module:

@@ -15,12 +15,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import bidensify as bd
+from bidensify._util.machine import has_compiler
 from bidensify.errors import ConfigError
 from bidensify.kernels import dense
 from bidensify.nn import set_binarization, set_progress
 from bidensify.train.step import compiled
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bidensify._util.machine import has_compiler
 from bidensify.errors import ConfigError
 from bidensify.recipe import load_recipe
 from bidensify.train.distributed import (
@@ -24,7 +24,7 @@ from bidensify.train.distributed import (
     sync_batch_norm,
 )  # fmt: skip
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
 

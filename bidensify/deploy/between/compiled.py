@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
 from torch import nn
 
+from bidensify._util.machine import has_compiler
 from bidensify.errors import PackError
 from bidensify.nn.binary_layer import state_of
 
@@ -46,7 +46,7 @@ def compile(model: nn.Module, *, dynamic: bool | None = None) -> nn.Module:
     """
     if not isinstance(model, nn.Module) or state_of(model) != "packed":
         raise PackError(f"{type(model).__name__} is not packed; compile what pack() or from_pretrained() returned")
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if not has_compiler():
         raise PackError(
             "torch.compile needs a C++ compiler and there is none on the PATH; install g++, or run uncompiled"
         )

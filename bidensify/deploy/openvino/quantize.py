@@ -31,7 +31,9 @@ def _main(library: str, path: str, images: str, out: str, *packages: str) -> Non
     others = {node.get_type_name() for node in network.get_ops()} - _PRODUCTS
     # As enlarge.py names them; this program imports nothing of the package.
     names = [
-        node.get_friendly_name() for node in network.get_ops() if node.get_friendly_name().startswith("bidensify_")
+        node.get_friendly_name()
+        for node in network.get_ops()
+        if node.get_friendly_name().startswith("bidensify_enlarge")
     ]
     scope = nncf.IgnoredScope(names=names, types=sorted(others), validate=False)
     # Without VNNI (AVX2 alone) pairs of products saturate at 16 bits, which weights of 7 bits cannot reach. By itself NNCF

@@ -17,7 +17,9 @@ from bidensify.deploy.openvino.program import open_network
 from bidensify.nn import BiDenseConv2d
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 from helpers import settle
+from ir_tools import read
 
 _installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 pytestmark = pytest.mark.skipif(
@@ -61,10 +63,7 @@ def test_int8_multiplies_what_it_rounded(tmp_path: Path) -> None:
     path = bd.export(packed, tmp_path / "net.xml", example_inputs=images[0], int8_rest=images).path
     found = open_network(path, OPENVINO.find())([images[0].numpy()])
     values = [torch.from_numpy(found[i]).double() for i in range(6)]
-    ov = pytest.importorskip("openvino")
-    core = ov.Core()
-    core.add_extension(str(OPENVINO.find()))
-    network = core.read_model(path)
+    network = read(path)
     nodes = [node for node in network.get_ordered_ops() if node.get_type_name() == "Convolution"]
     assert len(nodes) == 4
     for i, node in enumerate(nodes[1:]):
