@@ -8,7 +8,6 @@ division by a number and an exponential round otherwise there.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYERS, network, relative, settle
 from torch import Tensor, nn
 
 import bidensify as bd
@@ -28,9 +28,6 @@ from bidensify.errors import ConfigError
 from bidensify.methods import get_method
 from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear, BinaryLayer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import LAYERS, network, relative, settle
 
 CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 

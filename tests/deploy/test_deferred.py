@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,9 +26,6 @@ from bidensify.errors import ConfigError
 from bidensify.methods.insta import InstanceSign
 from bidensify.models import build_model
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 NATIVE = [name for name in available_kernels() if name != "reference"]
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs kernels, built from this checkout")

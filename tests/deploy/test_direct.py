@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import settle
 from torch import Tensor
 
 from bidensify.deploy import direct
@@ -17,9 +16,6 @@ from bidensify.deploy.freeze import freeze
 from bidensify.deploy.layers import PackedLayer
 from bidensify.errors import ConfigError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 KERNELS = available_kernels()
 pytestmark = pytest.mark.skipif(KERNELS[0] == "reference", reason="no kernels on this machine")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ from bidensify.nn import (
     WeightBinarizer,
     make_binary,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 CONVOLUTIONAL = [name for name in bd.available_methods() if get_method(name).takes("conv2d")]
 

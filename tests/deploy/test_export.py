@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runtimes import needs
 from torch import nn
 from typer.testing import CliRunner
 
@@ -56,9 +57,11 @@ def test_onnx_runs_elsewhere_on_other_sizes_and_stays_small(packed: nn.Module, t
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
 
 
+@needs("openvino")
 def test_openvino_reads_the_onnx(packed: nn.Module, tmp_path: Path) -> None:
+    import openvino as ov
+
     pytest.importorskip("onnxscript")
-    ov = pytest.importorskip("openvino")
     x = torch.randn(2, 3, 64, 64)
     done = export(packed, tmp_path / "net.onnx", example_inputs=x)
     network = ov.Core().compile_model(str(done.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

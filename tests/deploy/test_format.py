@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import settle
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,9 +21,6 @@ from bidensify.deploy.format import HEADER, TENSORS
 from bidensify.deploy.freeze import empty_from_meta, freeze
 from bidensify.errors import FormatError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 
 def network() -> nn.Module:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import relative
+from runtimes import RUNTIMES, Beside, needs, outputs
 from torch import nn
 
 import bidensify as bd
 from bidensify.errors import ConfigError
 from bidensify.nn import Int8Layer, int8_layers, make_int8
 
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import relative
-from test_layouts import RUNTIMES, Beside, outputs
-
-_installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
 LAYERS = {
     "conv": (lambda: nn.Conv2d(16, 24, 3, padding=1), (2, 16, 9, 11)),
     "strided, no bias": (lambda: nn.Conv2d(16, 8, 3, 2, 1, bias=False), (2, 16, 9, 11)),
@@ -88,7 +83,7 @@ def test_a_network_of_both(suffix: str, tmp_path: Path) -> None:
     assert len(int8_layers(model)) == 2, "the network is left as it was"
 
 
-@pytest.mark.skipif("openvino" not in _installed, reason="not installed: pip install 'bidensify[openvino]'")
+@needs("openvino")
 def test_an_ir_rounds_within_the_recorded_ranges(tmp_path: Path) -> None:
     import openvino as ov
 
@@ -115,7 +110,7 @@ def test_an_ir_rounds_within_the_recorded_ranges(tmp_path: Path) -> None:
         assert low / step == pytest.approx(round(low / step), abs=1e-3)
 
 
-@pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
+@needs("executorch")
 def test_a_pte_rounds_by_the_recorded_numbers() -> None:
     from bidensify.deploy.export.capture import capture
     from bidensify.deploy.runtimes.prepare import prepared

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import relative, settle
+from layouts import BEFORE, Net
+from runtimes import RUNTIMES, Beside, needs, outputs
 from torch import Tensor, nn
 
 import bidensify as bd
-from bidensify.deploy.runtimes.again import run_again
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import relative, settle
-from layouts import BEFORE, Net
-
-_installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
-RUNTIMES = [
-    pytest.param(
-        suffix,
-        marks=pytest.mark.skipif(name not in _installed, reason=f"not installed: pip install 'bidensify[{name}]'"),
-    )
-    for suffix, name in ((".pte", "executorch"), (".xml", "openvino"))
-]
 # What a runtime itself cannot.
 WITHOUT = {".pte": {"a largest value"}, ".xml": set()}  # ExecuTorch 1.5 has no adaptive_max_pool2d
 GROUPS = [list(BEFORE)[start::4] for start in range(4)]
-
-
-class Beside(nn.Module):
-    """Networks, each with an input of its own."""
-
-    def __init__(self, nets: list[nn.Module]) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(nets)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y for net, x in zip(self.nets, inputs) for y in net(x))
-
-
-def outputs(path: Path, inputs: list[Tensor]) -> list[Tensor]:
-    """What the file gives, in a process of its own."""
-    from bidensify.deploy.executorch import program as pte
-    from bidensify.deploy.openvino import program as ir
-    from bidensify.deploy.runtimes.build import EXECUTORCH, OPENVINO
-
-    runtime, program = (EXECUTORCH, pte) if path.suffix == ".pte" else (OPENVINO, ir)
-    found = run_again(runtime, program.__file__, path, [inputs])
-    assert not isinstance(found, str), found
-    return found[0]
 
 
 @pytest.mark.parametrize("suffix", RUNTIMES)
@@ -104,7 +69,7 @@ def test_pooled_branches_of_packed_layers(batch: int, suffix: str, tmp_path: Pat
         assert relative(outputs(done.path, [x])[0], model(x)) < 1e-5
 
 
-@pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
+@needs("executorch")
 def test_a_gate_under_sizes_that_vary(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = bd.pack(settle(Net("squeeze and excite")))
@@ -114,7 +79,7 @@ def test_a_gate_under_sizes_that_vary(tmp_path: Path) -> None:
     assert done.difference < 1e-5
 
 
-@pytest.mark.skipif("executorch" not in _installed, reason="not installed: pip install 'bidensify[executorch]'")
+@needs("executorch")
 def test_every_tensor_lies_as_its_kernel_was_written_for(tmp_path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,9 +24,6 @@ from bidensify.deploy import pack, release_memory
 from bidensify.kernels import memory
 from bidensify.kernels.library import library as load_library
 from bidensify.nn import BiDenseConv2d
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 library = load_library()
 pytestmark = pytest.mark.skipif(
@@ -227,7 +225,7 @@ def test_gradients_pass_around_packed_layers_as_before() -> None:
 
 FAULTS = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch
 from test_memory import Net
 from helpers import settle
@@ -249,7 +247,7 @@ print(faults(5))
 
 
 def test_a_second_run_has_no_fresh_pages() -> None:
-    command = [sys.executable, "-c", FAULTS, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", FAULTS, str(Path(__file__).parent), str(Path(__file__).parent / "shared")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     # An output is 16 MiB, 4096 pages.

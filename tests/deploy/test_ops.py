@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import network, relative, settle
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,9 +18,6 @@ from bidensify.deploy.backends import KERNEL_VARIABLE, available_kernels
 from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import network, relative, settle
 
 KERNELS = available_kernels()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYERS, relative, settle
 from torch import Tensor, nn
 
 import bidensify as bd
@@ -46,9 +46,6 @@ from bidensify.nn import (
     make_binary,
     set_binarization,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import LAYERS, relative, settle
 
 KERNELS = available_kernels()
 

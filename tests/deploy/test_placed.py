@@ -5,20 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import settle
 from torch import Tensor, nn
 
 from bidensify.deploy import pack
 from bidensify.kernels import memory
 from bidensify.kernels.library import library as load_library
 from bidensify.nn import BiDenseConv2d, RPReLU
-
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
 
 library = load_library()
 pytestmark = pytest.mark.skipif(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from runtimes import needs
 from torch import nn
 
 import bidensify as bd
 from bidensify.deploy.executorch.memory import tight
 from bidensify.nn import BiDenseConv2d
 
-pytestmark = pytest.mark.skipif(
-    "executorch" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
-    reason="executorch is not installed: pip install 'bidensify[executorch]'",
-)
+pytestmark = needs("executorch")
 
 
 @dataclass(eq=False)

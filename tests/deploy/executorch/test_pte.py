@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYERS, settle
+from runtimes import needs
 from torch import Tensor, nn
 
 import bidensify as bd
@@ -26,14 +27,7 @@ from bidensify.methods import get_method
 from bidensify.models.unet import unet
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import LAYERS, settle
-
-# Not by find_spec: the folder of these tests has the package's name, and its parent is on the path.
-here = pytest.mark.skipif(
-    "executorch" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
-    reason="executorch is not installed: pip install 'bidensify[executorch]'",
-)
+here = needs("executorch")
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ir_tools import exported, moved, read
+from runtimes import needs
 from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ir_tools import exported, moved, read
-
-pytestmark = pytest.mark.skipif(
-    "openvino" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
-    reason="openvino is not installed: pip install 'bidensify[openvino]'",
-)
+pytestmark = needs("openvino")
 
 
 class Enlarging(nn.Module):

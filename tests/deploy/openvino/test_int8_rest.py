@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
+from helpers import settle
+from ir_tools import read
+from runtimes import needs
 from torch import Tensor, nn
 
 import bidensify as bd
 from bidensify.deploy.openvino.program import open_network
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import settle
-from ir_tools import read
-
-_installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
-pytestmark = pytest.mark.skipif(
-    not {"openvino", "nncf"} <= _installed,
-    reason="openvino or nncf is not installed: pip install 'bidensify[openvino]'",
-)
+pytestmark = needs("openvino", "nncf")
 
 
 class Large(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -12,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYERS, settle
+from ir_tools import read
+from runtimes import needs
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -25,16 +27,8 @@ from bidensify.methods import get_method
 from bidensify.models import build_model
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from helpers import LAYERS, settle
-from ir_tools import read
-
 ROOT = Path(__file__).parents[3]
-_installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
-here = pytest.mark.skipif(
-    "openvino" not in _installed, reason="openvino is not installed: pip install 'bidensify[openvino]'"
-)
+here = needs("openvino")
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +152,7 @@ def test_a_network_of_any_size(decoder: nn.Module, library: Path, tmp_path: Path
 
 
 @here
-@pytest.mark.skipif("nncf" not in _installed, reason="nncf is not installed: pip install 'bidensify[openvino]'")
+@needs("nncf")
 def test_an_int8_rest_is_near(tmp_path: Path, library: Path) -> None:
     torch.manual_seed(0)
     decoder = bd.pack(settle(Decoder()))
@@ -174,7 +168,7 @@ def test_an_int8_rest_is_near(tmp_path: Path, library: Path) -> None:
 
 
 @here
-@pytest.mark.skipif("nncf" not in _installed, reason="nncf is not installed: pip install 'bidensify[openvino]'")
+@needs("nncf")
 def test_a_crash_of_the_quantizer_is_an_error(
     decoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
 
-import pytest
 import torch
+from ir_tools import exported, moved
+from runtimes import needs
 from torch import Tensor, nn
 
 from bidensify.nn import BiDenseConv2d
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ir_tools import exported, moved
-
-pytestmark = pytest.mark.skipif(
-    "openvino" not in {found.metadata["Name"] for found in importlib.metadata.distributions()},
-    reason="openvino is not installed: pip install 'bidensify[openvino]'",
-)
+pytestmark = needs("openvino")
 
 
 class Block(nn.Module):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import settle
 from torch import nn
 
 import bidensify as bd
 from bidensify.deploy.openvino.program import open_network
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import settle
 
 
 def exported(model: nn.Module, path: Path) -> Any:
