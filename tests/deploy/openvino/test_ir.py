@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from bidensify.cli.app import app
 from bidensify.deploy.backends import available_kernels
 from bidensify.deploy.freeze import freeze
 from bidensify.deploy.openvino.program import open_network
+from bidensify.deploy.openvino.program import run as run_network
 from bidensify.errors import CheckError, ConfigError, MissingExtraError, PlanError
 from bidensify.methods import get_method
 from bidensify.models import build_model
@@ -41,8 +43,8 @@ def library() -> Path:
 
 def run(library: Path, path: Path, *values: Tensor) -> list[Tensor]:
     """The outputs of an IR."""
-    found = open_network(path, library, threads=2)([value.numpy() for value in values])
-    return [torch.from_numpy(found[i]) for i in range(len(found))]
+    network = open_network(path, library, threads=1)
+    return [torch.from_numpy(found) for found in run_network(network, [value.numpy() for value in values])]
 
 
 class Layers(nn.Module):
@@ -228,6 +230,22 @@ def test_other_inputs_kernels_and_files_are_refused(
     (tmp_path / "short.bin").write_bytes(exported.with_suffix(".bin").read_bytes()[:-40])
     with pytest.raises(RuntimeError):
         run(library, tmp_path / "short.xml", torch.zeros(1, 3, 32, 48))
+
+
+@here
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_layer_refuses_when_it_runs_is_told(
+    exported: Path, library: Path, threads: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also on one thread, where OpenVINO 2026.4 drops the errors of ``infer``."""
+    network = open_network(exported, library, threads=threads)
+    monkeypatch.setenv("BIDENSIFY_KERNEL", "abacus")
+    with pytest.raises(RuntimeError, match="BIDENSIFY_KERNEL=abacus is no kernel"):
+        run_network(network, [torch.randn(1, 3, 32, 48).numpy()])
+    capfd.readouterr()
+    with contextlib.suppress(RuntimeError):
+        network([torch.randn(1, 3, 32, 48).numpy()])
+    assert "BIDENSIFY_KERNEL=abacus is no kernel" in capfd.readouterr().err
 
 
 @here

@@ -3,6 +3,8 @@
 // It differs from the schema of bidensify/deploy/operator.py in what OpenVINO can hold: images are (N, H, W, C), one after another in
 // memory as the kernels read and write them, so that no layout is left to the plugin; integers are attributes; and `given` says
 // which of thresholds (1), levels (2) and residual (4) stand behind parts, tiles and side among the inputs.
+#include <stdio.h>
+
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
@@ -22,19 +24,18 @@ void parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
   ov::parallel_for((size_t)threads, [&](size_t) { body(data); });
 }
 
-bool view(const ov::Tensor& tensor, const char* what, bool image, View& out, Message& why) {
-  const ov::Shape shape = tensor.get_shape();
+// What kernels see of a tensor whose images are (N, H, W, C).
+bool view(const ov::Shape& shape, ov::element::Type type, const void* data, bool dense, const char* what, bool image, View& out,
+          Message& why) {
   if (shape.size() > (size_t)kMostDims) return why.say("%s has %zu dimensions", what, shape.size());
-  const ov::element::Type type = tensor.get_element_type();
   out.type = type == ov::element::f32    ? Type::kFloat32
              : type == ov::element::bf16 ? Type::kBFloat16
              : type == ov::element::i32  ? Type::kInt32
                                          : Type::kOther;
-  out.data = tensor.data();
+  out.data = data;
   out.dims = (int)shape.size();
   for (int i = 0; i < out.dims; ++i) out.sizes[i] = (int64_t)shape[(size_t)i];
-  if (out.data == nullptr && tensor.get_size() != 0) return why.say("%s has no memory", what);
-  const bool dense = tensor.is_continuous();
+  if (out.data == nullptr && ov::shape_size(shape) != 0) return why.say("%s has no memory", what);
   if (image && out.dims == 4) {
     const int64_t h = out.sizes[1], w = out.sizes[2], c = out.sizes[3];
     out.sizes[1] = c, out.sizes[2] = h, out.sizes[3] = w;
@@ -70,11 +71,12 @@ class PackedLayer : public ov::op::Op {
     return std::make_shared<PackedLayer>(inputs, up_, ints_, given_);
   }
 
-  // What shapes alone tell is refused here, when a network is read; the rest when a layer runs.
+  // What shapes and types alone tell is refused here, when a network is read; the rest when a layer runs.
   void validate_and_infer_types() override {
     Message why;
     Spec spec;
-    const bool good = spec.read(ints_.data(), ints_.size(), why) && counted(why);
+    int32_t tier;
+    const bool good = spec.read(ints_.data(), ints_.size(), why) && counted(why) && choose_tier(&tier, why);
     NODE_VALIDATION_CHECK(this, good, why.text);
     const bool linear = spec.kind == Spec::kLinear;
     const ov::PartialShape first = get_input_partial_shape(0);
@@ -106,15 +108,18 @@ class PackedLayer : public ov::op::Op {
       }
     }
     set_output_type(0, get_input_element_type(0), out);
+    NODE_VALIDATION_CHECK(this, fits(why), why.text);
   }
 
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
     Message why;
-    const bool done = run(outputs, inputs, why);
-    OPENVINO_ASSERT(done, "bidensify::packed_layer ", get_friendly_name(), ": ", why.text);
-    return true;
+    if (run(outputs, inputs, why)) return true;
+    // OpenVINO 2026.4 drops what is thrown here where `infer` runs on one thread, the caller's, and hands out whatever the
+    // memory held; `start_async` and `wait` throw it.
+    fprintf(stderr, "bidensify::packed_layer %s: %s\n", get_friendly_name().c_str(), why.text);
+    OPENVINO_THROW("bidensify::packed_layer ", get_friendly_name(), ": ", why.text);
   }
 
  private:
@@ -129,21 +134,46 @@ class PackedLayer : public ov::op::Op {
     return true;
   }
 
+  // The operator's arguments, of inputs in a row; `made` fills one: what(index, name, is an image, the view).
+  template <class Made>
+  bool arguments(Arguments& a, Made made) const {
+    const bool image = ints_.size() > 1 && ints_[1] != Spec::kLinear;
+    a.part_count = up_.size(), a.up = up_.data(), a.up_count = up_.size(), a.spec = ints_.data(), a.spec_count = ints_.size();
+    size_t at = 0;
+    for (; at < up_.size(); ++at)
+      if (!made(at, "a part", image, a.parts[at])) return false;
+    return made(at++, "tiles", false, a.tiles) && made(at++, "side", false, a.side) &&
+           (!(given_ & kThresholds) || made(at++, "thresholds", false, a.thresholds)) &&
+           (!(given_ & kLevels) || made(at++, "levels", false, a.levels)) &&
+           (!(given_ & kResidual) || made(at++, "residual", image, a.residual));
+  }
+
+  // Whether shapes and types fit one another, as far as they are known.
+  bool fits(Message& why) const {
+    static const char memory = 0;
+    bool known = true;
+    Arguments a;
+    const auto made = [&](size_t at, const char* what, bool image, View& out) {
+      const ov::PartialShape& shape = get_input_partial_shape(at);
+      const ov::element::Type type = get_input_element_type(at);
+      known = known && shape.is_static() && type.is_static();
+      return !known || view(shape.to_shape(), type, &memory, true, what, image, out, why);
+    };
+    if (!arguments(a, made)) return false;
+    Call call;
+    return !known || call.prepare(a, why);
+  }
+
   bool run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Message& why) const {
     if (!counted(why)) return false;
     if (inputs.size() != get_input_size() || outputs.size() != 1)
       return why.say("%zu inputs and %zu outputs", inputs.size(), outputs.size());
+    const auto seen = [&](const ov::Tensor& tensor, const char* what, bool image, View& out) {
+      return view(tensor.get_shape(), tensor.get_element_type(), tensor.data(), tensor.is_continuous(), what, image, out, why);
+    };
     Arguments a;
-    const bool image = ints_.size() > 1 && ints_[1] != Spec::kLinear;
-    const size_t parts = up_.size();
-    a.part_count = parts, a.up = up_.data(), a.up_count = up_.size(), a.spec = ints_.data(), a.spec_count = ints_.size();
-    size_t at = 0;
-    for (; at < parts; ++at)
-      if (!view(inputs[at], "a part", image, a.parts[at], why)) return false;
-    if (!view(inputs[at++], "tiles", false, a.tiles, why) || !view(inputs[at++], "side", false, a.side, why)) return false;
-    if ((given_ & kThresholds) && !view(inputs[at++], "thresholds", false, a.thresholds, why)) return false;
-    if ((given_ & kLevels) && !view(inputs[at++], "levels", false, a.levels, why)) return false;
-    if ((given_ & kResidual) && !view(inputs[at++], "residual", image, a.residual, why)) return false;
+    const auto made = [&](size_t at, const char* what, bool image, View& out) { return seen(inputs[at], what, image, out); };
+    if (!arguments(a, made)) return false;
     Call call;
     int32_t tier;
     if (!call.prepare(a, why) || !choose_tier(&tier, why)) return false;
@@ -152,8 +182,8 @@ class PackedLayer : public ov::op::Op {
     if (!call.linear()) shape = {(size_t)sizes[0], (size_t)sizes[2], (size_t)sizes[3], (size_t)sizes[1]};
     outputs[0].set_shape(shape);
     View y;
-    if (!view(outputs[0], "the output", image, y, why)) return false;
-    if (y.type != call.type() || !(image ? y.last : y.plain)) return why.say("the output has another dtype than the input, or gaps");
+    if (!seen(outputs[0], "the output", !call.linear(), y)) return false;
+    if (y.type != call.type() || !(call.linear() ? y.plain : y.last)) return why.say("the output has another dtype than the input, or gaps");
     return call.run(outputs[0].data(), tier, parallel_get_max_threads(), why);
   }
 
