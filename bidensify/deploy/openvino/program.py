@@ -52,7 +52,7 @@ def run(network: Any, images: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any
 def _main(library: str, path: str, given: str, results: str, *packages: str) -> None:
     sys.path.extend(packages)
     network = open_network(path, library)
-    outputs: dict[str, np.ndarray[Any, Any]] = {}
+    outputs: dict[str, Any] = {}
     with np.load(given, allow_pickle=False) as file:
         for number in sorted({int(name.split("_")[0]) for name in file.files}):
             names = sorted((n for n in file.files if n.startswith(f"{number}_")), key=lambda n: int(n.split("_")[1]))
