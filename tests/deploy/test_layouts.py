@@ -133,3 +133,28 @@ def test_a_map_of_one_channel_leaves_and_is_read_again(channels: int, suffix: st
         wanted = model(x)
     for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
         assert relative(got, want) < 1e-5, i
+
+
+class Hollow(nn.Module):
+    """Concatenations with levels that have no channels, as encoders of transformers hand on for the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1)
+        self.packed = BiDenseConv2d(16, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x.new_empty(x.shape[0], 0, x.shape[2], x.shape[3])
+        y = self.packed(torch.cat([self.stem(x), nothing], 1))
+        return cast(Tensor, self.head(torch.cat([nothing, F.interpolate(y, scale_factor=2.0)[:, :, ::2, ::2]], 1)))
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
+def test_parts_without_channels(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bd.pack(settle(Hollow()))
+    x = torch.randn(2, 3, 16, 24)
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
+    with torch.no_grad():
+        assert relative(outputs(done.path, [x])[0], model(x)) < 1e-5

@@ -121,8 +121,13 @@ def flat(args: Any, kwargs: Any) -> list[Tensor]:
 def read_in_parts(graph: fx.Graph) -> int:
     """Lets packed layers read the parts of concatenations and nearest-neighbour upsamplings; returns how many do.
 
-    A concatenation that nothing else reads is then never made.
+    A concatenation that nothing else reads is then never made. Parts without channels, which some encoders hand on for
+    levels that they lack, are left out: ExecuTorch has no such tensors.
     """
+    for node in graph.nodes:
+        if node.target is _aten.cat.default:
+            filled = [part for part in node.args[0] if not _empty(part)]
+            node.args = (filled or node.args[0], *node.args[1:])
     changed = 0
     for node in list(graph.nodes):
         if node.target is not torch.ops.bidensify.packed_layer.default:
@@ -136,6 +141,11 @@ def read_in_parts(graph: fx.Graph) -> int:
             changed += 1
     graph.eliminate_dead_code()
     return changed
+
+
+def _empty(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(statically_known_true(size == 0) for size in value.shape)
 
 
 def _parts(node: Any, up: int) -> list[tuple[Any, int]]:
