@@ -11,6 +11,7 @@ Importing this module registers the quantizer "bidensify"; ``import bidensify`` 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -76,14 +77,27 @@ def _own_config(model: nn.Module) -> Any:
 def _of_this_class(
     plan: Plan, layers: Mapping[str, Any] | None, model: nn.Module
 ) -> tuple[Plan, Mapping[str, Any] | None]:
-    """Plan and packed layers for ``model``, also where the checkpoint is of its base model alone, or of one with a head."""
+    """Plan and packed layers for ``model``, also where the checkpoint is of its base model alone, or of one with a head.
+
+    A head may build its base model without some layers (a last expansion, a pooler); transformers leaves their weights in the
+    checkpoint, and so do we.
+    """
     prefix = str(getattr(model, "base_model_prefix", ""))
     modules = dict(model.named_modules())
     known = [layer.path in modules for layer in plan.layers if layer.kind != "function"]
     if all(known) or not prefix:
         return plan, layers
     if prefix in modules:
-        return plan.moved(prefix), layers and {f"{prefix}.{path}": meta for path, meta in layers.items()}
+        moved = plan.moved(prefix)
+        if any(layer.path in modules for layer in moved.layers):
+            moved = dataclasses.replace(
+                moved,
+                layers=[layer for layer in moved.layers if layer.path in modules or layer.kind == "function"],
+                activations=[item for item in moved.activations if item.path in modules],
+            )
+        return moved, layers and {
+            f"{prefix}.{path}": meta for path, meta in layers.items() if f"{prefix}.{path}" in modules
+        }
     inside = {
         path.removeprefix(f"{prefix}."): meta for path, meta in (layers or {}).items() if path.startswith(f"{prefix}.")
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,30 @@ def test_a_base_models_checkpoint_goes_into_a_class_with_a_head(packed: bool, tm
     again = Head.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
         assert torch.equal(again(X).logits, model(X).logits)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_head_may_build_its_base_model_without_a_layer(packed: bool, tmp_path: Path) -> None:
+    """MobileViT's base model ends in an expansion, which classes for segmentation do not build."""
+    config = transformers.MobileViTConfig(
+        hidden_sizes=[16, 16, 24], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32], num_attention_heads=2, num_labels=3,
+        image_size=32, aspp_out_channels=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = bd.bidensify(transformers.MobileViTModel(config).eval(), example_inputs=torch.randn(1, 3, 64, 64))
+    assert any(layer.path == "conv_1x1_exp.convolution" for layer in base.bidensify_plan.binary)
+    saved = bd.pack(base) if packed else base
+    saved.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        headed = transformers.MobileViTForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    assert "mobilevit.conv_1x1_exp.convolution" not in dict(headed.named_modules())
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        want = saved(x, output_hidden_states=True).hidden_states
+        got = headed.mobilevit(x, output_hidden_states=True).hidden_states
+    assert len(got) == len(want) > 1
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
