@@ -28,6 +28,7 @@ from bidensify.deploy.executorch import program as pte_program
 from bidensify.deploy.openvino import program as ir_program
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import EXECUTORCH, OPENVINO
+from bidensify.tasks.outputs import restore
 
 PROGRAMS = {"pte": (EXECUTORCH, pte_program.__file__), "xml": (OPENVINO, ir_program.__file__)}
 WANTED = 0.999
@@ -42,6 +43,12 @@ def iou(predictions: list[Tensor], masks: list[Tensor], classes: int) -> float:
     union = table.sum(0) + table.sum(1) - table.diag()
     found = union > 0
     return float((table.diag()[found] / union[found]).mean())
+
+
+def _classes(logits: list[Tensor], samples: list[Any]) -> list[Tensor]:
+    """The class of each pixel at the size of each image's own mask, as evaluation takes it."""
+    pairs = zip(logits, samples, strict=True)
+    return [restore(y, one.get("extent"), tuple(one["mask"].shape[-2:])).argmax(1)[0] for y, one in pairs]
 
 
 def measure(folder: Path, formats: list[str], images: int, int8: bool) -> list[dict[str, Any]]:
@@ -77,10 +84,10 @@ def measure(folder: Path, formats: list[str], images: int, int8: bool) -> list[d
             got = [each[0] for each in outputs]
             if wanted[0].shape[1] > 1:
                 classes = wanted[0].shape[1]
-                ours, theirs = ([y.argmax(1)[0] for y in each] for each in (got, wanted))
-                shares = [float((a == b).float().mean()) for a, b in zip(ours, theirs, strict=True)]
-                masks = [sample["mask"].long() for sample in samples]
+                shares = [float((a.argmax(1) == b.argmax(1)).float().mean()) for a, b in zip(got, wanted, strict=True)]
                 row |= {"agreement": sum(shares) / count, "worst": min(shares)}
+                masks = [sample["mask"].long() for sample in samples]
+                ours, theirs = (_classes(each, samples) for each in (got, wanted))
                 row |= {"miou": iou(ours, masks, classes), "miou in PyTorch": iou(theirs, masks, classes)}
             else:
                 found = [float((a - b).abs().mean() / b.abs().mean()) for a, b in zip(got, wanted, strict=True)]
