@@ -23,7 +23,7 @@ from torch import Tensor
 import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.machine import cpu_name
-from bidensify.cli.sources import calibration_images, load_source
+from bidensify.cli.sources import load_source
 from bidensify.deploy.executorch import program as pte_program
 from bidensify.deploy.openvino import program as ir_program
 from bidensify.deploy.runtimes.again import run_again
@@ -63,7 +63,7 @@ def measure(folder: Path, formats: list[str], images: int, int8: bool) -> list[d
     with torch.inference_mode():
         wanted = [packed(x.contiguous(memory_format=torch.channels_last)) for x in given]
     wanted = [y if isinstance(y, Tensor) else next(iter(y.values())) for y in wanted]
-    calibration = calibration_images(loaded) if int8 else None
+    calibration = loaded.recipe.calibration_images((given[0].shape[-2], given[0].shape[-1])) if int8 else None
     rows = []
     for ending in formats:
         for rest in ("float", "int8") if int8 else ("float",):

@@ -11,7 +11,7 @@ from bidensify._util.terminal import console
 from bidensify.cli import arguments
 from bidensify.cli.command import command
 from bidensify.cli.options import Debug, Input, RecipeFile, SourceFolder, Trust
-from bidensify.cli.sources import calibration_images, load_source
+from bidensify.cli.sources import load_source
 from bidensify.errors import ConfigError
 
 
@@ -124,7 +124,10 @@ def export(
         model = bidensify.pack(model)
     example = loaded.example(2 if dynamic else 1) if input_shape is None else arguments.example_of(input_shape)
     bounds = arguments.sizes_of(sizes) if sizes else False
-    calibration = calibration_images(loaded) if int8_rest else None
+    calibration = None
+    if int8_rest:
+        size = loaded.need_recipe().image_size if example is None else (example.shape[-2], example.shape[-1])
+        calibration = loaded.need_recipe().calibration_images(size)
     done = write(
         model,
         out,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from bidensify.recipe import Recipe
 
-__all__ = ["Source", "calibration_images", "float_network", "is_run", "is_saved", "load_source"]
+__all__ = ["Source", "float_network", "is_run", "is_saved", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,6 @@ class Source:
         _, transforms = self.recipe.image_input()
         mean, std = getattr(transforms, "mean", None), getattr(transforms, "std", None)
         return {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
-
-
-def calibration_images(source: Source, count: int = 32) -> list[Tensor]:
-    """Training images (1, C, H, W) of the source's recipe.
-
-    Raises:
-        ConfigError: it has no recipe.
-    """
-    from bidensify.train.loaders import training_loader
-
-    recipe = source.need_recipe()
-    images: list[Tensor] = []
-    for batch in training_loader(recipe.build_dataset("train"), recipe, 0):
-        images.extend(batch["image"].split(1))
-        if len(images) >= count:
-            break
-    return images[:count]
 
 
 def is_run(folder: Path) -> bool:

@@ -85,7 +85,7 @@ def float_networks(
         say("int8: openvino and nncf are not installed, so that point is left out (pip install openvino nncf)")
         return found
     try:
-        network = _int8(matrix, model, x, val, threads)
+        network = _int8(matrix, model, x, threads)
         network.point = network.point.model_copy(update={"metrics": measure(network.model)})
     except Exception as error:
         say(f"int8: OpenVINO cannot take this network ({type(error).__name__}: {str(error)[:200]}); left out")
@@ -93,13 +93,9 @@ def float_networks(
     return [*found, network]
 
 
-def _int8(matrix: Matrix, model: nn.Module, x: Tensor, val: DenseDataset, threads: int) -> Network:
+def _int8(matrix: Matrix, model: nn.Module, x: Tensor, threads: int) -> Network:
     folder: Path = matrix.out / "int8"
-    # Training images with the transforms of evaluation: what calibration sees is what inference will see.
-    train = matrix.recipe.build_dataset("train")
-    train.transforms = val.transforms
-    step = max(1, len(train) // _CALIBRATION)
-    samples = [train[index]["image"][None] for index in range(0, min(len(train), step * _CALIBRATION), step)]
+    samples = matrix.recipe.calibration_images((x.shape[-2], x.shape[-1]), _CALIBRATION)
     file = quantize_int8(_INT8, copy.deepcopy(model).to(memory_format=torch.contiguous_format), x, folder, samples)
     network = Int8Network(_INT8, file, x.shape, threads)
     size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.is_file())

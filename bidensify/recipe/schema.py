@@ -34,8 +34,10 @@ from bidensify.recipe.sections import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from bidensify.data import DataInfo, DenseDataset, ImageReader, Transforms
+    from bidensify.data.fit import Resize
     from bidensify.tasks import Task, Views
 
 Value = TypeVar("Value")
@@ -198,6 +200,20 @@ class Recipe(Section):
 
         how = self.evaluate
         return build_transforms(False, self.image_size, mean, std, resize=how.resize, multiple=how.multiple)
+
+    def calibration_images(self, size: tuple[int, int], count: int = 32) -> list[Tensor]:
+        """Up to ``count`` training images (1, C, *size), spread over the data, as evaluation brings them to the network.
+
+        Where evaluation leaves images of several sizes, they are letterboxed to the one that a quantizer asks for.
+        """
+        from bidensify.data import build_transforms
+
+        dataset = self._dataset("train")
+        mean, std = self.data.mean or dataset.info.mean, self.data.std or dataset.info.std
+        resize: Resize = "squash" if self.evaluate.resize == "squash" else "letterbox"
+        dataset.transforms = build_transforms(False, size, mean, std, resize=resize)
+        step = max(1, len(dataset) // count)
+        return [dataset[index]["image"][None] for index in range(0, min(len(dataset), step * count), step)]
 
     def image_input(self) -> tuple[ImageReader, Transforms]:
         """Returns what reads an image file, and what brings it to the network as evaluation does.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -97,3 +98,18 @@ def test_networks_of_other_channels_train_from_a_recipe(bands: int, tmp_path: Pa
     run_recipe(loaded, tmp_path / "teacher", role="teacher", quiet=True)
     result = run_recipe(loaded, tmp_path / "student", teacher_weights=tmp_path / "teacher", quiet=True)
     assert 0 <= result.metrics["miou"] <= 1
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "native", "squash"])
+def test_calibration_sees_what_inference_sees(resize: str, recipe_text: str) -> None:
+    """Training crops have another size than images at inference, and are mirrored and coloured at random."""
+    text = recipe_text.replace(
+        "size: [32, 32]", "size: [32, 64]\n  train_size: [16, 16]\n  augment: {color_jitter: 0.9}"
+    )
+    loaded = load_recipe({**yaml.safe_load(text), "evaluate": {"resize": resize}})
+    images = loaded.calibration_images((32, 64), 3)
+    assert [tuple(image.shape) for image in images] == [(1, 3, 32, 64)] * 3
+    # Images of the data set come at this size: each way of fitting leaves them as they are, like evaluation's.
+    plain = loaded.build_dataset("train")
+    plain.transforms = loaded.build_dataset("val").transforms
+    assert all(torch.equal(image[0], plain[2 * i]["image"]) for i, image in enumerate(images))

@@ -117,11 +117,8 @@ def with_int8_rest(
         again: captures a network as ``program`` was.
 
     Raises:
-        ConfigError: no images.
         MissingExtraError: ExecuTorch's quantizer cannot be imported.
     """
-    if not len(images):
-        raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
     with _imports():
         from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e

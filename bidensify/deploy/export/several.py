@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bidensify.deploy.executorch.lower import AXES
 from bidensify.deploy.export.capture import compare
-from bidensify.errors import CheckError
+from bidensify.deploy.runtimes.prepare import flat
+from bidensify.errors import CheckError, ConfigError
 
 __all__ = ["judge", "several", "sizes_of"]
 
@@ -25,6 +26,25 @@ _RUNS = 5
 def several(args: Any, kwargs: Any, least: Mapping[str, int] | None = None) -> list[tuple[Any, Any]]:
     """The example, then others of its shapes, every second one with images of the sizes ``least``."""
     return [(args, kwargs), *(_like(args, kwargs, seed, (least or {}) if seed % 2 else {}) for seed in range(1, _RUNS))]
+
+
+def check_calibration(images: Sequence[Any], args: Any, kwargs: Any, fixed: bool) -> None:
+    """Whether images to calibrate with are of the program's inputs: of their shapes, or where sizes vary of their channels.
+
+    Raises:
+        ConfigError: there are none, or they are not.
+    """
+    if not len(images):
+        raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
+    wanted = [list(x.shape) for x in flat(args, kwargs)]
+    for i, image in enumerate(images):
+        given = [list(x.shape) for x in (flat((), image) if isinstance(image, Mapping) else flat(image, {}))]
+        same = given == wanted if fixed else [(len(x), x[1:2]) for x in given] == [(len(x), x[1:2]) for x in wanted]
+        if not same:
+            raise ConfigError(
+                f"int8_rest[{i}] has the shape {', '.join(map(str, given))}, and the file is for {', '.join(map(str, wanted))}: "
+                f"give images of {'that shape' if fixed else 'as many dimensions and channels'}, or example_inputs of theirs"
+            )
 
 
 def judge(name: str, expected: list[list[Tensor]], outputs: list[list[Tensor]], exact: bool) -> tuple[float, float]:

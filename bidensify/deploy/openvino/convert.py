@@ -18,7 +18,7 @@ from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
 from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
-from bidensify.errors import ConfigError, MissingExtraError, PlanError
+from bidensify.errors import MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
 
@@ -95,12 +95,9 @@ def with_int8_rest(network: Any, images: Sequence[Any], library: Path) -> Any:
     """The network with its float convolutions and matrix products in int8 (NNCF), calibrated on ``images``.
 
     Raises:
-        ConfigError: no images.
         MissingExtraError: NNCF cannot be imported.
         PlanError: NNCF or OpenVINO, which it runs, does not take it. That runs in a process of its own, for it may end it.
     """
-    if not len(images):
-        raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
     if importlib.util.find_spec("nncf") is None:
         raise MissingExtraError("an int8 rest under OpenVINO needs the package nncf: pip install 'bidensify[openvino]'")
     ov = _import("openvino")
