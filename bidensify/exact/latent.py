@@ -166,9 +166,7 @@ def _applies(layer: Any, x: Any) -> bool:
         and layer.weight_binarizer.packable
         and binarizer.dim == (-1 if linear else 1)
         and x.shape[binarizer.dim] == binarizer.channels
-        and _quiet(binarizer)
-        and _quiet(layer.weight_binarizer)
-        and _quiet(norm)
+        and all(_quiet(part) for part in layer.modules() if part is not layer and part is not layer.bypass)
         and not (norm is not None and norm.training)
         # A norm inside a binarizer that takes the batch's statistics (while it is calibrated) has no fixed threshold.
         and not any(part.training for part in binarizer.children())

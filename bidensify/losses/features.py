@@ -58,7 +58,8 @@ class Features:
                     f"the layer {path!r} of the {self._role} gives {type(output).__name__}, not one tensor; "
                     "name a layer within it"
                 )
-            self._found[path] = output
+            # What comes behind may work in place.
+            self._found[path] = output.clone()
 
         return record
 

@@ -10,7 +10,7 @@ here. In evaluation it is a threshold per channel, and where its weight is negat
 have no norm in front. Behind a ReLU, which stays as in the paper, a sign without it would see one side only.
 
 ``act_scale="spatial"`` is the paper's map K, which the authors' code leaves out: the output is multiplied by the mean
-|x| over channels, averaged over each window. It is a float for each output pixel, which packed layers do not have.
+|BatchNorm(x)| over channels, averaged over each window. It is a float for each output pixel, which packed layers do not have.
 
 Where we differ: the authors centre and clamp the stored weights themselves at each step, we what is computed with; they scale
 the gradient by n * (1 - 1 / C_in), which Adam takes out again. One input channel per group is not centred: nothing would be
@@ -33,6 +33,7 @@ class NormalizedSign(AffineSign):
     """sign(BatchNorm(x)); with ``spatial`` the layer's output times the map K."""
 
     work = 2
+    packable = True
 
     def __init__(self, spec: LayerSpec, act_scale: str) -> None:
         super().__init__(spec.in_channels, spec.dim)
@@ -59,11 +60,19 @@ class NormalizedSign(AffineSign):
         u = self.norm(x)
         return threshold_sign(u, u.new_zeros(()), u.new_ones(()), ste="strict")
 
+    def _normalized(self, x: Tensor) -> Tensor:
+        """``norm(x)`` once more, without another step of its running statistics."""
+        norm, x = self.norm, x.movedim(self.dim, 1)
+        batch = norm.training or norm.running_mean is None
+        statistics = (None, None) if batch else (norm.running_mean, norm.running_var)
+        found = nn.functional.batch_norm(x, *statistics, norm.weight, norm.bias, batch, 0.0, norm.eps)
+        return found.movedim(1, self.dim)
+
     def _map(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """K for each output channel: the layer itself, with equal weights, on |x|."""
         size = {"output_size": list(y.shape[2:])} if isinstance(layer, nn.ConvTranspose2d) else {}
         with UsedWeight(lambda weight: torch.full_like(weight, 1 / self.taps)):
-            found: Tensor = layer.bare_forward(x.detach().abs(), **size)  # type: ignore[operator]
+            found: Tensor = layer.bare_forward(self._normalized(x.detach()).abs(), **size)  # type: ignore[operator]
         return found.detach()
 
     def weigh(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:

@@ -125,7 +125,9 @@ class Bypass(Declares, nn.Module):
     Channels go through ``fusion_up`` / ``fusion_down``. There are no parameters and no buffers.
     """
 
-    declarations: ClassVar[Mapping[str, tuple[str, ...]]] = {"exact": ("forward", "to_size", "averages")}
+    declarations: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "exact": ("forward", "after_fusion_down", "to_size", "averages")
+    }
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ class ActivationBinarizer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
-        changed = any(name in own for name in ("codes", "binarize", "forward"))
+        changed = any(name in own for name in ("codes", "binarize", "forward", "_threshold", "_step"))
         for name in ("stored", "split", "flips"):
             if changed and name not in own:
                 setattr(cls, name, _undeclared)
@@ -162,6 +162,12 @@ class ActivationBinarizer(nn.Module):
                 )
         elif "codes" in own and "packable" not in own:
             cls.packable, cls.unpackable_reason = True, ""
+        if "weigh" in own and "packable" not in own:
+            cls.packable = False
+            cls.unpackable_reason = (
+                f"{cls.__name__} weighs the layer's output by what it finds in the input (weigh), which packed layers "
+                "do not"
+            )
 
     def __init__(self, channels: int, dim: int = 1) -> None:
         super().__init__()
@@ -221,7 +227,10 @@ class ActivationBinarizer(nn.Module):
         return levels(x, threshold, (high - low) / 2) + (high + low) / 2
 
     def weigh(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """``y``, the bare layer's output for the input ``x``, times what cannot be said of the input; by default ``y``."""
+        """``y``, the bare layer's output for the input ``x``, times what cannot be said of the input; by default ``y``.
+
+        A subclass with a ``weigh`` of its own trains and is not packable, unless it says ``packable``.
+        """
         return y
 
     def calibrate(self, x: Tensor) -> None:

@@ -67,6 +67,7 @@ def countable(layer: Any, x: Tensor) -> bool:
         and not isinstance(binary.padding, str)
         and popcounts.takes(x, weight := cast(Tensor, binary.latent_weight))
         and quiet(weights)
+        and quiet(binarizer)
         and bool(weights.native(weight))
         and bool(binarizer.enabled)
         and binarizer.dim == 1

@@ -101,6 +101,9 @@ class _Targets:
                 shortcut = self.entered.get(max(inside, key=len)) if inside else None
                 if shortcut is not None and shortcut.shape == target.shape:
                     target = target + shortcut
+            if target is output:
+                # An activation behind it may work in place.
+                target = output.clone()
             self.found.setdefault(layer.path, []).append(target)
 
         return hook
@@ -172,7 +175,7 @@ def _fit_predictions(student: nn.Module, teacher: nn.Module, plan: Plan, images:
         with ExitStack() as stack:
             stack.callback(layer.register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)  # noqa: B023
             twin = teacher.get_submodule(entry.path)
-            stack.callback(twin.register_forward_hook(lambda *given: wanted.append(given[2])).remove)  # noqa: B023
+            stack.callback(twin.register_forward_hook(lambda *given: wanted.append(given[2].clone())).remove)  # noqa: B023
             for x in images:
                 read.clear()
                 wanted.clear()

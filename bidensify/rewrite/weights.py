@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,12 @@ def zero_channels(module: nn.Module) -> Tensor | None:
     return zero if bool(zero.any()) else None
 
 
-def draw_zeros(module: nn.Module) -> bool:
+def draw_zeros(module: nn.Module, network: Iterable[nn.Module] = ()) -> bool:
     """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time.
+
+    Args:
+        module: the layer.
+        network: all modules; a weight that another of them has too stays, for that one would compute something else.
 
     Returns:
         Whether there were any.
@@ -39,6 +45,8 @@ def draw_zeros(module: nn.Module) -> bool:
         return False
     parts, weight = _parts(module), module._parameters["weight"]
     assert weight is not None
+    if any(other is not module and value is weight for other in network for value in other._parameters.values()):
+        return False
     bound = parts.rows(weight).shape[1] ** -0.5
     drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
     drawn = drawn.to(device=weight.device, dtype=weight.dtype)

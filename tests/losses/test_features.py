@@ -47,3 +47,12 @@ def test_layer_that_does_not_run_or_gives_no_tensor() -> None:
         features["idle"]
     with Features(model, ["pair"]), pytest.raises(ConfigError, match="gives tuple, not one tensor"):
         model["pair"](torch.zeros(1))
+
+
+def test_what_comes_behind_may_work_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    with Features(model, ["1"]) as features:
+        model(x)
+        assert torch.equal(features["1"], model[1](model[0](x)))

@@ -216,16 +216,39 @@ def test_the_spatial_map_multiplies_the_output(base: Any) -> None:
     parts, plain = parts_of("xnor", spec, "spatial"), parts_of("xnor", spec)
     x = torch.randn((2, 5, 6) if isinstance(base, nn.Linear) else (2, 6, 7, 8))
     bias = base.bias
+    # The map is of what the layer reads: of the normalized input (section 3.2, figure 3 of the paper), not of the input itself.
+    norm = plain.binarizer.norm
+    for value, low, high in (
+        (norm.running_mean, -1, 1),
+        (norm.running_var, 0.3, 3),
+        (norm.weight, 0.5, 2),
+        (norm.bias, -1, 1),
+    ):
+        nn.init.uniform_(value, low, high)
+    parts.binarizer.norm.load_state_dict(norm.state_dict())
     layer = layer_of(base, LayerParts(plain.binarizer, plain.weight_binarizer))
     bare = layer(x.clone().requires_grad_()).detach()
     layer.binarizer = parts.binarizer.eval()
     got = layer(x.clone().requires_grad_())
+    read = norm(x).detach()
     shift = 0 if bias is None else bias.detach() if isinstance(base, nn.Linear) else bias.detach().view(-1, 1, 1)
-    torch.testing.assert_close(got.detach(), (bare - shift) * box(x, base) + shift, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.detach(), (bare - shift) * box(read, base) + shift, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), got.detach())
     with pytest.raises(PackError, match='act_scale="spatial" multiplies each output pixel by a float.*\'?none'):
         freeze(layer)
+
+
+def test_the_spatial_map_in_training_is_of_the_batch_and_counts_it_once() -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(6, 4, 3, padding=1, bias=False)
+    parts = parts_of("xnor", spec_of(base), "spatial")
+    layer = layer_of(base, parts).train()
+    x = 3 * torch.randn(4, 6, 7, 8) + 5
+    own, plain = nn.BatchNorm2d(6), layer.conv_only
+    y = layer(x)
+    assert int(layer.binarizer.norm.num_batches_tracked) == 1
+    torch.testing.assert_close(y, plain(layer.binarizer(x)) * box(own(x).detach(), base), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["bidense", "bnn", "adabin"])

@@ -191,3 +191,19 @@ def test_before_calibration_each_input_has_its_own_range() -> None:
         for scale in (1e-3, 1, 1e3):
             y = float_layer(x * scale)
             assert float((layer(x * scale) - y).abs().max()) < 0.03 * float(y.abs().max())
+
+
+def test_ranges_that_something_else_writes_are_used() -> None:
+    """An average of models copies buffers without a word."""
+    torch.manual_seed(0)
+    layer = make_int8(nn.Conv2d)(3, 4, 3)
+    layer.install_int8()
+    model = nn.Sequential(layer).eval()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    x = torch.randn(2, 3, 8, 8)
+    bd.calibrate(model, [x])
+    average.update_parameters(model)
+    wider = 2 * x
+    assert torch.equal(average(wider), model(wider))
+    again = copy.deepcopy(average)
+    assert torch.equal(again(wider), model(wider))

@@ -145,3 +145,19 @@ def test_mistakes_are_told() -> None:
         bd.fit_scales(student, teacher, [])
     with pytest.raises(ConfigError, match="the teacher has no layer 'stem.0'"):
         bd.fit_scales(student, nn.Sequential(nn.Conv2d(3, 4, 3)), batches())
+
+
+def test_activations_in_place_change_nothing() -> None:
+    """A layer without a norm hands its own output to the activation behind it."""
+
+    def fitted(inplace: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace)]
+        model = nn.Sequential(*layers, nn.Conv2d(16, 5, 1)).eval()
+        student = bd.bidensify(model)
+        bd.fit_scales(student, model, [torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))])
+        return dict(student.state_dict())
+
+    wanted, got = fitted(False), fitted(True)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in got.items())

@@ -189,3 +189,28 @@ def test_functional_convolutions_are_reported() -> None:
     layers = by_path(bd.plan(Functional()))
     assert layers[":conv2d"].action == "keep"
     assert "out of reach" in layers[":conv2d"].reason
+
+
+@pytest.mark.parametrize("act_scale", ["per_tensor", "per_channel", "none", "spatial"])
+def test_every_setting_can_be_read_back(act_scale: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    plan = bd.plan(net, bd.BidensifyConfig(method="xnor" if act_scale == "spatial" else "bidense", act_scale=act_scale))
+    assert Plan.from_dict(plan.to_dict()).layers == plan.layers
+
+
+def test_a_name_that_no_file_could_hold_is_refused_before_training() -> None:
+    block = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"c(1)": block})
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.parts["c(1)"](x))
+
+    with pytest.raises(PlanError, match=r"norm='parts.c\(1\).4': must be the path of a module.*: rename what it names"):
+        bd.bidensify(Odd())

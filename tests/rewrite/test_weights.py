@@ -118,3 +118,23 @@ def test_the_same_every_time_and_on_the_meta_device() -> None:
 def test_a_layer_with_weights_is_not_mentioned() -> None:
     assert bd.plan(network(LAYERS["conv"]())).notes == []
     assert isinstance(BiDenseConv2d(3, 4, 1), nn.Conv2d)
+
+
+def test_a_kept_layer_that_shares_a_weight_of_zeros_computes_what_it_did() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.twin = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.twin.weight = self.stem.weight
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.twin(torch.relu(self.stem(x)))))
+
+    torch.manual_seed(0)
+    model = Tied()
+    with torch.no_grad():
+        model.stem.weight[0] = 0
+    x = torch.randn(1, 8, 16, 16)
+    student = bd.bidensify(model, example_inputs=x)
+    assert torch.equal(student.stem(x), model.stem(x))

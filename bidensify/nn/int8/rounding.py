@@ -53,6 +53,7 @@ class Int8(nn.Module):
         self.calibrating = False
         # Step and zero point as numbers: no wait for a device, and constants of an exported program.
         self.affine: tuple[float, int] | None = None
+        self._settled = (-1, -1)
         self._seen: Tensor | None = None
 
     def begin_calibration(self) -> None:
@@ -69,6 +70,8 @@ class Int8(nn.Module):
 
     def _settle(self) -> None:
         self.affine = None
+        if not self.low.is_inference():
+            self._settled = self.low._version, self.high._version
         if not self.low.is_meta and float(self.high) > float(self.low):
             step = (float(self.high) - float(self.low)) / _STEPS
             self.affine = step, round(-float(self.low) / step)
@@ -85,8 +88,15 @@ class Int8(nn.Module):
             self.low, self.high = low.to(self.low.device), high.to(self.high.device)
         return self
 
+    def _settle_again(self) -> None:
+        """Reads the buffers once more where something wrote to them: what copies buffers (averages of models) says nothing."""
+        low, high = self.low, self.high
+        if not (torch.compiler.is_compiling() or low.is_inference()) and (low._version, high._version) != self._settled:
+            self._settle()
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on 256 levels, in its dtype."""
+        self._settle_again()
         if self.affine is None or self.calibrating:
             step, zero = self._listened(x.detach())
             return _rounded(x.float(), step, zero, 0, _STEPS).to(x.dtype)

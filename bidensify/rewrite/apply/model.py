@@ -94,7 +94,7 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
                 parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
         holder._parameters[name] = None
     # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
-    if draw_zeros(module):
+    if draw_zeros(module, modules.values()):
         latent = _start_weight(layer, module)
     parts = method.parts(layer.spec(module, latent), _settings(config, layer))
     bypass = None

@@ -73,7 +73,7 @@ class LayerPlan:
     reason: Text
     way: Annotated[str, one_of("", "path", "block")] = ""
     method: MethodName = ""
-    act_scale: Annotated[str, one_of("per_tensor", "per_channel", "none")] = "per_tensor"
+    act_scale: Annotated[str, one_of("per_tensor", "per_channel", "none", "spatial")] = "per_tensor"
     act_bits: Annotated[int, one_of(1, 2)] = 1
     bypass: bool = False
     norm: ModulePath | None = None

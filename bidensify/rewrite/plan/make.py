@@ -36,7 +36,7 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
     """The plan for ``model``, as recorded, under ``config``.
 
     Raises:
-        PlanError: no layer would become binary, or a rule matches none.
+        PlanError: no layer would become binary, a rule matches none, or a file could not hold the plan.
         ConfigError: an unknown method.
     """
     flow = Flow(record)
@@ -52,7 +52,7 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
     finally:
         if draft.code.any_traced:
             clear_fake_caches()
-    return Plan(
+    made = Plan(
         model_class=type(model).__name__,
         config=config,
         layers=[*draft.layers.values(), *(layer for layer in layers if layer.kind == "function")],
@@ -63,6 +63,13 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
         inputs=record.inputs_text,
         fingerprint=fingerprint(model),
     )
+    try:
+        # Now, and not when a trained network is loaded again.
+        Plan.from_dict(made.to_dict())
+    except PlanError as error:
+        said = str(error).removesuffix("; plan again")
+        raise PlanError(f"{said}. No file could hold the plan of this network: rename what it names") from error
+    return made
 
 
 def _nothing(layers: Sequence[LayerPlan]) -> str:
