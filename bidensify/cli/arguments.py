@@ -139,8 +139,10 @@ def make_model(spec: str, options: Sequence[str], weights: Path | None) -> nn.Mo
 
 
 def to_json(value: Any) -> str:
-    """Returns ``value`` as JSON text for standard output."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    """Returns ``value`` as JSON text for standard output; what is no number there (NaN) is null."""
+    from bidensify.train.rundir.logs import plain
+
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, default=str)
 
 
 def refuse_existing(out: Path) -> None:

@@ -12,7 +12,7 @@ __all__ = ["class_table", "main_table", "plots", "report"]
 
 # Metrics that are shares; people read them in per cent.
 _SHARES = ("miou", "pixel_accuracy", "mean_pixel_accuracy", "iou", "accuracy", "delta1", "delta2", "delta3")
-_LOWER = ("absrel", "sqrel", "rmse", "rmse_log", "log10", "silog")
+_LOWER = ("absrel", "sqrel", "rmse", "rmse_log", "log10", "silog", "epe", "outliers")
 FLOATS = ("float", "bf16", "int8")
 
 

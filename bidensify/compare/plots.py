@@ -143,7 +143,10 @@ def bars(title: str, panels: Sequence[Bars], names: Sequence[str], *, note: str 
             axes.bar(xs, heights, width * 0.92, color=colour_of(name, names), label=name)
         turned = len(panel.groups) > 6
         axes.set_xticks(
-            range(len(panel.groups)), panel.groups, rotation=40 if turned else 0, ha="right" if turned else "center"
+            range(len(panel.groups)),
+            [_plain(group) for group in panel.groups],
+            rotation=40 if turned else 0,
+            ha="right" if turned else "center",
         )
         axes.grid(False, axis="x")
 

@@ -159,6 +159,13 @@ _FOOTING = {
     "labels": ("task",),
     "batch size": ("data", "batch_size"),
     "precision": ("precision",),
+    "folder of data": ("data", "root"),
+    "how images come to the size": ("evaluate", "resize"),
+    "multiple": ("evaluate", "multiple"),
+    "windows": ("evaluate", "window"),
+    "stride of windows": ("evaluate", "stride"),
+    "mirrored views": ("evaluate", "flip"),
+    "scales of views": ("evaluate", "scales"),
 }
 
 

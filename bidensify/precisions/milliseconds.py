@@ -23,6 +23,7 @@ class _Benched(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     layer: str
+    geometry: str = ""
     threads: int
     ms: dict[str, _Milliseconds]
 
@@ -47,7 +48,11 @@ class LayerTimes(BaseModel):
     @classmethod
     def _of_bench(cls, text: str) -> LayerTimes:
         rows = sorted(TypeAdapter(list[_Benched]).validate_json(text), key=lambda row: -row.threads)
-        named = {row.layer: {_NAMES.get(name, name): value for name, value in row.ms.items()} for row in rows}
+        named: dict[str, dict[str, float]] = {}
+        for row in rows:
+            bits = "act_bits 2" if row.geometry.endswith("act_bits 2") else _NAMES["packed"]
+            found = {bits if name == "packed" else _NAMES.get(name, name): ms for name, ms in row.ms.items()}
+            named.setdefault(row.layer, {}).update(found)
         return cls(rest=0.0, layers=named)
 
     @staticmethod

@@ -132,6 +132,8 @@ def plot(found: Findings, path: Path) -> None:
         if len(names) > 1:
             axis.legend(frameon=False)
     axes[0].set_title(_title(found), fontsize="medium")
-    axes[-1].set_xticks(range(len(rows)), [row.name for row in rows], rotation=90, fontsize="x-small")
+    axes[-1].set_xticks(
+        range(len(rows)), [row.name.replace("$", r"\$") for row in rows], rotation=90, fontsize="x-small"
+    )
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bidensify.errors import ConfigError
-from bidensify.tasks.base import DenseTask
 
 __all__ = ["Views"]
 
@@ -151,7 +150,7 @@ def _scaled(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _kind(task: Any) -> str:
-    return task.outputs if isinstance(task, DenseTask) else "values"
+    return str(getattr(task, "outputs", "values"))
 
 
 def _as_mean(raw: Tensor, task: Any) -> Tensor:

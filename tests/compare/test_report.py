@@ -161,6 +161,10 @@ def test_what_runs_do_not_share_is_said(tmp_path: Path) -> None:
     assert "input size: 32×48 (a, c); 64×96 (b)" in lead
     assert "epochs: 1 (a, c); 3 (b)" in lead
     assert "footing" not in lead
+    flipped = run("b", root="/elsewhere")
+    flipped.recipe["evaluate"] = {"flip": True, "scales": [0.5, 1.0]}
+    lead = comparison([run("a"), flipped]).lead
+    assert all(said in lead for said in ("folder of data: ", "mirrored views: ", "scales of views: "))
 
 
 def test_runs_of_one_task_are_compared(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bidensify.compare.page import class_table, main_table, plots, report
+from bidensify.compare.plots import Bars, bars
 from bidensify.compare.report import render
 from bidensify.compare.results import Cell, Entropy, Point, Results
 from bidensify.errors import FormatError
@@ -117,3 +118,9 @@ def test_plots_and_page() -> None:
 def test_a_comparison_without_a_finished_run_still_has_a_page() -> None:
     empty = example(cells=[], points=[], entropy={})
     assert "0 of 6" in render(report(empty, [], [], plots(empty)))
+
+
+def test_names_are_no_formulas() -> None:
+    """A dollar sign would begin one, and a wrong one ends in an error."""
+    figure = bars("t", [Bars("IoU", "IoU", [r"$\frac$", "b_{2}"], {"bidense": [0.5, None]})], ["bidense"])
+    assert figure.svg

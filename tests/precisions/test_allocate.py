@@ -17,6 +17,7 @@ from bidensify.models import build_model
 from bidensify.nn import binary_layers
 from bidensify.precisions import Allocation, Cost, Measured, Row, Sensitivity, allocation, read_budget
 from bidensify.precisions.costs import costs_of
+from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import PRECISIONS, Precision
 
 FULL = Cost(macs=1000, ops=2000, bytes=4000)
@@ -259,6 +260,10 @@ def test_milliseconds_of_bench_and_of_a_file_of_ones_own(tmp_path: Path) -> None
     assert costs.rest.ms == 0
     assert costs.full.ms == 4 * len(paths)
     assert {name: cost.ms for name, cost in costs.of(paths[:2]).items()} == {"binary": 2, "int8": 6, "float": 8}
+    two = [{**row, "geometry": "conv2d 3x3 4->4 act_bits 2", "ms": {"float": 2.0, "packed": 1.5}} for row in rows[1::2]]
+    file.write_text(json.dumps(rows[1::2] + two))
+    times = LayerTimes.load(file, paths)
+    assert times.layers[paths[0]] == {"float": 2.0, "binary": 0.5, "int8": 1.5, "act_bits 2": 1.5}
     own = {"rest": 3.0, "layers": {path: {"binary": 1.0, "float": 2.0} for path in paths}}
     file.write_text(json.dumps(own))
     assert costs_of({"binary": student}, model, (3, 16, 16), file).full.ms == 3 + 2 * len(paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,22 @@ def test_mirror_and_scales() -> None:
     # A network that looks the same in the mirror gains nothing.
     blind = nn.Conv2d(3, 3, 1)
     assert torch.allclose(Views(flip=True)(blind, task, IMAGE).softmax(1), blind(IMAGE).softmax(1), atol=1e-6)
+
+
+def test_a_task_of_ones_own_is_averaged_as_what_it_says_its_outputs_are() -> None:
+    class Own:
+        """No ``DenseTask``; all else is as in one."""
+
+        outputs = "classes"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(SegmentationTask(3), name)
+
+    model = Net(3).eval()
+    with torch.no_grad():
+        got = Views(flip=True, multiple=8)(model, Own(), IMAGE)
+        wanted = Views(flip=True, multiple=8)(model, SegmentationTask(3), IMAGE)
+    assert torch.equal(got, wanted)
 
 
 def test_what_cannot_be_averaged_is_told() -> None:

@@ -101,10 +101,12 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if self._console.is_terminal and not self._console.quiet:
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[rate]} images/s  ETA"),
+                TextColumn(
+                    "loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[rate]} images/s  ETA", markup=False
+                ),
                 TimeRemainingColumn(),
             ]
             self._progress = Progress(*columns, console=self._console)

@@ -15,12 +15,12 @@ from bidensify.train import finetune
 from bidensify.train.rundir import logs
 
 
-def run(tiny: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
+def run(tiny: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, stage: str = "only") -> str:
     stream = io.StringIO()
     monkeypatch.setattr(
         logs, "Console", lambda quiet: Console(file=stream, force_terminal=terminal, width=160, quiet=quiet)
     )
-    recipe = tiny.recipe()
+    recipe = tiny.recipe(stages=[{"name": stage, "binarize": "none", "epochs": 2, "lr": 0.01}])
     finetune(
         tiny.network(), recipe=recipe, train=tiny.Colours(), val=tiny.Colours(8, seed=1), run_dir=folder, task=tiny.TASK
     )
@@ -41,6 +41,13 @@ def test_progress_shows_loss_metric_speed_and_eta(
 ) -> None:
     text = run(tiny, tmp_path / "run", monkeypatch, terminal=True)
     assert re.search(r"only 2/2.*10/10.*loss \d.*miou 0\.\d.*images/s.*ETA", text)
+
+
+def test_names_with_brackets_are_shown_as_they_are(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run(tiny, tmp_path / "run", monkeypatch, terminal=True, stage="all[/1]")
+    assert re.search(r"all\[/1\] 2/2", text)
 
 
 def test_other_processes_write_nothing(tiny: ModuleType, tmp_path: Path) -> None:
