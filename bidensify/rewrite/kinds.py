@@ -27,6 +27,7 @@ __all__ = [
     "is_layer_scale",
     "is_norm",
     "is_pass",
+    "more_than_norm",
     "register_kind",
 ]
 
@@ -137,10 +138,25 @@ def is_frozen_norm(module: nn.Module) -> bool:
 
 
 def is_absorbable_norm(norm: nn.Module, channels: int) -> bool:
-    """Whether a module is a BatchNorm with statistics over ``channels`` channels, trained or frozen."""
+    """Whether a module is a BatchNorm with statistics over ``channels`` channels, trained or frozen, and no more than that."""
+    if more_than_norm(norm):
+        return False
     if is_frozen_norm(norm):
         return len(norm._buffers["weight"]) == channels  # type: ignore[arg-type]
     return isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels and norm.running_mean is not None
+
+
+def more_than_norm(norm: nn.Module) -> str:
+    """What a BatchNorm2d does besides normalising and ``fused_activation``, or an empty string."""
+    if not isinstance(getattr(norm, "drop", None), (nn.Identity, type(None))):
+        return f"it drops values ({type(norm.drop).__name__})"
+    if not isinstance(norm, nn.BatchNorm2d) or is_frozen_norm(norm):
+        return ""
+    writer = next(cls for cls in type(norm).__mro__ if "forward" in vars(cls))
+    known = writer in nn.BatchNorm2d.__mro__ or (
+        writer.__name__ == "BatchNormAct2d" and writer.__module__.startswith("timm.")
+    )
+    return "" if known and "forward" not in vars(norm) else f"{type(norm).__name__} has a forward of its own"
 
 
 def fused_activation(norm: nn.Module | None) -> nn.Module | None:

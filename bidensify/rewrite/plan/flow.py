@@ -60,6 +60,11 @@ class Flow:
         """Whether a node normalises."""
         return kinds.is_norm(self._what(node))
 
+    def more_than_norm(self, node: fx.Node) -> bool:
+        """Whether a node that normalises does more that a signal may be lost in (a ReLU of its own, dropped values)."""
+        module = self.module(node)
+        return module is not None and bool(kinds.more_than_norm(module))
+
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation of the ReLU family."""
         return kinds.is_activation(self._what(node))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from bidensify.rewrite.kinds import fused_activation, is_absorbable_norm, is_activation, is_frozen_norm
+from bidensify.rewrite.kinds import (
+    fused_activation,
+    is_absorbable_norm,
+    is_activation,
+    is_frozen_norm,
+    is_norm,
+    more_than_norm,
+)
 from bidensify.rewrite.plan.draft import Draft
 from bidensify.rewrite.plan.entries import ActivationPlan, LayerPlan
 
@@ -43,6 +50,11 @@ def _norm_behind(draft: Draft, layer: LayerPlan) -> str | None:
     targets = {str(user.target) if user is not None and user.op == "call_module" else "" for user in users}
     target = targets.pop() if len(targets) == 1 else ""
     norm = flow.record.modules.get(target) if target else None
-    if norm is None or len(flow.calls[target]) != len(users) or not is_absorbable_norm(norm, layer.out_channels):
+    if norm is None or len(flow.calls[target]) != len(users):
+        return None
+    more = more_than_norm(norm) if is_norm(norm) else ""
+    if more:
+        draft.note(f"{target}: stays behind {layer.path} and its new BatchNorm, since {more}")
+    if not is_absorbable_norm(norm, layer.out_channels):
         return None
     return target

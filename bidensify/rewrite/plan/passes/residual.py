@@ -188,7 +188,7 @@ def _carried(draft: Draft, main: fx.Node, fork: fx.Node, scales: list[fx.Node]) 
         elif not (
             current in scales
             or current in draft.removed
-            or flow.is_norm(current)
+            or (flow.is_norm(current) and not flow.more_than_norm(current))
             or flow.is_activation(current)
             or (flow.is_pass(current) and not flow.drops(current))
             or flow.is_reorder(current)
