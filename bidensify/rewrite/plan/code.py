@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import fx
 
 from bidensify.rewrite.blocks.edit import BlockEdit
-from bidensify.rewrite.blocks.proof import Traced, editable_event, operation_of, trace_block
+from bidensify.rewrite.blocks.proof import Traced, editable_event, operation_of, trace_block, written
 from bidensify.rewrite.plan.entries import BlockPlan, NewActivation
 from bidensify.rewrite.record.recorded import Record, scope_of
 
@@ -69,6 +69,12 @@ class CodeChanges:
         if isinstance(traced, str):
             return f"{place.path or 'the network'}: its code is left as it is, since {traced}"
         return place if editable_event(traced, place.event) else None
+
+    def rereads(self, site: Site) -> bool:
+        """Whether a changed step's result also reaches what reads the value that the step overwrites, all of it in this block."""
+        traced = self.trace(site.path)
+        node = traced.events[site.event] if isinstance(traced, Traced) else None
+        return node is not None and written(node) is not None
 
     def hand_through(self, site: Site, argument: int, note: str) -> None:
         """The step gives its tensor argument number ``argument``."""

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from bidensify._util.modes import evaluation_flags
 from bidensify.errors import PlanError
 from bidensify.exact.latent import WEIGHTED_FUNCTIONS, weight_argument
+from bidensify.rewrite.kinds import is_activation
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
@@ -40,6 +41,9 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         # ids are only unique among living tensors, so every tensor that was seen is kept until the end.
         self.alive: list[Tensor] = []
+        # Id of what an activation in place gave -> id of what it wrote into, and the other way round with its node.
+        self.aliases: dict[int, int] = {}
+        self.overwritten: dict[int, tuple[int, fx.Node]] = {}
         self.scope: list[tuple[str, int]] = []
         self.calls: dict[str, list[Call]] = {}
         self.leaf_depth = 0
@@ -54,7 +58,10 @@ class _Recorder(TorchFunctionMode):
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         self.alive.append(tensor)
-        self.nodes[id(tensor)] = node
+        self.nodes[self._identity(tensor)] = node
+
+    def _identity(self, tensor: Tensor) -> int:
+        return self.aliases.get(id(tensor), id(tensor))
 
     def placeholder(self, tensor: Tensor, name: str) -> fx.Node:
         node = self._finish(self.graph.placeholder(name), specs(tensor))
@@ -62,8 +69,8 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        if id(tensor) in self.nodes:
-            return self.nodes[id(tensor)]
+        if self._identity(tensor) in self.nodes:
+            return self.nodes[self._identity(tensor)]
         if id(tensor) in self.attributes:
             node = self.graph.create_node("get_attr", self.attributes[id(tensor)], (), {})
         else:
@@ -74,6 +81,25 @@ class _Recorder(TorchFunctionMode):
 
     def _args(self, value: Any) -> Any:
         return map_aggregate(value, lambda item: self.node_of(item) if isinstance(item, Tensor) else item)
+
+    def reads(self, value: Any) -> Any:
+        """The arguments of a step as nodes. Reading what an activation overwrote in place, not what it gave, marks it."""
+        for tensor in tensors_in(value):
+            number = id(tensor)
+            while number in self.overwritten:
+                number, node = self.overwritten[number]
+                node.meta["read_again"] = True
+        return self._args(value)
+
+    def _apart(self, what: nn.Module | str, args: tuple[Any, ...], node: fx.Node, result: Any) -> Any:
+        """What an activation in place gives, as a tensor of its own on the same memory: who reads which can be told then."""
+        if not args or result is not args[0] or not isinstance(result, Tensor) or not is_activation(what):
+            return result
+        given = result.detach()
+        self.alive.append(given)
+        self.aliases[id(given)] = self._identity(result)
+        self.overwritten[id(result)] = (id(given), node)
+        return given
 
     def _event(self, kind: str, name: str, node: fx.Node | None) -> None:
         if not self.scope:
@@ -102,8 +128,11 @@ class _Recorder(TorchFunctionMode):
                 self.weights.setdefault(self.paths[id(self.leaf)], []).append(own)
             return func(*args, **options)
         name = plain_name(func)
+        # Before the call, which may write into its arguments.
         arguments, keywords = self._args(tuple(args)), self._args(options)
         result = func(*args, **options)
+        if name == "setitem" or tensors_in(result):
+            self.reads([args, options])
         if name == "setitem":
             node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(args[0]))
             self.bind(args[0], node)
@@ -112,6 +141,7 @@ class _Recorder(TorchFunctionMode):
             node = self._finish(self.graph.create_node("call_function", func, arguments, keywords), specs(result))
             self._bind_result(node, result)
             self._event("function", name, node)
+            result = self._apart(name, args, node, result)
         return result
 
     def call(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -122,7 +152,7 @@ class _Recorder(TorchFunctionMode):
             # Reading a tensor's shape is a torch function too: the bookkeeping must not record itself.
             self.leaf_depth += 1
             try:
-                arguments, keywords = self._args(args), self._args(dict(kwargs))
+                arguments, keywords = self.reads(args), self.reads(dict(kwargs))
                 self.leaf = module
                 try:
                     result = original(module, *args, **kwargs)
@@ -131,6 +161,7 @@ class _Recorder(TorchFunctionMode):
                 node = self._finish(self.graph.create_node("call_module", path, arguments, keywords), specs(result))
                 self._bind_result(node, result)
                 self._event("module", path, node)
+                result = self._apart(module, args, node, result)
             finally:
                 self.leaf_depth -= 1
             return result
@@ -170,7 +201,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             output = model(*args, **kwargs)
     finally:
         nn.Module.__call__, nn.Module.__setattr__ = call, set_attribute  # type: ignore[method-assign]
-    outputs = [recorder.node_of(tensor) for tensor in tensors_in(output)]
+    outputs = recorder.reads(tensors_in(output))
     node = recorder.graph.output(tuple(outputs))
     node.meta.update(spec=None, scope=())
     return recorder, output

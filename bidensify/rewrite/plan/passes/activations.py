@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,14 +79,9 @@ def _place(draft: Draft, use: _Use) -> None:
         draft.absorbed_activations.add(first)
         draft.activations[use.path] = ActivationPlan(use.path, "absorbed")
         return
-    if any(_writes_alone(draft, node) for node in use.nodes):
-        draft.note(
-            f"{use.path}: the activation stays as it is: the code around it reads what it writes in place, not what it gives"
-        )
-        return
     if not use.shared and len(set(use.wanted)) == 1:
         new = use.wanted[0]
-        if new is not None:
+        if new is not None and not any(_is_read_in_place(draft, node) for node in use.nodes):
             path = str(use.path)
             draft.activations[path] = ActivationPlan(path, "replace", new.channels, new.dim, new.method)
         return
@@ -98,33 +90,21 @@ def _place(draft: Draft, use: _Use) -> None:
         for node, layer, new in zip(use.nodes, use.behind, use.wanted)
         if new is None or not _change_code(draft, node, layer, new)
     ]
+    left = [(node, None if new is None or _is_read_in_place(draft, node) else new) for node, new in left]
     if any(new is not None for _, new in left):
         _place_left(draft, use.path, left)
 
 
-def _writes_alone(draft: Draft, node: fx.Node) -> bool:
-    """Whether a call of an activation in place is a statement of its own: what another module gave there would be lost."""
-    module, scope = draft.flow.module(node), scope_of(node)
-    if not getattr(module, "inplace", False) or not scope:
+def _is_read_in_place(draft: Draft, node: fx.Node) -> bool:
+    """Whether code reads what a call of an activation writes into, not what it gives: another one there would be lost to it."""
+    if not node.meta.get("read_again"):
         return False
-    block = draft.flow.record.modules[scope[-1][0]]
-    return any(getattr(block, name, None) is module for name in _bare_calls(type(block)))
-
-
-def _bare_calls(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the children that a class's forward calls without reading what they give."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    calls = [
-        item.value.func for item in ast.walk(tree) if isinstance(item, ast.Expr) and isinstance(item.value, ast.Call)
-    ]
-    return frozenset(
-        call.attr
-        for call in calls
-        if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id == "self"
-    )
+    scope = scope_of(node)
+    where = f"{(scope[-1][0] if scope else '') or 'the network'}: the functional activation {draft.flow.name(node)}"
+    if node.op == "call_module":
+        where = f"{node.target}: the activation"
+    draft.note(f"{where} stays as it is: the code around it reads what it writes in place, not what it gives")
+    return True
 
 
 def _place_left(draft: Draft, path: str | None, left: list[tuple[fx.Node, NewActivation | None]]) -> None:
@@ -166,7 +146,7 @@ def _place_fused(draft: Draft) -> None:
 
 
 def _change_code(draft: Draft, node: fx.Node, layer: str | None, new: NewActivation) -> bool:
-    """Edits the code at a call of a shared or functional activation; False: the call stays."""
+    """Edits the code at a call of a shared or functional activation; False: the call stays as the code has it."""
     site = draft.site(node, note=False)
     if site is None:
         return False
@@ -177,6 +157,8 @@ def _change_code(draft: Draft, node: fx.Node, layer: str | None, new: NewActivat
         draft.code.hand_through(site, 0, f"the activation behind {layer} moves into it")
         draft.change(layer, way="block")
         return True
+    if node.meta.get("read_again") and not draft.code.rereads(site):
+        return False
     name = _new_name(draft, site)
     draft.code.call_instead(site, name, new, f"the activation at step {site.event} becomes {name}")
     return True
