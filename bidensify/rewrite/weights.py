@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bidensify.nn import WeightBinarizer
 
-__all__ = ["draw_zeros", "zero_channels"]
+__all__ = ["draw_zeros", "shares_weight", "zero_channels"]
 
 
 def _parts(module: nn.Module) -> WeightBinarizer:
@@ -30,12 +30,15 @@ def zero_channels(module: nn.Module) -> Tensor | None:
     return zero if bool(zero.any()) else None
 
 
-def draw_zeros(module: nn.Module, network: Iterable[nn.Module] = ()) -> bool:
-    """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time.
+def shares_weight(module: nn.Module, network: Iterable[nn.Module]) -> bool:
+    """Whether another module of a network has a layer's weight too; with other values that one would compute something else."""
+    weight = module._parameters.get("weight")
+    others = (value for other in network if other is not module for value in other._parameters.values())
+    return weight is not None and any(value is weight for value in others)
 
-    Args:
-        module: the layer.
-        network: all modules; a weight that another of them has too stays, for that one would compute something else.
+
+def draw_zeros(module: nn.Module) -> bool:
+    """Draws the weights of such channels, as ``nn.Conv2d`` and ``nn.Linear`` do; the same every time.
 
     Returns:
         Whether there were any.
@@ -45,8 +48,6 @@ def draw_zeros(module: nn.Module, network: Iterable[nn.Module] = ()) -> bool:
         return False
     parts, weight = _parts(module), module._parameters["weight"]
     assert weight is not None
-    if any(other is not module and value is weight for other in network for value in other._parameters.values()):
-        return False
     bound = parts.rows(weight).shape[1] ** -0.5
     drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
     drawn = drawn.to(device=weight.device, dtype=weight.dtype)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Set
-from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +12,11 @@ from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, RPReLU, make_binary, make_int8
-from bidensify.nn.used_weight import used_weight
+from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, make_binary, make_int8
 from bidensify.rewrite.apply.fit import activation_of, check_fit
-from bidensify.rewrite.apply.norms import centre, new_norm, taken_norm
+from bidensify.rewrite.apply.norms import taken_norm
+from bidensify.rewrite.apply.start import start
+from bidensify.rewrite.apply.state_dict import StateDictAdapter, inside
 from bidensify.rewrite.blocks.edit import EditedBlock, edited
 from bidensify.rewrite.blocks.generated import become, without_hooks
 from bidensify.rewrite.blocks.signature import fit
@@ -26,36 +25,9 @@ from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
 from bidensify.rewrite.plan.fusing import Refusal, fusing
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.restore import clear_fake_caches
-from bidensify.rewrite.weights import draw_zeros
+from bidensify.rewrite.weights import shares_weight
 
-__all__ = ["StateDictAdapter", "apply_plan"]
-
-
-class StateDictAdapter:
-    """Lets a full-precision state_dict of the original network load into the rewritten one.
-
-    Attributes:
-        renamed: key of the original -> key of the rewritten network, or None for a value that it no longer holds.
-        added: keys that the rewrite added; an original state_dict has none of them, and they keep their values.
-    """
-
-    def __init__(self, renamed: Mapping[str, str | None], added: list[str]) -> None:
-        self.renamed = dict(renamed)
-        self.added = list(added)
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-        """The pre-hook of ``load_state_dict``; it changes torch's own shallow copy of the dict."""
-        if any(prefix + key in state_dict for key in self.added):
-            return
-        for old, new in self.renamed.items():
-            if prefix + old in state_dict:
-                value = state_dict.pop(prefix + old)
-                if new is not None:
-                    state_dict[prefix + new] = value
-        own = module.state_dict()
-        for key in self.added:
-            if key in own:
-                state_dict.setdefault(prefix + key, own[key])
+__all__ = ["apply_plan"]
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -63,40 +35,17 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def _start_weight(layer: LayerPlan, module: nn.Module) -> Tensor:
-    """The float weight that the layer convolves with now."""
-    parameter = module._parameters.get("weight")
-    if layer.makes_weight or parameter is None:
-        return used_weight(module)
-    return parameter
-
-
-def _settings(config: BidensifyConfig, layer: LayerPlan) -> BidensifyConfig:
-    """The configuration as the layer's rule has it."""
-    return dataclasses.replace(config, act_scale=layer.act_scale, act_bits=layer.act_bits)
-
-
 def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Module], config: BidensifyConfig) -> None:
     module = modules[layer.path]
     method = get_method(layer.method)
-    dim = -1 if layer.kind == "linear" else 1
-    latent = _start_weight(layer, module)
-    norm: nn.Module | None = None
-    if layer.norm is not None:
-        norm = taken_norm(modules[layer.norm])
-    elif method.norm == "after" or layer.layer_scale is not None:
-        norm = new_norm(layer, module, latent)
-    if norm is not None and layer.layer_scale is not None:
+    gamma: Tensor | None = None
+    if layer.layer_scale is not None:
         holder, name = _owner(model, layer.layer_scale)
-        gamma = cast(Tensor, holder._parameters[name])
-        with torch.no_grad():
-            for parameter in (norm.weight, norm.bias):
-                parameter.mul_(gamma.reshape(-1))  # type: ignore[operator]
-        holder._parameters[name] = None
-    # Behind the norm, which starts from the weights as they were: what gave nothing gives next to nothing.
-    if draw_zeros(module, modules.values()):
-        latent = _start_weight(layer, module)
-    parts = method.parts(layer.spec(module, latent), _settings(config, layer))
+        gamma, holder._parameters[name] = holder._parameters[name], None
+    taken = None if layer.norm is None else taken_norm(modules[layer.norm])
+    norm, parts, activation, latent = start(
+        layer, module, taken, gamma, config, draw=not shares_weight(module, modules.values())
+    )
     bypass = None
     if layer.bypass:
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -106,11 +55,6 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
             )  # fmt: skip
         else:
             bypass = Bypass(layer.in_channels, layer.out_channels, dim=-1)
-    activation = None
-    if layer.activation and method.activation is not None:
-        activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
-        if isinstance(activation, RPReLU) and norm is not None and method.centred:
-            centre(activation, norm, bypass=layer.bypass)
     module.__class__ = make_binary(type(module))
     assert isinstance(module, BinaryLayer)
     module.install(
@@ -211,16 +155,15 @@ def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str]) -> None:
     for layer in plan.binary:
         if layer.norm is not None:
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                if f"{layer.norm}.{name}" in renamed:
-                    renamed[f"{layer.norm}.{name}"] = f"{layer.path}.norm.{name}"
-        elif f"{layer.path}.bias" in renamed and layer.layer_scale is None:
-            renamed[f"{layer.path}.bias"] = f"{layer.path}.norm.bias"
+                if inside(layer.norm, name) in renamed:
+                    renamed[inside(layer.norm, name)] = inside(layer.path, f"norm.{name}")
+        elif inside(layer.path, "bias") in renamed:
+            renamed[inside(layer.path, "bias")] = inside(layer.path, "norm.bias")
     for item in plan.activations:
         if item.action == "by_width":
             for name in [name for name in renamed if name.startswith(f"{item.path}.")]:
                 renamed[name] = f"{item.path}.original.{name[len(item.path) + 1 :]}"
-    taken = {new for new in renamed.values() if new is not None}
-    adapter = StateDictAdapter(renamed, sorted(after - before))
     # A norm's taken-over values come from the original's keys, so only what is really new keeps its own value.
-    assert taken <= after
+    assert {new for new in renamed.values() if new is not None} <= after
+    adapter = StateDictAdapter(renamed, sorted(after - before), plan.binary, plan.config, before)
     model.register_load_state_dict_pre_hook(adapter)  # type: ignore[no-untyped-call]
