@@ -15,6 +15,7 @@ from bidensify.methods import get_method, in_frame, no_such_bits
 from bidensify.rewrite.macs import macs_of
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
+from bidensify.rewrite.plan.outside import Outside
 from bidensify.rewrite.plan.reasons import KINDS, default_reason, unusual_layer, weight_maker
 from bidensify.rewrite.plan.rules import matches_layer, rule_labels, without_match
 from bidensify.rewrite.plan.times import Table, read_times, times_path
@@ -146,6 +147,7 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
     layers: list[LayerPlan] = []
     times = read_times() if config.keep_slower else None
     unmeasured: list[str] = []
+    outside = Outside(flow)
     for path in sorted(modules, key=lambda p: order.get(p, len(order))):
         nodes = called.get(path, [])
         layer = _describe(flow, path, modules[path], nodes)
@@ -154,7 +156,8 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
         for label, fit in zip(labels, fits):
             # A rule behind one that decides first still matches something: only a rule without effect is a mistake.
             matches[label] += fit
-        reason, unusual = default_reason(flow, layer, nodes, config), unusual_layer(flow, layer, modules[path])
+        reason = default_reason(flow, layer, nodes, config)
+        unusual = unusual_layer(flow, layer, modules[path], outside)
         decided = _decide(layer, modules[path], reason, unusual, rule, config)
         layers.append(decided if times is None or rule is not None else _faster(decided, times, unmeasured))
     if unmeasured:

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize, prune
 from bidensify.config import BidensifyConfig
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.flow import Flow
+from bidensify.rewrite.plan.outside import Outside
 from bidensify.rewrite.record.recorded import scope_of
 
 __all__ = ["KINDS", "default_reason", "unusual_layer", "weight_maker"]
@@ -226,10 +227,12 @@ def weight_maker(module: nn.Module) -> str:
     return f"the forward of {type(module).__name__}"
 
 
-def unusual_layer(flow: Flow, layer: LayerPlan, module: nn.Module) -> str:
-    """Why a layer that is called is no convolution with one weight, or an empty string."""
+def unusual_layer(flow: Flow, layer: LayerPlan, module: nn.Module, outside: Outside) -> str:
+    """Why a layer that is called is no convolution with one weight of its own, or an empty string."""
     if layer.calls == 0 or layer.kind not in KINDS:
         return ""
+    if used := outside.reason(layer.path, module):
+        return used
     uses = flow.record.weights.get(layer.path, [])
     if len(uses) == layer.calls and len(set(uses)) == 1:
         if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):

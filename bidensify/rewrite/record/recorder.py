@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from bidensify._util.modes import evaluation_flags
 from bidensify.errors import PlanError
 from bidensify.exact.latent import WEIGHTED_FUNCTIONS, weight_argument
-from bidensify.rewrite.kinds import is_activation
+from bidensify.rewrite.kinds import is_activation, is_layer
 from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
@@ -38,6 +38,8 @@ class _Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.attributes = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        # A hook (weight_norm, prune) sets its layer's weight anew at each call.
+        self.layers = {path: module for path, module in model.named_modules() if is_layer(module)}
         self.nodes: dict[int, fx.Node] = {}
         # ids are only unique among living tensors, so every tensor that was seen is kept until the end.
         self.alive: list[Tensor] = []
@@ -71,8 +73,11 @@ class _Recorder(TorchFunctionMode):
     def node_of(self, tensor: Tensor) -> fx.Node:
         if self._identity(tensor) in self.nodes:
             return self.nodes[self._identity(tensor)]
-        if id(tensor) in self.attributes:
-            node = self.graph.create_node("get_attr", self.attributes[id(tensor)], (), {})
+        name = self.attributes.get(id(tensor)) or next(
+            (f"{path}.weight" for path, layer in self.layers.items() if vars(layer).get("weight") is tensor), None
+        )
+        if name is not None:
+            node = self.graph.create_node("get_attr", name, (), {})
         else:
             node = self.graph.create_node("placeholder", "constant", (), {})
         self._finish(node, specs(tensor))
