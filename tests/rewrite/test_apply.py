@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from networks import BasicBlock, Net, UpBlock
 from torch import Tensor, nn
 
 import bidensify as bd
-from bidensify.errors import PlanError
+from bidensify.errors import FormatError, PlanError
 from bidensify.methods import LayerParts, LayerSpec
 from bidensify.methods.registry import _METHODS
 from bidensify.models import build_model
@@ -291,3 +292,43 @@ def test_a_network_that_cannot_be_rewritten_says_what_it_is() -> None:
         for function in (bd.plan, bd.bidensify):
             with pytest.raises(PlanError, match=message):
                 function(model)
+
+
+@pytest.mark.parametrize("path", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("padding", "valid"), ("padding", (2, 1)), ("dilation", (2, 2)), ("padding_mode", "circular")],
+)
+def test_a_network_of_equal_shapes_whose_windows_stand_elsewhere_is_another_one(
+    path: str, name: str, other: object, tmp_path: Path
+) -> None:
+    def network() -> nn.Sequential:
+        layers = [nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 8), (8, 8), (8, 8), (8, 2))]
+        return nn.Sequential(*layers, nn.Identity())
+
+    config = bd.BidensifyConfig(rules=[bd.Rule("2", "int8")], keep_last=True)
+    student = bd.bidensify(network(), config)
+    bd.save_pretrained(student, tmp_path)
+    bd.from_pretrained(tmp_path, network())
+    changed = network()
+    changed[int(path)].padding = "same"
+    bd.from_pretrained(tmp_path, changed)
+    changed = network()
+    setattr(changed[int(path)], name, other)
+    with pytest.raises(FormatError, match=rf"{path}: the plan is for {name}="):
+        bd.from_pretrained(tmp_path, changed)
+    # A release that did not write them compares nothing.
+    older = student.bidensify_plan.to_dict()
+    for layer in older["layers"]:
+        for each in ("padding", "dilation", "output_padding", "padding_mode"):
+            del layer[each]
+    assert len(list(binary_layers(apply_plan(changed, Plan.from_dict(older))))) == 1
+
+
+def test_a_transposed_convolution_of_another_output_padding_is_another_one() -> None:
+    def network(padding: int) -> nn.Sequential:
+        up = nn.ConvTranspose2d(8, 8, 3, 2, padding=1, output_padding=padding)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), up, nn.Conv2d(8, 2, 1))
+
+    with pytest.raises(PlanError, match=r"1: the plan is for output_padding=\(1, 1\), the network has \(0, 0\)"):
+        apply_plan(network(0), bd.plan(network(1)))

@@ -18,7 +18,7 @@ from bidensify.rewrite.kinds import (
     is_layer_scale,
     is_norm,
 )
-from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan, window_of
 from bidensify.rewrite.plan.schema import Plan
 
 __all__ = ["activation_of", "check_fit"]
@@ -46,6 +46,15 @@ def _geometry(module: nn.Module) -> tuple[Any, ...]:
         geometry = tuple(module.kernel_size), tuple(module.stride), module.groups
         return kind, module.in_channels, module.out_channels, *geometry
     return (type(module).__name__,)
+
+
+def _check_window(layer: LayerPlan, module: nn.Module) -> None:
+    for name, found in window_of(module).items():
+        wanted = getattr(layer, name)
+        if wanted is not None and found != wanted:
+            raise PlanError(
+                f"{layer.path}: the plan is for {name}={wanted!r}, the network has {found!r}; it is of another model: plan again"
+            )
 
 
 def _check_layer(layer: LayerPlan, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -128,6 +137,9 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
     _once("a norm", [layer.norm for layer in plan.binary if layer.norm is not None])
     for layer in [*plan.binary, *plan.int8]:
         _check_layer(layer, model, modules)
+    for layer in layers:
+        # A layer that stays computes as the network has it; trained with other windows, it would give something else.
+        _check_window(layer, modules[layer.path])
     for item in plan.activations:
         _check_activation(item, modules[item.path])
     for block in plan.blocks:

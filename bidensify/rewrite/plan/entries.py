@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
@@ -15,16 +15,40 @@ from bidensify.rewrite.blocks.edit import BlockEdit
 from bidensify.rewrite.blocks.surroundings import Attribute
 from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Text, one_of
 
-__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation"]
+__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation", "window_of"]
 
 REPLACES_ADD = "replaces the residual add"
 _KINDS = ("linear", "function", "scripted", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+_PADDINGS, _PADDING_MODES = ("same", "valid"), ("zeros", "reflect", "replicate", "circular")
 # (height, width), or fewer or more dimensions.
 Sizes = Annotated[tuple[Size, ...], Field(max_length=8)]
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
+
+
+def window_of(module: nn.Module) -> dict[str, Any]:
+    """Where a convolution's window stands, by ``LayerPlan``'s names: what no weight's shape says. Of other layers nothing."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    found: dict[str, Any] = {}
+    for name in ("padding", "dilation", "output_padding"):
+        value = getattr(module, name, None)
+        sizes = value if isinstance(value, (tuple, list)) else (value,)
+        # A subclass may hold something of its own there.
+        if all(isinstance(size, int) and 0 <= size <= 2**24 for size in sizes):
+            found[name] = tuple(map(int, sizes))
+    if module.padding in _PADDINGS:
+        reach = tuple(dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size))
+        # "same" of an even reach, and "valid", are sizes too.
+        even = all(each % 2 == 0 for each in reach)
+        found["padding"] = tuple(each // 2 for each in reach) if even else "same"
+        if module.padding == "valid":
+            found["padding"] = (0,) * len(reach)
+    if module.padding_mode in _PADDING_MODES:
+        found["padding_mode"] = module.padding_mode
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,8 @@ class LayerPlan:
         eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
         int8: whether a layer that stays computes in int8.
         nonnegative: whether its input is never below 0: it comes from a ReLU that stays.
+        padding, dilation, output_padding, padding_mode: of a convolution, as it has them; None where the plan does not say (of a
+            linear layer, and in plans of releases that did not write them).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -83,6 +109,10 @@ class LayerPlan:
     eligible: bool = True
     nonnegative: bool = False
     int8: bool = False
+    padding: Sizes | Annotated[str, one_of("same")] | None = None
+    dilation: Sizes | None = None
+    output_padding: Sizes | None = None
+    padding_mode: Annotated[str, one_of(*_PADDING_MODES)] | None = None
 
     def spec(self, module: nn.Module | None = None, weight: Tensor | None = None) -> LayerSpec:
         """What the layer's method is told of it.

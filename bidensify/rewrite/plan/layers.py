@@ -13,7 +13,7 @@ from bidensify.config import BidensifyConfig, Rule
 from bidensify.errors import ConfigError, PlanError
 from bidensify.methods import get_method, in_frame, no_such_bits
 from bidensify.rewrite.macs import macs_of
-from bidensify.rewrite.plan.entries import LayerPlan
+from bidensify.rewrite.plan.entries import LayerPlan, window_of
 from bidensify.rewrite.plan.flow import Flow
 from bidensify.rewrite.plan.outside import Outside
 from bidensify.rewrite.plan.reasons import KINDS, default_reason, unusual_layer, weight_maker
@@ -58,6 +58,7 @@ def _describe(flow: Flow, path: str, module: nn.Module, nodes: list[fx.Node]) ->
         action="binary",
         reason="",
         makes_weight=bool(uses) and not any(uses),
+        **window_of(module),
     )
 
 
