@@ -52,9 +52,14 @@ class Source:
         """image_mean and image_std of the recipe, per channel of an image scaled to [0, 1]; empty where they are not known."""
         if self.recipe is None:
             return {}
-        _, transforms = self.recipe.image_input()
-        mean, std = getattr(transforms, "mean", None), getattr(transforms, "std", None)
-        return {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
+        data = self.recipe.data
+        mean, std = data.mean, data.std
+        if not (mean and std):
+            if data.val is None:
+                return {}
+            info = self.recipe.data_info()
+            mean, std = mean or info.mean, std or info.std
+        return {"image_mean": list(mean), "image_std": list(std)}
 
 
 def is_run(folder: Path) -> bool:
