@@ -40,16 +40,19 @@ def pick(val: DenseDataset, number: int) -> list[int]:
 
 
 def error_map(task: Task, prediction: Tensor, truth: Mapping[str, Tensor]) -> Tensor | None:
-    """Returns where a prediction (H, W) is wrong: uint8 (3, H, W); None where the task has no such map.
+    """Returns where a prediction (H, W), or (labels, H, W), is wrong: uint8 (3, H, W); None where the task has no such map.
 
-    Segmentation: right dark, wrong red, unlabelled grey. Depth: from dark (right) to red (wrong by a factor of 1.25³ or
+    Segmentation: right dark, wrong red, unlabelled grey; of several labels one that is wrong is enough, and a pixel is
+    unlabelled where none counts. Depth: from dark (right) to red (wrong by a factor of 1.25³ or
     more), scaled by the ratio of medians where the task is.
     """
     table = torch.tensor([_RIGHT, _WRONG, _UNKNOWN], dtype=torch.float32)
     if not prediction.is_floating_point() and "mask" in truth:
-        mask = truth["mask"].as_subclass(Tensor)
-        state = (prediction != mask).long()
-        state[mask == getattr(task, "ignore_index", -1)] = 2
+        planes = prediction.reshape(-1, *prediction.shape[-2:])
+        mask = truth["mask"].as_subclass(Tensor).reshape(planes.shape)
+        counts = mask != getattr(task, "ignore_index", -1)
+        state = ((planes != mask) & counts).any(0).long()
+        state[~counts.any(0)] = 2
         return table[state].permute(2, 0, 1).to(torch.uint8)
     if prediction.is_floating_point() and "depth" in truth:
         depth = truth["depth"].as_subclass(Tensor).reshape(prediction.shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 from bidensify.errors import ConfigError
 from bidensify.losses.base import Loss, Outputs, register_loss, same_shape
 from bidensify.tasks import Sample, Task
+from bidensify.tasks.outputs import target_of
 
 
 def widen(x: Tensor) -> Tensor:
@@ -272,7 +273,7 @@ def _asks_for(task: Task, kind: str, what: str, instead: str) -> None:
 
 
 def _labelled(task: Task, target: Sample, size: tuple[int, int] | None = None) -> Tensor:
-    mask = target["mask"]
+    mask = target_of(target, "mask", task.name, len(target["mask"]))
     if size is not None and mask.shape[-2:] != size:
         mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].long()
     return mask != getattr(task, "ignore_index", -100)

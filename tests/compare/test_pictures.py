@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from bidensify.compare.images import png
-from bidensify.compare.pictures import sheet, shots
+from bidensify.compare.pictures import error_map, sheet, shots
 from bidensify.compare.report import Shot
 from bidensify.data import DataInfo, DenseDataset, Sample, build_transforms
-from bidensify.tasks import SegmentationTask
+from bidensify.tasks import SegmentationTask, build_task
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -76,3 +76,22 @@ def test_the_sheet_has_a_row_for_each_network_and_a_column_for_each_image() -> N
             middle = page[row * 44 + 20, side + column * 84 + 40]
             assert middle.tolist() == pytest.approx([60 * column + 20 * row + 40, 0, 0], abs=3)
         assert page[row * 44 : row * 44 + 40, :side].min() < 100  # its name
+
+
+def test_the_map_of_errors_reads_masks_with_a_channel_and_planes_of_labels() -> None:
+    prediction, mask = torch.randint(0, 3, (8, 8)), torch.randint(0, 3, (8, 8))
+    mask[0] = 255
+    task = SegmentationTask(3)
+    plain, planed = (error_map(task, prediction, {"mask": m}) for m in (mask, mask[None]))
+    assert plain is not None
+    assert planed is not None
+    assert torch.equal(plain, planed)
+    truth = torch.zeros(3, 2, 2, dtype=torch.int64)
+    truth[:, 0, 0] = 255  # no label counts
+    truth[0, 0, 1] = 255  # one does not count, and it is the only one that differs
+    labels = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    labels[:, 0, 0], labels[0, 0, 1], labels[2, 1, 0] = 1, 1, 1
+    found = error_map(build_task("multilabel", num_classes=3), labels, {"mask": truth})
+    assert found is not None
+    right, wrong, unknown = (44, 52, 64), (236, 72, 60), (120, 126, 136)
+    assert [tuple(found[:, y, x].tolist()) for y in (0, 1) for x in (0, 1)] == [unknown, right, wrong, right]

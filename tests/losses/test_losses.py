@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidensify.errors import ConfigError
-from bidensify.losses import Losses
+from bidensify.losses import Losses, Outputs
 from bidensify.losses.terms import (
     CwdLoss,
     KdL1Loss,
@@ -56,6 +56,19 @@ def test_kl_ignores_what_it_should() -> None:
     changed[:, :, 0] += 100 * torch.rand(3, 4)
     assert kl_loss(s, t, 1, valid) == kl_loss(changed, t, 1, valid)
     assert kl_loss(s, t, 1, torch.zeros_like(valid)) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kl_reads_masks_with_a_channel_as_it_reads_others(stride: int) -> None:
+    task, loss = SegmentationTask(3), KlLoss(ignore=True)
+    s, t = (x[..., ::stride, ::stride] for x in pair((4, 3, 8, 8)))
+    mask = torch.randint(0, 3, (4, 8, 8))
+    mask[0] = 255
+    mask[1, :4] = 255
+    plain, planed = ({"image": torch.zeros(4, 3, 8, 8), "mask": m} for m in (mask, mask[:, None]))
+    assert loss.value(Outputs(s, t), planed, task) == loss.value(Outputs(s, t), plain, task)
+    assert loss.value(Outputs(s, t), plain, task) == kl_loss(s, t, 1, mask[:, ::stride, ::stride] != 255)
+    assert loss.count(planed, task) == loss.count(plain, task) == int((mask != 255).sum())
 
 
 @settings(max_examples=20, deadline=None)
