@@ -147,7 +147,8 @@ def _harm_of(sensitivity: Sensitivity, budget: Budget) -> tuple[By, float]:
         return budget.by or known, 1.0
     by: By = budget.by or ("metric" if sensitivity.distance is None else "distance")
     whole = sum(max(0.0, sensitivity.gain(row, FLOAT, by)) for row in sensitivity.layers)
-    lost = abs(teacher.metric - student.metric)
+    # Below 0 where the student is better than its teacher.
+    lost = (teacher.metric - student.metric) * (1 if sensitivity.higher_is_better else -1)
     return by, lost / whole if whole > 0 else 0.0
 
 

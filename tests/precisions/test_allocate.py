@@ -238,6 +238,26 @@ def test_what_is_expected_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert "expected miou: 0.8500, full precision 0.9000 (by what the trained student lost)" in text
 
 
+@pytest.mark.parametrize(("higher", "student"), [(True, 0.95), (True, 0.7), (False, 0.85), (False, 1.1)])
+def test_a_student_better_than_its_teacher_is_expected_to_be_as_much_better(higher: bool, student: float) -> None:
+    layers = [[(0.1, 0.0, 1.0, 1.0), (0.05, 50.0, 2.0, 2.0), (0.0, 100.0, 3.0, 3.0)]] * 2
+    found = synthetic(layers, student).model_copy(update={"higher_is_better": higher})
+    if not higher:
+        worse = {
+            name: Measured(metric=0.9 + loss, distance=2 * loss) for name, loss in (("binary", 0.1), ("middle", 0.05))
+        }
+        found = found.model_copy(
+            update={"rows": tuple(row.model_copy(update={"measured": worse}) for row in found.rows)}
+        )
+    assert allocation(found, read_budget({"macs": 0.01})).chosen == {"l0": "binary", "l1": "binary"}
+    assert allocation(found, read_budget({"macs": 0.01})).expected == pytest.approx(student)
+    if (student > 0.9) == higher:
+        # Nothing is lost by binary layers, so that the cheapest keeps any accuracy.
+        assert set(allocation(found, read_budget({"accuracy": 0.001, "minimize": "bytes"})).chosen.values()) == {
+            "binary"
+        }
+
+
 def test_milliseconds_of_bench_and_of_a_file_of_ones_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model("demo:unet", width=4, num_classes=3, levels=1).eval()
