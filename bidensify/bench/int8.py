@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bidensify._util.files import atomic_write
+from bidensify._util.fingerprint import weights_fingerprint
 
 __all__ = ["Int8Network", "installed_runtimes", "open_int8", "openvino_call", "quantize_int8"]
 
@@ -27,15 +31,16 @@ def installed_runtimes() -> list[str]:
 
 
 def quantize_int8(
-    name: str, module: nn.Module, x: Tensor, folder: Path, samples: Sequence[Tensor] | None = None
+    name: str, module: nn.Module | None, x: Tensor, folder: Path, samples: Sequence[Tensor] | None = None
 ) -> Path:
     """Post-training quantization with the library's defaults.
 
     Args:
         name: one of ``installed_runtimes()``.
-        module: a float network in evaluation mode.
+        module: a float network in evaluation mode; None takes what is in ``folder``.
         x: an input of the shape to be timed.
-        folder: where the network goes; one that is there already is taken as it is.
+        folder: where the network goes; one that is there is taken if it was made of this network, with its weights, for this
+            shape and from these samples, else it is made again.
         samples: inputs of the shape of ``x`` to calibrate on; by default a few random ones (the time does not depend on the
             values, the accuracy does).
 
@@ -43,12 +48,27 @@ def quantize_int8(
         The file of the quantized network.
     """
     target = folder / _FILES[name]
-    if not target.exists():
+    if module is None:
+        return target
+    made_of, key = target.with_suffix(".key"), _key(module, x, samples)
+    if not (target.exists() and made_of.is_file() and made_of.read_text(encoding="utf-8") == key):
         folder.mkdir(parents=True, exist_ok=True)
+        made_of.unlink(missing_ok=True)
         given = samples or [torch.randn(x.shape) for _ in range(_SAMPLES)]
         arrays = [sample.contiguous().numpy() for sample in given]
         (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target, arrays)
+        with atomic_write(made_of) as temporary:
+            temporary.write_text(key, encoding="utf-8")
     return target
+
+
+def _key(module: nn.Module, x: Tensor, samples: Sequence[Tensor] | None) -> str:
+    """What tells one quantized network from another."""
+    digest = hashlib.sha256(f"{module!r}\0{weights_fingerprint(module)}\0{tuple(x.shape)}".encode())
+    for sample in samples or ():
+        digest.update(f"{tuple(sample.shape)}\0".encode())
+        digest.update(sample.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def openvino_call(network: Any, x: Tensor) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bidensify._util.files import atomic_write
+from bidensify._util.fingerprint import weights_fingerprint
 from bidensify.compare.results import Cell
 from bidensify.compare.runs import read_run
 from bidensify.errors import ConfigError, TrainingError
@@ -140,15 +142,39 @@ class Matrix:
         """A cell as it stands before it is run."""
         return Cell(method=method, seed=seed, folder=self.folder(method, seed).relative_to(self.out).as_posix())
 
-    def _cell(self, method: str, seed: int, train: Callable[[str, int], None], say: Say) -> Cell:
+    @functools.cached_property
+    def _teacher_fingerprint(self) -> str | None:
+        from bidensify.train import load_run
+
+        folder = self.teacher_folder
+        if folder is None or not (folder / "recipe.yaml").is_file():
+            return None
+        return weights_fingerprint(load_run(folder, trust=True)[0])
+
+    def _stands(self, method: str, seed: int) -> bool:
+        """Whether a cell's run is through.
+
+        Raises:
+            ConfigError: it was made under another recipe, other than for more epochs, or under another teacher.
+        """
         from bidensify.train.rundir.folder import RunFolder
 
-        folder, cell = self.folder(method, seed), self.open_cell(method, seed)
+        folder = self.folder(method, seed)
+        if not _finished(folder):
+            return False
+        run, inputs = RunFolder(folder), folder / "inputs.json"
+        run.inspect(self.cell_recipe(method, seed), resume=True)
+        if self._teacher_fingerprint is not None and inputs.is_file():
+            teacher = {"weights": str(self.teacher_folder), "fingerprint": self._teacher_fingerprint}
+            run.check_inputs({**run.read(inputs), "teacher": teacher})
+        return not run.longer
+
+    def _cell(self, method: str, seed: int, train: Callable[[str, int], None], say: Say) -> Cell:
+        cell = self.open_cell(method, seed)
         try:
-            if not _finished(folder):
+            if not self._stands(method, seed):
                 train(method, seed)
-            RunFolder(folder).inspect(self.cell_recipe(method, seed), resume=True)
-            run = read_run(folder)
+            run = read_run(self.folder(method, seed))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             say(f"{method}, seed {seed}: failed. {text}")

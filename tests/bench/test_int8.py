@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from bidensify.bench.int8 import openvino_call
+from bidensify.bench import int8
+from bidensify.bench.int8 import openvino_call, quantize_int8
 
 
 class Tensor:
@@ -53,3 +56,46 @@ def test_the_input_lives_as_long_as_the_call(order: torch.memory_format, monkeyp
     if order == torch.contiguous_format:
         x.neg_()
         assert torch.equal(torch.from_numpy(call()), x.relu()), "it reads what the input holds then"
+
+
+def test_a_file_of_another_network_shape_or_samples_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+
+    def quantize(module: nn.Module, x: Any, target: Path, arrays: Any) -> None:
+        made.append(module)
+        target.write_text(str(len(made)))
+
+    monkeypatch.setattr(int8, "_quantize_openvino", quantize)
+    x, samples = torch.zeros(1, 3, 8, 8), [torch.ones(1, 3, 8, 8)]
+    first, retrained, strided = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, stride=2)
+    strided.load_state_dict(first.state_dict())
+    cases: list[tuple[Any, ...]] = [
+        (first, x),
+        (retrained, x),
+        (strided, x),
+        (first, torch.zeros(1, 3, 16, 16)),
+        (first, x, samples),
+        (first, x, [2 * samples[0]]),
+    ]
+    for number, (module, given, *more) in enumerate(cases, 1):
+        for _ in range(2):
+            file = quantize_int8("openvino int8", module, given, tmp_path, *more)
+            assert len(made) == number
+            assert file.read_text() == str(number)
+    assert quantize_int8("openvino int8", None, x, tmp_path) == file
+    assert len(made) == len(cases)
+
+
+def test_one_that_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(module: nn.Module, x: Any, target: Path, arrays: Any) -> None:
+        target.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(int8, "_quantize_openvino", cut)
+    x, network = torch.zeros(1, 3, 8, 8), nn.Conv2d(3, 4, 3)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_int8("openvino int8", network, x, tmp_path)
+    monkeypatch.setattr(int8, "_quantize_openvino", lambda module, x, target, arrays: target.write_text("whole"))
+    assert quantize_int8("openvino int8", network, x, tmp_path).read_text() == "whole"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from bidensify.cli.app import app
@@ -113,6 +115,27 @@ def test_cells_in_processes_of_their_own(recipe: Path, out: Path, tmp_path: Path
     assert code == 1
     assert "bnn, seed 0: failed" in text
     assert "stages[0].lr" in text
+
+
+def test_a_finished_cell_under_other_changes_or_another_teacher(recipe: Path, out: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out"
+    shutil.copytree(out, own)
+    code, text = compare(recipe, own, "--own", "bnn:stages[0].epochs=2")
+    assert code == 0, text
+    epochs = {cell.method: len(cell.history) for cell in Results.read(own / "results.json").cells}
+    assert epochs == {"bidense": 1, "bnn": 2}
+    other = tmp_path / "teacher"
+    shutil.copytree(out / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: value + 1 if name == "head.bias" else value for name, value in weights.items()},
+        other / "model.safetensors",
+    )
+    code, text = compare(recipe, own, "-t", str(other))
+    assert code == 1
+    assert "bidense, seed 0: failed" in text
+    assert "it cannot go on with the teacher" in " ".join(text.split())
+    assert {cell.state for cell in Results.read(own / "results.json").cells} == {"failed"}
 
 
 @pytest.mark.parametrize(
