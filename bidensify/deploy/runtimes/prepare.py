@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.layers import PackedLayer
 from bidensify.deploy.operator import SPEC_VERSION
+from bidensify.deploy.runtimes.writes import Writes
 from bidensify.errors import ConfigError
 from bidensify.nn import BinaryLayer, Int8, int8_layers
 
@@ -121,21 +122,22 @@ def flat(args: Any, kwargs: Any) -> list[Tensor]:
 def read_in_parts(graph: fx.Graph) -> int:
     """Lets packed layers read the parts of concatenations and nearest-neighbour upsamplings; returns how many do.
 
-    A concatenation that nothing else reads is then never made. Parts without channels, which some encoders hand on for
+    A concatenation that nothing else reads is then never made. One whose parts, or which itself, is written in place before
+    the layer reads stays. Parts without channels, which some encoders hand on for
     levels that they lack, are left out: ExecuTorch has no such tensors.
     """
     for node in graph.nodes:
         if node.target is _aten.cat.default:
             filled = [part for part in node.args[0] if not _empty(part)]
             node.args = (filled or node.args[0], *node.args[1:])
-    changed = 0
+    changed, writes = 0, Writes(graph)
     for node in list(graph.nodes):
         if node.target is not torch.ops.bidensify.packed_layer.default:
             continue
         parts, up, spec = node.args[0], node.args[1], node.args[4]
         if spec[0] != SPEC_VERSION or spec[1] == LINEAR:
             continue
-        found = [each for part, times in zip(parts, up) for each in _parts(part, times)]
+        found = [each for part, times in zip(parts, up) for each in _parts(part, times, node, writes)]
         if [part for part, _ in found] != list(parts) and len(found) <= _MOST_PARTS:
             node.args = ([part for part, _ in found], [times for _, times in found], *node.args[2:])
             changed += 1
@@ -148,20 +150,22 @@ def _empty(node: Any) -> bool:
     return isinstance(value, Tensor) and any(statically_known_true(size == 0) for size in value.shape)
 
 
-def _parts(node: Any, up: int) -> list[tuple[Any, int]]:
+def _parts(node: Any, up: int, reader: fx.Node, writes: Writes) -> list[tuple[Any, int]]:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 4:
         return [(node, up)]
+    inputs, times = [], 1
     if node.target is _aten.cat.default and len(node.args) > 1 and node.args[1] in (1, -3):
-        return [each for part in node.args[0] for each in _parts(part, up)]
-    if node.target is _aten.upsample_nearest2d.vec:
-        times = _factor(node.args[0].meta["val"], value)
-        if times is not None:
-            return _parts(node.args[0], up * times)
+        inputs = node.args[0]
+    elif node.target is _aten.upsample_nearest2d.vec:
+        factor = _factor(node.args[0].meta["val"], value)
+        inputs, times = ([], 1) if factor is None else ([node.args[0]], factor)
     # In evaluation it does nothing.
-    if node.target is _aten.dropout.default and node.args[2] is False:
-        return _parts(node.args[0], up)
-    return [(node, up)]
+    elif node.target is _aten.dropout.default and node.args[2] is False:
+        inputs = [node.args[0]]
+    if not inputs or writes.between([node, *inputs], node, reader):
+        return [(node, up)]
+    return [each for part in inputs for each in _parts(part, up * times, reader, writes)]
 
 
 def _factor(x: Tensor, y: Tensor) -> int | None:
