@@ -21,6 +21,9 @@ from bidensify.nn.used_weight import copy_model
 
 __all__ = ["pack", "replace_layers", "set_float_dtype", "set_kernel"]
 
+# What every module keeps its parts in.
+_TABLES = frozenset(vars(nn.Module()))
+
 
 def pack(
     model: nn.Module, *, kernel: str = "auto", float_dtype: torch.dtype | None = None, compile: bool = False
@@ -93,14 +96,31 @@ def replace_layers(model: nn.Module, layers: dict[str, PackedLayer]) -> nn.Modul
     by_id = {id(model.get_submodule(path)): layer for path, layer in layers.items()}
     if id(model) in by_id:
         return by_id[id(model)]
+    seen: set[int] = set()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in by_id:
                 parent._modules[name] = by_id[id(child)]
-        for value in vars(parent).values():
-            if isinstance(value, list):
-                value[:] = [by_id.get(id(item), item) for item in value]
+        for name, value in list(vars(parent).items()):
+            if name not in _TABLES:
+                vars(parent)[name] = _replaced(value, by_id, seen)
     return model
+
+
+def _replaced(value: Any, by_id: dict[int, PackedLayer], seen: set[int]) -> Any:
+    """``value`` with the layers in it replaced: lists and dictionaries in place, tuples by others where one is in them."""
+    if type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        items = [_replaced(item, by_id, seen) for item in value]
+        changed = any(new is not old for new, old in zip(items, value))
+        return value if not changed else tuple(items) if type(value) is tuple else type(value)(*items)
+    if isinstance(value, list | dict) and id(value) not in seen:
+        # It may hold itself.
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _replaced(item, by_id, seen)
+            if new is not item:
+                value[key] = new
+    return by_id.get(id(value), value)
 
 
 def set_kernel(model: nn.Module, kernel: str) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -156,3 +157,54 @@ def test_bases_that_are_none(student: nn.Module, tmp_path: Path) -> None:
         bd.from_pretrained(tmp_path, "demo:unet")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="2: the given base model is packed already"):
         bd.from_pretrained(tmp_path, bd.pack(student))
+
+
+class Pair(NamedTuple):
+    """A layer with a number."""
+
+    layer: nn.Module
+    factor: float
+
+
+class Keeping(nn.Module):
+    """Layers that are called through what the module keeps beside its children."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.how, pair = how, (self.a, self.b)
+        self.kept: Any = {
+            "list": [*pair],
+            "tuple": pair,
+            "dict": {"a": pair[0], "b": pair[1]},
+            "pairs": [(layer, 1.0) for layer in pair],
+            "named": {"all": [Pair(layer, 1.0) for layer in pair]},
+            "itself": [*pair],
+        }[how]
+        if how == "itself":
+            self.kept.append(self.kept)
+
+    def layers(self) -> list[nn.Module]:
+        how, kept = self.how, self.kept
+        if how in ("pairs", "named"):
+            return [pair[0] for pair in (kept if how == "pairs" else kept["all"])]
+        return list(kept.values() if how == "dict" else kept)[:2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in self.layers():
+            x = torch.sigmoid(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["list", "tuple", "dict", "pairs", "named", "itself"])
+def test_layers_that_a_module_keeps_beside_its_children_are_packed_too(how: str, tmp_path: Path) -> None:
+    config = bd.BidensifyConfig(rules=[bd.Rule("a", "bidense"), bd.Rule("b", "bidense")])
+    x = torch.randn(2, 3, 16, 16)
+    packed = bd.pack(bd.bidensify(Keeping(how), config, example_inputs=x).eval())
+    bd.save_pretrained(packed, tmp_path)
+    again = bd.from_pretrained(tmp_path, Keeping(how))
+    assert [id(layer) for layer in again.layers()] == [id(again.a), id(again.b)]
+    assert torch.equal(again(x), packed(x))
