@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bidensify.deploy.bits import bits_from_signs
 from bidensify.deploy.layers import PackedConv2d, PackedConvTranspose2d, PackedLayer, PackedLinear
+from bidensify.deploy.operator import tokens
 from bidensify.deploy.reference import convolve
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError, PackError
@@ -202,12 +203,12 @@ def _gathered(signs: Tensor, spec: PackedSpec) -> Tensor:
 def _find_padding(
     layer: BinaryLayer, signs: Tensor, scale: Tensor, offset: Tensor | None, spec: PackedSpec, name: str
 ) -> PackedSpec:
-    """The padding with which the bare layer is a convolution of ±1 values: found by asking the layer itself.
+    """The padding with which the bare layer is a convolution (or product) of ±1 values: found by asking the layer itself.
 
     A layer may be of any subclass (static or dynamic "same" padding, standardised weights, ...): two probes of
-    different parity tell which of the paddings that packed layers have is its own.
+    different parity and magnitude tell which of the paddings that packed layers have is its own.
     """
-    if spec.kind == "linear" or signs.device.type == "meta":
+    if signs.device.type == "meta":
         return spec
     candidates = [spec]
     if spec.kind == "conv":
@@ -225,29 +226,36 @@ def _find_padding(
     def per_channel(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like.dtype).view(1, -1, 1, 1)
 
-    for extra in (0, 1):
+    for extra, magnitude in ((0, 1), (1, 8)):
         # Twice the padding more: a transposed layer's padding takes from its output.
         size = (1, spec.in_channels, *(r + extra + 2 * max(spec.padding) for r in reach))
-        probe = (torch.randint(0, 2, size, generator=generator) * 2 - 1).to(signs)
+        probe = magnitude * (torch.randint(0, 2, size, generator=generator) * 2 - 1).to(signs)
         with torch.no_grad():
-            got = layer.conv_only(probe)
+            if spec.kind == "linear":
+                flat = probe.flatten(2).mT
+                probe, got = tokens(flat), tokens(layer.conv_only(flat))
+            else:
+                got = layer.conv_only(probe)
             bias = getattr(layer, "bias", None)
             got = got if bias is None else got - bias.detach().view(1, -1, 1, 1)
             kept = []
             for candidate in candidates:
-                if candidate.output_size(*size[2:]) != tuple(got.shape[2:]):
+                if candidate.output_size(*probe.shape[2:]) != tuple(got.shape[2:]):
                     continue
                 want = convolve(probe, signs, candidate)
                 want = want * per_channel(scale, want)
                 if offset is not None:
                     want = want + convolve(probe, torch.ones_like(signs), candidate) * per_channel(offset, want)
-                tolerance = 1e-3 if got.dtype in (torch.float32, torch.float64) else 0.1
+                # Elsewhere a float32 convolution may round its factors (TF32).
+                whole = 1e-5 if got.device.type == "cpu" else 1e-3
+                tolerance = whole if got.dtype in (torch.float32, torch.float64) else 0.1
                 if torch.allclose(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max() + 1e-6)):
                     kept.append(candidate)
         candidates = kept
     if not candidates:
         raise PackError(
-            f"{name}: {type(layer).__name__} does not compute a zero-padded convolution of its binary weights, so its "
+            f"{name}: {type(layer).__name__} does not compute "
+            f"{'the product with' if spec.kind == 'linear' else 'a zero-padded convolution of'} its binary weights, so its "
             f"popcounts would be wrong; keep it in float (Rule({name!r}, 'keep'))"
         )
     return candidates[0]

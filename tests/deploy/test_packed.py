@@ -215,6 +215,34 @@ def test_what_is_no_zero_padded_convolution_is_refused() -> None:
         freeze(reflected)
 
 
+@pytest.mark.parametrize("base", [nn.Conv2d, nn.Linear])
+@pytest.mark.parametrize("how", ["nothing", "half", "normalised", "tanh", "residual", "little", "clamped", "plus"])
+def test_what_is_no_product_with_the_weights_is_refused(base: type[nn.Module], how: str) -> None:
+    class Other(base):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = super().forward(torch.nn.functional.normalize(x, dim=1) if how == "normalised" else x)
+            return {
+                "half": lambda: y * 0.5,
+                "tanh": lambda: y.tanh(),
+                "residual": lambda: y + x,
+                "little": lambda: y + 1e-3 * x,
+                "clamped": lambda: y.clamp(-2, 2),
+                "plus": lambda: y + 1e-3,
+            }.get(how, lambda: y)()
+
+    torch.manual_seed(0)
+    linear = base is nn.Linear
+    layer = Other(32, 32) if linear else Other(32, 32, 3, padding=1)
+    model = nn.Sequential(layer, nn.Sigmoid(), nn.Linear(32, 32) if linear else nn.Conv2d(32, 32, 3, padding=1))
+    x = torch.randn(2, 10, 32) if linear else torch.randn(2, 32, 8, 8)
+    student = bd.bidensify(model, bd.BidensifyConfig(rules=[bd.Rule("0", "bidense")]), example_inputs=x).eval()
+    if how == "nothing":
+        assert torch.allclose(bd.pack(student)(x), student(x), atol=1e-5)
+        return
+    with pytest.raises(PackError, match=r"^0: BinaryOther does not compute .*Rule\('0', 'keep'\)"):
+        bd.pack(student)
+
+
 def test_per_channel_scales_are_refused_by_name_with_the_way_out() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), BiDenseConv2d(16, 16, 3), BiDenseConv2d(16, 16, 3, act_scale="per_channel")
