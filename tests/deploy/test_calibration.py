@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bidensify.deploy.export.several import check_calibration
+from bidensify.deploy.export.several import calibration
 from bidensify.errors import ConfigError
 
 X = torch.zeros(1, 3, 32, 48)
@@ -18,8 +18,8 @@ X = torch.zeros(1, 3, 32, 48)
     "images", [[X], [X, (X,)], [{"x": X}], [[X]]], ids=["a tensor", "a tuple", "keywords", "a list"]
 )
 def test_images_of_the_files_shape_are_taken(images: list[Any]) -> None:
-    check_calibration(images, (X,), {}, fixed=True)
-    check_calibration(images, (X,), {}, fixed=False)
+    calibration(images, (X,), {}, fixed=True)
+    calibration(images, (X,), {}, fixed=False)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,23 @@ def test_images_of_the_files_shape_are_taken(images: list[Any]) -> None:
 )
 def test_others_are_refused(image: Any, fixed: bool, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        check_calibration([X, image], (X,), {}, fixed=fixed)
+        calibration([X, image], (X,), {}, fixed=fixed)
 
 
 def test_sizes_may_differ_where_they_vary() -> None:
-    check_calibration([X, X[..., :24]], (X,), {}, fixed=False)
+    calibration([X, X[..., :24]], (X,), {}, fixed=False)
 
 
 def test_none_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs example inputs to calibrate with, at least one"):
-        check_calibration([], (X,), {}, fixed=True)
+        calibration([], (X,), {}, fixed=True)
+
+
+def test_named_inputs_come_in_the_files_order_and_others_are_refused() -> None:
+    kwargs = {"image": X, "depth": X + 1}
+    (ordered,) = calibration([{"depth": X + 3, "image": X + 2}], (), kwargs, fixed=True)
+    assert list(ordered) == ["image", "depth"]
+    assert ordered["image"].max() == 2
+    for names in (("image",), ("image", "depth", "mask"), ("image", "dept")):
+        with pytest.raises(ConfigError, match="and the file's are 'image', 'depth': give these"):
+            calibration([kwargs, dict.fromkeys(names, X)], (), kwargs, fixed=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.export.capture import Exported, any_shapes, capture, run, tensors
-from bidensify.deploy.export.several import check_calibration, judge, several
+from bidensify.deploy.export.several import calibration, judge, several
 from bidensify.deploy.openvino import convert, program
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import OPENVINO
@@ -41,7 +41,7 @@ def export_ir(
     with evaluation_flags(model), torch.no_grad():
         args, kwargs, _ = run(model, example_inputs)
         if int8_rest is not None:
-            check_calibration(int8_rest, args, kwargs, fixed=not dynamic)
+            int8_rest = calibration(int8_rest, args, kwargs, fixed=not dynamic)
         inputs = flat(args, kwargs)
         halves = sorted(
             {str(x.dtype) for x in (*inputs, *model.parameters()) if x.dtype in (torch.bfloat16, torch.float16)}

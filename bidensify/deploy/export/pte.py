@@ -14,7 +14,7 @@ from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.executorch import lower, program
 from bidensify.deploy.executorch.lower import Sizes
 from bidensify.deploy.export.capture import Exported, argument_names, capture, run, tensors
-from bidensify.deploy.export.several import check_calibration, judge, several, sizes_of
+from bidensify.deploy.export.several import calibration, judge, several, sizes_of
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import flat, in_floats, prepared
@@ -41,7 +41,7 @@ def export_pte(
     with evaluation_flags(model), torch.no_grad():
         args, kwargs, _ = run(model, example_inputs)
         if int8_rest is not None:
-            check_calibration(int8_rest, args, kwargs, fixed=not dynamic)
+            int8_rest = calibration(int8_rest, args, kwargs, fixed=not dynamic)
         made = prepared(model)
         shapes = lower.shapes_of(dynamic or None, args, kwargs, list(argument_names(model, list(args))))
         captured = capture(made, args, kwargs, shapes)

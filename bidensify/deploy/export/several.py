@@ -14,7 +14,7 @@ from bidensify.deploy.export.capture import compare
 from bidensify.deploy.runtimes.prepare import flat
 from bidensify.errors import CheckError, ConfigError
 
-__all__ = ["judge", "several", "sizes_of"]
+__all__ = ["calibration", "judge", "several", "sizes_of"]
 
 # A runtime runs the same kernels, and its float rest rounds a little otherwise. On some inputs that turns a sign, and of an
 # untrained network one sign may turn everything behind it: a wrong file differs on all of them. How far int8 is off, the user
@@ -28,8 +28,10 @@ def several(args: Any, kwargs: Any, least: Mapping[str, int] | None = None) -> l
     return [(args, kwargs), *(_like(args, kwargs, seed, (least or {}) if seed % 2 else {}) for seed in range(1, _RUNS))]
 
 
-def check_calibration(images: Sequence[Any], args: Any, kwargs: Any, fixed: bool) -> None:
-    """Whether images to calibrate with are of the program's inputs: of their shapes, or where sizes vary of their channels.
+def calibration(images: Sequence[Any], args: Any, kwargs: Any, fixed: bool) -> list[Any]:
+    """Images to calibrate with, those with names in the order of the program's inputs.
+
+    They must be of the inputs: of their shapes, or where sizes vary of their channels.
 
     Raises:
         ConfigError: there are none, or they are not.
@@ -37,7 +39,16 @@ def check_calibration(images: Sequence[Any], args: Any, kwargs: Any, fixed: bool
     if not len(images):
         raise ConfigError("int8_rest needs example inputs to calibrate with, at least one; give some of your images")
     wanted = [list(x.shape) for x in flat(args, kwargs)]
+    ordered = []
     for i, image in enumerate(images):
+        if kwargs and isinstance(image, Mapping):
+            if set(image) != set(kwargs):
+                raise ConfigError(
+                    f"int8_rest[{i}] names the inputs {', '.join(map(repr, image))}, and the file's are "
+                    f"{', '.join(map(repr, kwargs))}: give these, as in example_inputs"
+                )
+            image = {name: image[name] for name in kwargs}
+        ordered.append(image)
         given = [list(x.shape) for x in (flat((), image) if isinstance(image, Mapping) else flat(image, {}))]
         same = given == wanted if fixed else [(len(x), x[1:2]) for x in given] == [(len(x), x[1:2]) for x in wanted]
         if not same:
@@ -45,6 +56,7 @@ def check_calibration(images: Sequence[Any], args: Any, kwargs: Any, fixed: bool
                 f"int8_rest[{i}] has the shape {', '.join(map(str, given))}, and the file is for {', '.join(map(str, wanted))}: "
                 f"give images of {'that shape' if fixed else 'as many dimensions and channels'}, or example_inputs of theirs"
             )
+    return ordered
 
 
 def judge(name: str, expected: list[list[Tensor]], outputs: list[list[Tensor]], exact: bool) -> tuple[float, float]:
