@@ -44,7 +44,12 @@ scores = net(image)[0]
 milliseconds = 1000 * (time.perf_counter() - start)
 
 assert "torch" not in sys.modules
-mask = scores[0].argmax(0).astype(np.uint8)
+if scores.ndim != 4 or scores.shape[1] > 256:
+    sys.exit(
+        f"{given.net}: its output {scores.shape} is not (1, classes, H, W) with at most 256 classes, as a mask's bytes hold"
+    )
+# One channel is a score for or against.
+mask = (scores[0, 0] > 0 if scores.shape[1] == 1 else scores[0].argmax(0)).astype(np.uint8)
 Image.fromarray(mask).save(given.mask)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(f"{given.mask}: {width}x{height}, {milliseconds:.1f} ms on {net.threads} threads, {peak:.1f} MiB at its peak")

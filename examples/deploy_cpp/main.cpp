@@ -1,6 +1,6 @@
 // A segmentation network without Python: mask NET.pte IMAGE MASK.png [THREADS [RUNS]]
 //
-// NET.pte comes from `bidensify export RUN net.pte`. MASK.png gets the class of every pixel, 0 to 255; what was found is printed,
+// NET.pte comes from `bidensify export RUN net.pte`. MASK.png gets the class of every pixel, 0 to 255 (of one channel, 1 where it is above 0); what was found is printed,
 // and the median time of RUNS runs.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor_ptr_maker.h>
@@ -99,8 +99,8 @@ int main(int argc, char** argv) {
   if (!result.ok() || result->empty() || !(*result)[0].isTensor())
     return std::fprintf(stderr, "%s does not run: %s\n", argv[1], executorch::runtime::to_string(result.error())), 1;
   const auto scores = (*result)[0].toTensor();
-  if (scores.dim() != 4 || scores.scalar_type() != ScalarType::Float)
-    return std::fprintf(stderr, "%s: its output is no (1, classes, H, W) of float32\n", argv[1]), 1;
+  if (scores.dim() != 4 || scores.scalar_type() != ScalarType::Float || scores.size(1) < 1 || scores.size(1) > 256)
+    return std::fprintf(stderr, "%s: its output is no (1, classes, H, W) of float32 with at most 256 classes\n", argv[1]), 1;
 
   const int classes = (int)scores.size(1), rows = (int)scores.size(2), columns = (int)scores.size(3);
   const auto* value = scores.const_data_ptr<float>();
@@ -110,7 +110,8 @@ int main(int argc, char** argv) {
   for (int y = 0; y < rows; ++y)
     for (int x = 0; x < columns; ++x) {
       const float* pixel = value + (size_t)y * step[2] + (size_t)x * step[3];
-      int best = 0;
+      // One channel is a score for or against.
+      int best = classes == 1 && *pixel > 0;
       for (int c = 1; c < classes; ++c)
         if (pixel[(size_t)c * step[1]] > pixel[(size_t)best * step[1]]) best = c;
       mask[(size_t)y * columns + x] = (unsigned char)best;

@@ -133,8 +133,11 @@ class Program:
 
     def constant(self, name: str) -> list[float] | None:
         """Numbers that ``bidensify export`` wrote beside the network (image_mean, image_std), or None."""
-        values = (ctypes.c_double * 64)()
-        count = self._library.bidensify_constant(self._net, name.encode(), values, len(values))
+        room, count = 0, 64
+        while count > room:
+            room = count
+            values = (ctypes.c_double * room)()
+            count = self._library.bidensify_constant(self._net, name.encode(), values, room)
         return None if count < 0 else list(values[:count])
 
     def _output(self, i: int) -> Any:

@@ -270,19 +270,25 @@ def test_executorchs_own_python_runs_it_too(decoder: nn.Module, exported: Path, 
 @here
 def test_the_example_without_torch_and_the_one_in_c(library: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    torch.manual_seed(0)
-    student = bd.bidensify(unet(width=8), example_inputs=torch.randn(2, 3, 64, 64))
-    bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
-    packed = bd.pack(student.eval())
-    numbers = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
-    done = bd.export(packed, tmp_path / "net.pte", example_inputs=torch.randn(1, 3, 64, 64), constants=numbers)
+    numbers = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3], "palette": [*map(float, range(171))]}
+    nets, files = {}, {}
+    for classes in (19, 1, 300):
+        torch.manual_seed(0)
+        student = bd.bidensify(unet(num_classes=classes, width=8), example_inputs=torch.randn(2, 3, 64, 64))
+        bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
+        nets[classes] = bd.pack(student.eval())
+        path = tmp_path / f"{classes}.pte"
+        files[classes] = bd.export(
+            nets[classes], path, example_inputs=torch.randn(1, 3, 64, 64), constants=numbers
+        ).path
+    assert Program(files[1], library).constant("palette") == numbers["palette"]
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     image.fromarray(pixels).save(tmp_path / "image.png")
     x = (
         torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - torch.tensor(numbers["image_mean"]).view(3, 1, 1)
     ) / torch.tensor(numbers["image_std"]).view(3, 1, 1)
     with torch.no_grad():
-        want = packed(x).argmax(1)[0].numpy()
+        masks = {19: nets[19](x).argmax(1)[0].numpy(), 1: (nets[1](x)[0, 0] > 0).numpy()}
 
     from bidensify.deploy.executorch import program
 
@@ -290,25 +296,30 @@ def test_the_example_without_torch_and_the_one_in_c(library: Path, tmp_path: Pat
     for file, name in ((library, library.name), (Path(program.__file__), "bidensify_program.py")):
         os.symlink(file, tmp_path / "runtime" / name)
     script = EXAMPLES / "deploy_python_without_torch.py"
-    given = [done.path, tmp_path / "image.png", tmp_path / "python.png"]
-    command: list[Any] = [sys.executable, script, *given, "--runtime", tmp_path / "runtime"]
-    subprocess.run(command, check=True, capture_output=True)
-    assert (np.asarray(image.open(tmp_path / "python.png")) == want).mean() > 0.999
+
+    def check(program: list[Any], *rest: Any) -> None:
+        for classes, file in files.items():
+            command = [*program, file, tmp_path / "image.png", tmp_path / "mask.png", *rest]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if classes == 300:
+                assert done.returncode == 1
+                assert "at most 256 classes" in done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            assert "64x64" in done.stdout
+            mask = np.asarray(image.open(tmp_path / "mask.png"))
+            assert (mask == masks[classes]).mean() > 0.999
+            assert len(np.unique(mask)) > 1
+
+    check([sys.executable, script], "--runtime", tmp_path / "runtime")
 
     if not any(Path(folder, "stb_image.h").is_file() for folder in ("/usr/include/stb", "/usr/include")):
         pytest.skip("stb is not installed: apt-get install libstb-dev")
     build = tmp_path / "build"
     subprocess.run(["cmake", "-S", EXAMPLES / "deploy_cpp", "-B", build], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True, capture_output=True)
-    out = subprocess.run(
-        [build / "mask", done.path, tmp_path / "image.png", tmp_path / "c.png"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert "64x64" in out
-    assert (np.asarray(image.open(tmp_path / "c.png")) == want).mean() > 0.999
-    for wrong in ([tmp_path / "image.png", tmp_path / "image.png"], [done.path, done.path]):
+    check([build / "mask"])
+    for wrong in ([tmp_path / "image.png", tmp_path / "image.png"], [files[19], files[19]]):
         bad = subprocess.run([build / "mask", *wrong, tmp_path / "no.png"], capture_output=True, text=True, check=False)
         assert bad.returncode == 1
         assert bad.stderr
