@@ -292,6 +292,8 @@ class PackedLinear(PackedLayer):
         if traced(x):
             return one_step(self, x)
         self._check_input(x, tuple(range(2, 9)), -1)
+        if not torch.compiler.is_compiling() and not x.numel():
+            return self._activated(x.new_empty((*x.shape[:-1], self.spec.out_channels)))
         return self._run(operator.tokens(x), self.spec, lambda y: operator.from_tokens(y, x), x)
 
 

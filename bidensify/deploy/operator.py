@@ -129,6 +129,8 @@ def _run(
     layer = _spec(spec)
     _check_parts(parts, up, layer)
     x = parts[0]
+    if layer.kind == "linear" and not x.numel():
+        return x.new_empty((*x.shape[:-1], layer.out_channels))
     backend = choose_backend(_kernel.get(), x.device.type)
     if backend.run is not None and x.dtype in backend.dtypes:
         # A mode of the caller's has seen this operator; it need not see every size that is read here.

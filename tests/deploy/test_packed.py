@@ -29,6 +29,7 @@ from bidensify.deploy import (
 )
 from bidensify.deploy.backends import available_kernels
 from bidensify.deploy.freeze import empty_from_meta, freeze
+from bidensify.deploy.operator import spec_ints
 from bidensify.deploy.pack import set_float_dtype
 from bidensify.errors import ConfigError, FormatError, PackError
 from bidensify.kernels import library as loader
@@ -400,6 +401,23 @@ def test_output_size_of_a_transposed_layer() -> None:
                 assert relative(packed(x, output_size=size), layer(x, output_size=size)) < 1e-5
             with pytest.raises(ConfigError, match=r"output_size=\[12, 12\]"):
                 packed(x, output_size=[12, 12])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 5, 40), (2, 0, 40), (2, 3, 0, 40), (0, 40), (0, 0, 40)])
+def test_no_samples_or_no_tokens_give_none(shape: tuple[int, ...], kernel: str) -> None:
+    make, _ = LAYERS["linear"]
+    latent = settle(make())
+    packed = freeze(latent, kernel)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        # A latent layer has no statistics of no tokens.
+        assert packed(x).shape == (*shape[:-1], 72)
+        program = torch.export.export(packed, (torch.randn(2, 5, 40),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        assert program.module()(torch.randn(3, 5, 40)).shape == (3, 5, 72)
+        whole = torch.ops.bidensify.packed_layer
+        found = whole([x], [1], packed.tiles, packed.side, spec_ints(packed.spec), None, None, None)
+        assert found.shape == (*shape[:-1], 72)
 
 
 def test_wrong_inputs_name_the_layer_and_the_shape() -> None:
