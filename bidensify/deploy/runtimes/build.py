@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bidensify._util.files import atomic_write
 from bidensify.errors import ConfigError, MissingExtraError
 
 __all__ = ["EXECUTORCH", "OPENVINO", "RUNTIMES", "Runtime"]
@@ -92,11 +93,13 @@ class Runtime:
             _say([program, "-S", str(self.sources), "-B", place, f"-DBIDENSIFY_KERNELS={_KERNELS}", *given, *cmake])
             _say([program, "--build", place, "--parallel", str(os.cpu_count() or 1)])
             _say([program, "--install", place, "--prefix", str(Path(place) / "installed")])
-            # Renamed into place: a process that runs the former one keeps it.
-            shutil.copy(Path(place) / "installed" / self.library, out / f".{self.library}.tmp")
-            os.replace(out / f".{self.library}.tmp", out / self.library)
-        if self.beside is not None:
-            shutil.copy(_HERE.parent / self.name / self.beside[0], out / self.beside[1])
+            copies = [(Path(place) / "installed" / self.library, out / self.library)]
+            if self.beside is not None:
+                copies.insert(0, (_HERE.parent / self.name / self.beside[0], out / self.beside[1]))
+            for source, target in copies:
+                # Renamed into place: a process that runs the former one keeps it, and another that builds does not meet it.
+                with atomic_write(target) as temporary:
+                    shutil.copyfile(source, temporary)
         return out / self.library
 
     def find(self) -> Path:
