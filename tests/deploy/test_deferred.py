@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -334,3 +336,58 @@ def test_a_methods_own_binarizer_runs_outside_of_the_mode_and_inside_of_anybody_
             torch.testing.assert_close(packed(x), want, rtol=0, atol=0)
     assert watching.calls > 5
     assert seen == {"NoneType", "Watching"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An output that torch does not look into."""
+
+    first: Tensor
+    more: dict[str, list[Tensor]]
+    inner: Held | None = None
+
+
+class Keeps(nn.Module):
+    """Gives a concatenation in a dataclass and keeps another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, 16, 3, padding=1), BiDenseConv2d(32, 16, 3, padding=1)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Held:
+        u = self.stem(x)
+        self.kept = torch.cat([u, u + 1], 1)
+        y = self.layer(self.kept)
+        return Held(y, {"all": [torch.cat([u, y], 1)]}, Held(torch.cat([y, y], 1), {}))
+
+
+def test_nothing_deferred_leaves_a_network() -> None:
+    torch.manual_seed(0)
+    latent = settle(Keeps())
+    packed = pack(latent)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        want, got = latent(x), packed(x)
+    assert got.inner is not None
+    for a, b in (
+        (got.first, want.first),
+        (got.more["all"][0], want.more["all"][0]),
+        (got.inner.first, want.inner.first),
+    ):
+        assert type(a) is Tensor
+        torch.testing.assert_close(a, b)
+    kept, wanted = packed.kept, latent.kept
+    assert isinstance(kept, Tensor)
+    assert isinstance(wanted, Tensor)
+    # NumPy and others read memory themselves.
+    torch.testing.assert_close(torch.from_numpy(kept.numpy()), wanted)
+    torch.testing.assert_close(torch.from_dlpack(kept), wanted)
+    torch.testing.assert_close(torch.tensor(kept.tolist()), wanted)
+    torch.testing.assert_close(copy.deepcopy(kept), wanted)
+    file = io.BytesIO()
+    torch.save(kept, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=True), wanted)
+    assert kept.data_ptr()
+    assert torch.equal(kept.share_memory_(), kept + 0)

@@ -92,6 +92,20 @@ class Deferred(Tensor):
         return func(*tree_map(made, args), **tree_map(made, kwargs or {}))
 
 
+def _through(name: str) -> Callable[..., Any]:
+    def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.make(), name)(*args, **kwargs)
+
+    return method
+
+
+# They reach for memory past torch's dispatcher.
+for _name in (
+    "numpy", "tolist", "data_ptr", "untyped_storage", "share_memory_", "__dlpack__", "__deepcopy__", "__reduce_ex__",
+):  # fmt: skip
+    setattr(Deferred, _name, _through(_name))
+
+
 def made(value: Any) -> Any:
     """A deferred tensor as a plain one; anything else as it is."""
     return value.make() if type(value) is Deferred else value

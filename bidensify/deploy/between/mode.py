@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.between import sums
 from bidensify.deploy.between.deferred import Deferred, add, concatenate, interpolate, made
@@ -159,9 +160,32 @@ class _Leave:
         if mode is None:
             return None
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if any(reference() is not None for reference in mode.live):
-            return tree_map(made, output)
-        return None
+        left = [deferred for reference in mode.live if (deferred := reference()) is not None]
+        if not left or output is None:
+            return None
+        for deferred in left:
+            # A module may keep it, and nobody watches any longer what its parts become.
+            deferred.make()
+        return _all_made(output, set())
+
+
+def _all_made(value: Any, seen: set[int]) -> Any:
+    """``value`` with plain tensors in place of deferred ones, in dataclasses that torch does not look into in place."""
+
+    def one(leaf: Any) -> Any:
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            for field in dataclasses.fields(leaf):
+                held = getattr(leaf, field.name, None)
+                new = _all_made(held, seen)
+                if any(type(each) is Deferred for each in tree_leaves(held)):
+                    try:
+                        setattr(leaf, field.name, new)
+                    except dataclasses.FrozenInstanceError:
+                        object.__setattr__(leaf, field.name, new)
+        return made(leaf)
+
+    return tree_map(one, value)
 
 
 def defer_concatenations(model: nn.Module) -> nn.Module:
