@@ -30,6 +30,7 @@ class Draft:
         removed: residual adds that go -> the operand that stays.
         absorbed_scales: layer scales that move into a BatchNorm.
         absorbed_activations: layers whose activation moves into them.
+        factors: activations that stay since others are multiplied with what they give.
         notes: what could not be done, and why.
     """
 
@@ -41,6 +42,7 @@ class Draft:
     removed: dict[fx.Node, fx.Node] = field(default_factory=dict)
     absorbed_scales: set[fx.Node] = field(default_factory=set)
     absorbed_activations: set[str] = field(default_factory=set)
+    factors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

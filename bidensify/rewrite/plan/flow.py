@@ -73,6 +73,16 @@ class Flow:
         """Whether a node is a sigmoid, softmax or the like."""
         return kinds.is_gate(self._what(node))
 
+    def is_hand_written_gate(self, node: fx.Node) -> bool:
+        """Whether a node bounds its tensor on both sides behind the add of a number: relu6(x + 3) of a sigmoid by hand."""
+        source = self.data_input(node)
+        return (
+            self.name(node).lower() in ("relu6", "hardtanh", "clamp", "clip")
+            and source is not None
+            and self.name(source) == "add"
+            and self.is_scaling(source)
+        )
+
     def is_pass(self, node: fx.Node) -> bool:
         """Whether a node hands its (single) tensor through in evaluation mode."""
         return kinds.is_pass(self._what(node))
@@ -145,15 +155,26 @@ class Flow:
             return None
         first, second = self.tensors(node)
         for data, gate in ((first, second), (second, first)):
-            current: fx.Node | None = gate
-            while current is not None and self.shape(data) == self.shape(node):
-                if self.is_gate(current):
-                    return data, gate
-                through = (
-                    self.is_pass(current) or self.is_reorder(current) or self.name(current) in ("expand", "expand_as")
-                )
-                current = self.data_input(current) if through else None
+            if self.shape(data) == self.shape(node) and self.ends_in_gate(gate):
+                return data, gate
         return None
+
+    def ends_in_gate(self, node: fx.Node) -> bool:
+        """Whether a tensor is what a gate gave, reshaped or not (one by hand is divided by its bound, too)."""
+        current: fx.Node | None = node
+        scaled = False
+        while current is not None:
+            if self.is_hand_written_gate(current) or (self.is_gate(current) and not scaled):
+                return True
+            scaled = scaled or self.is_scaling(current)
+            through = (
+                self.is_pass(current)
+                or self.is_reorder(current)
+                or self.is_scaling(current)
+                or self.name(current) in ("expand", "expand_as")
+            )
+            current = self.data_input(current) if through else None
+        return False
 
     # what is around it
 

@@ -76,7 +76,10 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
         or flow.name(current) == "getitem"
     ):
         current = flow.only_user(current)
-    if current is None or not flow.is_gate(current):
+    if current is not None and flow.name(current) == "add" and flow.is_scaling(current):
+        current = flow.only_user(current)
+    by_hand = current is not None and flow.is_hand_written_gate(current)
+    if current is None or not (by_hand or flow.is_gate(current)):
         return False
     reached = flow.forward_until(
         current,
@@ -86,6 +89,7 @@ def _is_gate(flow: Flow, node: fx.Node) -> bool:
             or flow.is_reorder(n)
             or flow.is_resize(n)
             or flow.name(n) in ("expand", "expand_as", "add", "sub")
+            or (by_hand and flow.is_scaling(n))
         ),
     )
     return any(True for _ in reached)

@@ -13,6 +13,7 @@ from bidensify.rewrite.kinds import fused_activation, is_activation
 from bidensify.rewrite.plan.code import Site, place_of
 from bidensify.rewrite.plan.draft import Draft
 from bidensify.rewrite.plan.entries import ActivationPlan, NewActivation
+from bidensify.rewrite.plan.passes.factors import is_factor
 from bidensify.rewrite.record.recorded import scope_of
 
 __all__ = ["place_activations"]
@@ -49,6 +50,11 @@ def place_activations(draft: Draft) -> Draft:
     _place_fused(draft)
     for use in _uses(draft):
         _place(draft, use)
+    if draft.factors:
+        more = f" (and {len(draft.factors) - 1} more)" if len(draft.factors) > 1 else ""
+        draft.note(
+            f"{draft.factors[0]}{more}: the activation stays as it is, since others are multiplied with what it gives"
+        )
     for layer in draft.binary_layers:
         draft.change(layer.path, activation=layer.activation and layer.path in draft.absorbed_activations)
     return draft
@@ -61,7 +67,7 @@ def _uses(draft: Draft) -> Iterator[_Use]:
             calls[str(node.target) if node.op == "call_module" else node].append(node)
     for key, nodes in calls.items():
         # What earlier uses became is part of what these are asked about.
-        behind = [_layer_before(draft, node) for node in nodes]
+        behind = [None if is_factor(draft.flow, node) else _layer_before(draft, node) for node in nodes]
         wanted = [_wanted(draft, node, layer) for node, layer in zip(nodes, behind)]
         yield _Use(key if isinstance(key, str) else None, nodes, behind, wanted)
 
@@ -219,6 +225,11 @@ def _wanted(draft: Draft, node: fx.Node, layer: str | None) -> NewActivation | N
         method = draft.method if _beside_binary(draft, node) else ""
     shape = draft.flow.shape(node)
     if not method or get_method(method).activation is None or shape is None or len(shape) < 3:
+        return None
+    if is_factor(draft.flow, node):
+        scope = scope_of(node)
+        block = (scope[-1][0] if scope else "") or "the network"
+        draft.factors.append(str(node.target) if node.op == "call_module" else f"{block}, {draft.flow.name(node)}")
         return None
     last = draft.flow.channels_last(node)
     return NewActivation(shape[-1] if last else shape[1], -1 if last else 1, method)
