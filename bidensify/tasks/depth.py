@@ -17,6 +17,7 @@ from bidensify.tasks.outputs import target_of
 from bidensify.tasks.registry import register_task
 
 Output = Literal["log", "linear", "sigmoid", "inverse"]
+_TINY = 1e-12
 _OUTPUTS: tuple[Output, ...] = ("log", "linear", "sigmoid", "inverse")
 
 
@@ -31,7 +32,7 @@ class DepthTask(DenseTask):
         median_scaling: scale each prediction by the ratio of medians before it is measured (for data or models without
             a metric scale); see :class:`bidensify.tasks.metrics.DepthMetrics`.
         min_depth, max_depth: metres (or the data's unit). Only ground truth inside counts; predictions are clamped to
-            it. The farthest is by default the data set's, else 80.
+            it (with median_scaling once they are scaled). The farthest is by default the data set's, else 80.
         output: what the network's one channel x means: ``log`` depth = exp(x); ``linear`` depth = x; ``sigmoid``
             depth = min + (max − min) · sigmoid(x); ``inverse`` depth = 1 / x (disparity).
         focus: weight of the squared mean in SILog, 0 (plain RMSE of the logarithm) to 1 (scale ignored).
@@ -102,15 +103,17 @@ class DepthTask(DenseTask):
         return _soft_log(raw, self.min_depth)
 
     def decide(self, raw: Tensor) -> Tensor:
-        """Returns the depth (N, H, W), clamped to [min_depth, max_depth]."""
+        """Returns the depth (N, H, W), clamped to [min_depth, max_depth]; with median_scaling, of no metric scale, above 0."""
         raw = raw[:, 0]
+        # What has no scale yet is clamped by the metrics, once it is scaled.
+        low, high = (_TINY, 1 / _TINY) if self.median_scaling else (self.min_depth, self.max_depth)
         if self.output == "log":
-            raw = raw.clamp(math.log(self.min_depth), math.log(self.max_depth)).exp()
+            raw = raw.clamp(math.log(low), math.log(high)).exp()
         elif self.output == "sigmoid":
             raw = self.min_depth + (self.max_depth - self.min_depth) * raw.sigmoid()
         elif self.output == "inverse":
-            raw = 1 / raw.clamp(1 / self.max_depth, 1 / self.min_depth)
-        return raw.clamp(self.min_depth, self.max_depth)
+            raw = 1 / raw.clamp(1 / high, 1 / low)
+        return raw.clamp(low, high)
 
     def loss_of(self, raw: Tensor, truth: Tensor, target: Sample) -> Tensor:
         """Returns the SILog loss over valid pixels, 0 if none is; see :func:`bidensify.tasks.losses.silog_loss`."""

@@ -102,6 +102,18 @@ def test_every_kind_of_output_is_read() -> None:
         task.logits(torch.zeros(1, 5, 4, 4))
 
 
+@pytest.mark.parametrize("output", ["log", "linear", "inverse"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_median_scaling_comes_before_the_clamp(output: str, scale: float) -> None:
+    task = build_task("depth", output=output, median_scaling=True, max_depth=10.0)
+    depth = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 + 1
+    raw = {"log": (depth * scale).log(), "linear": depth * scale, "inverse": 1 / (depth * scale)}[output][:, None]
+    metrics = task.metrics()
+    metrics.update(raw, {"depth": depth, "image": torch.zeros(2, 3, 8, 8)})
+    assert metrics.compute()["absrel"] < 1e-5
+    assert torch.isfinite(task.predict(torch.full_like(raw, -500.0))).all()
+
+
 def depth_reference(p: np.ndarray, g: np.ndarray) -> dict[str, float]:
     d = np.log(p) - np.log(g)
     ratio = np.maximum(p / g, g / p)
