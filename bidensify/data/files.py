@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,10 @@ def find_images(folder: Path, suffix: str = "") -> dict[str, Path]:
             f"{str(folder)!r} is not a folder; check root and the folder names (images, masks, depth, split)"
         )
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
+    for path in sorted(_files(folder)):
+        if path.suffix.lower() not in SUFFIXES:
             continue
+        relative = path.relative_to(folder)
         stem = relative.with_suffix("").as_posix()
         if suffix:
             if not stem.endswith(suffix):
@@ -51,6 +51,20 @@ def find_images(folder: Path, suffix: str = "") -> dict[str, Path]:
             "check the folder's name and contents"
         )
     return found
+
+
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files below ``folder`` that are not hidden, through links too; a link to a folder that holds it is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path, above | {real})
+        elif path.is_file():
+            yield path
 
 
 @contextmanager
@@ -95,6 +109,13 @@ def open_image(path: Path, kind: str) -> Image.Image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def holds_16_bit_colours(path: Path) -> bool:
+    """Whether a file is a PNG of several channels of 16 bits each, by its header."""
+    with named(path, "image"), path.open("rb") as file:
+        head = file.read(26)
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and head[24:25] == b"\x10" and head[25:26] in (b"\2", b"\4", b"\6")
 
 
 def check_whole(path: Path, kind: str) -> None:

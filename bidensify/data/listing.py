@@ -88,24 +88,32 @@ def read_list(path: Path, images: Names, partners: Names | None) -> tuple[list[s
         The stems of the images, and {stem of the image: stem of the partner} of lines that name both.
 
     Raises:
-        DataError: a line means no image, or a pair's second file is not there.
+        DataError: a line means no image, a pair's second file is not there, or an image stands with two partners.
     """
     stems: list[str] = []
     pairs: dict[str, str] = {}
+    named: dict[str, str] = {}
     missing: list[str] = []
     for line in read_lines(path):
-        stem = images.stem(line)
+        stem, partner = images.stem(line), None
         if stem is None:
             for first, second in _splits(line):
                 stem, partner = images.stem(first), partners.stem(second) if partners is not None else None
                 if stem is not None and partner is not None:
-                    pairs[stem] = partner
                     break
                 stem = None
         if stem is None:
             missing.append(line)
-        else:
-            stems.append(stem)
+            continue
+        if stem in named and (partner or stem) != pairs.get(stem, stem):
+            raise DataError(
+                f"{str(path)!r} names the image {stem!r} again, with another partner: {line!r} after {named[stem]!r}; an image "
+                "has one. Remove a line, or give the image a second name (a link)"
+            )
+        stems.append(stem)
+        named[stem] = line
+        if partner is not None:
+            pairs[stem] = partner
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(missing) + len(stems)} lines of {str(path)!r} mean no file that is there, for "

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from bidensify.data.files import Array, open_image, read_bands
+from bidensify.data.files import Array, holds_16_bit_colours, open_image, read_bands
 from bidensify.errors import ConfigError, DataError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -37,7 +37,8 @@ class ImageReader:
         """Reads one file.
 
         Raises:
-            DataError: the file cannot be read, has other channels, or floats outside [0, 1] without ``image_max``.
+            DataError: the file cannot be read, has other channels or colours of 16 bits (PNG), or floats
+                outside [0, 1] without ``image_max``.
         """
         values = read_bands(path, "image", self.channels)
         return self._scaled(path, self._decoded(path) if values is None else values)
@@ -47,6 +48,11 @@ class ImageReader:
         return torch.from_numpy(self(path)).permute(2, 0, 1).contiguous()
 
     def _decoded(self, path: Path) -> Array:
+        if holds_16_bit_colours(path):
+            raise DataError(
+                f"{str(path)!r} is a PNG of several channels of 16 bits each, of which Pillow reads 8; save it as .npy, or as a "
+                "PNG of 8 bits"
+            )
         image = open_image(path, "image")
         if image.mode.startswith("I") or image.mode == "F":
             values = np.array(image)[..., None]
@@ -64,7 +70,7 @@ class ImageReader:
         return values[..., None] if values.ndim == 2 else values
 
     def _scaled(self, path: Path, values: Array) -> Array:
-        if values.dtype == np.uint8 and self.image_max is None:
+        if values.dtype == np.uint8:
             return values
         floats = values.dtype.kind == "f"
         scaled = values.astype(np.float32) / np.float32(self.image_max or (1 if floats else 65535))

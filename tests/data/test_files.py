@@ -42,6 +42,17 @@ def test_sub_folders_and_suffixes(tmp_path: Path) -> None:
         folder(tmp_path, **{**options, "image_suffix": "_right"})
 
 
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    for kind, values in (("images", None), ("labels", labels(1))):
+        put(tmp_path / "train" / kind / "a" / "0.png", *([] if values is None else [values]))
+        put(tmp_path / "store" / kind / "1.png", *([] if values is None else [values]))
+        (tmp_path / "train" / kind / "b").symlink_to(tmp_path / "store" / kind)
+        (tmp_path / "store" / kind / "up").symlink_to(tmp_path / "train" / kind)
+        (tmp_path / "train" / kind / "a" / "self").symlink_to(tmp_path / "train" / kind / "a")
+    dataset = folder(tmp_path)
+    assert [dataset.name_of(i) for i in range(len(dataset))] == ["a/0", "b/1"]
+
+
 def test_list_of_stems_and_splits(tmp_path: Path) -> None:
     for stem in "abc":
         put(tmp_path / "jpeg" / f"{stem}.jpg")

@@ -61,6 +61,13 @@ def test_pairs_may_cross_and_names_may_have_blanks(root: Path) -> None:
     assert stems(root, b"a\na\n") == ["a:0", "a:0"]
 
 
+@pytest.mark.parametrize("second", ["a.jpg labels/b_m.png", "a"])
+def test_an_image_with_two_partners_is_refused(root: Path, second: str) -> None:
+    with pytest.raises(DataError, match=f"names the image 'a' again, with another partner: '{second}' after 'a.jpg"):
+        stems(root, f"a.jpg labels/Straße 1_m.png\n{second}\n".encode())
+    assert stems(root, b"a\na.jpg labels/a_m.png\n") == ["a:0", "a:0"]
+
+
 def test_what_is_not_there_is_quoted(root: Path) -> None:
     with pytest.raises(
         DataError, match=r"2 of the 3 lines of .*list.txt' mean no file.*\['c.jpg', 'a labels/c_m.png'\]"

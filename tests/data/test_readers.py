@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import h5py  # noqa: F401  # the extra that reads labelled .mat files; its absence here is a broken test environment
@@ -126,6 +128,34 @@ def test_values_above_8_bits_have_a_rule(tmp_path: Path) -> None:
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"o\.npy.*allow_pickle=False"):
         ImageReader(1)(tmp_path / "o.npy")
+
+
+def png(path: Path, depth: int, colour: int, row: bytes) -> Path:
+    """A PNG of 2x2 pixels by its specification."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, depth, colour, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress((b"\0" + row) * 2)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    return path
+
+
+@pytest.mark.parametrize(("colour", "bands"), [(2, 3), (4, 2), (6, 4)])
+def test_colours_of_16_bits_are_refused_and_grey_is_read(tmp_path: Path, colour: int, bands: int) -> None:
+    value = struct.pack(">H", 4000)
+    with pytest.raises(DataError, match=r"colour\.png.*several channels of 16 bits"):
+        ImageReader(3, 4095)(png(tmp_path / "colour.png", 16, colour, value * bands * 2))
+    assert ImageReader(3)(png(tmp_path / "small.png", 8, colour, b"\xc8" * bands * 2)).max() == 200
+    grey = ImageReader(1, 4000)(png(tmp_path / "grey.png", 16, 0, value * 2))
+    assert (grey == 1).all()
+
+
+def test_files_of_8_bits_have_their_own_largest_value(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    read = ImageReader(3, image_max=4095)(tmp_path / "a.png")
+    assert (read.dtype, read.max()) == (np.uint8, 200)
 
 
 def test_masks_of_16_bits_and_npy(tmp_path: Path) -> None:
