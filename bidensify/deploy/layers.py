@@ -81,8 +81,7 @@ class PackedLayer(FrozenLayer):
         self.activation: nn.Module | None = None
         self.register_buffer("bits", torch.zeros(-(-spec.bits // 8), dtype=torch.uint8, device=device))
         self.register_buffer("side", torch.zeros(spec.side_length, dtype=torch.float32, device=device))
-        tiles = torch.zeros(spec.tiles_shape, dtype=torch.int32, device=device)
-        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("tiles", torch.zeros(spec.tiles_shape, dtype=torch.int32, device=device), persistent=False)
         self.register_load_state_dict_post_hook(_arrange)  # type: ignore[no-untyped-call]
 
     def meta(self) -> dict[str, Any]:
@@ -191,7 +190,6 @@ class PackedLayer(FrozenLayer):
             )
 
     # Code around a convolution reads these (transformers' TensorFlow padding).
-
     @property
     def kernel_size(self) -> tuple[int, int]:
         """(kh, kw)."""

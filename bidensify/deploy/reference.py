@@ -41,7 +41,8 @@ def convolve(x: Tensor, signs: Tensor, spec: PackedSpec) -> Tensor:
             x, weight, None, spec.stride, (top, left), spec.output_padding, spec.groups, spec.dilation
         )
     top, left, bottom, right = spec.pads(x.shape[2], x.shape[3])
-    if (top, left) == (bottom, right):
+    # Whether pads that depend on the size are even is no question to a program of any size.
+    if not spec.same and (top, left) == (bottom, right):
         return F.conv2d(x, signs, None, spec.stride, (top, left), spec.dilation, spec.groups)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), signs, None, spec.stride, 0, spec.dilation, spec.groups)
 

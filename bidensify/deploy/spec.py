@@ -142,13 +142,13 @@ class PackedSpec:
         return sum(length for _, length in self.layout.values())
 
     def pads(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right) for an input of this size."""
+        """(top, left, bottom, right) for an input of this size; nothing negative is divided, which ONNX rounds otherwise."""
         if not self.same:
             return self.padding
         result = []
         for axis, size in enumerate((height, width)):
             reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-            total = max((-(-size // self.stride[axis]) - 1) * self.stride[axis] + reach - size, 0)
+            total = max((size - 1) // self.stride[axis] * self.stride[axis] + reach - size, 0)
             result.append((total // 2, total - total // 2))
         return (result[0][0], result[1][0], result[0][1], result[1][1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +186,58 @@ def test_no_output_hides_behind_a_larger_one() -> None:
     for wrong in ([-small, large, small], [small, large, nan.expand(4)], [small * nan, large, small]):
         with pytest.raises(CheckError, match="nothing was written"):
             compare([small, large, small], wrong, "net")
+
+
+@pytest.mark.parametrize("suffix", [".pte", ".xml"])
+@pytest.mark.parametrize(
+    "constants", [{"forward": [1.0]}, {"input0_least": [1.0]}, {"my name": [1.0]}, {1: [1.0]}, {"é": [1.0]}]
+)
+def test_names_that_a_program_cannot_give_to_numbers(constants: dict[str, list[float]], suffix: str) -> None:
+    with pytest.raises(ConfigError, match=f"the name {next(iter(constants))!r} must be of letters"):
+        export(nn.Identity(), f"net{suffix}", constants=constants)
+
+
+@pytest.mark.parametrize("values", [3.0, "12", None, ["a"], [[1.0]], {"a": 1.0}])
+def test_what_is_no_sequence_of_numbers(values: Any) -> None:
+    with pytest.raises(ConfigError, match="constants: scale=.* must be a sequence of numbers"):
+        export(nn.Identity(), "net.xml", constants={"scale": values})
+
+
+class Same(nn.Conv2d):
+    """TensorFlow's "same" padding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads: list[int] = []
+        for size, stride, kernel in zip(x.shape[:1:-1], self.stride[::-1], self.kernel_size[::-1]):
+            total = max(((size + stride - 1) // stride - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return nn.functional.conv2d(nn.functional.pad(x, pads), self.weight, self.bias, self.stride)
+
+
+def test_same_padding_of_sizes_that_vary(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Same(16, 32, 3, stride=2), nn.Sigmoid(), nn.Conv2d(32, 4, 1))
+    x = torch.randn(2, 3, 33, 33)
+    packed = bd.pack(bd.bidensify(net, bd.BidensifyConfig(rules=[bd.Rule("1", "bidense")]), example_inputs=x).eval())
+    assert packed[1].spec.same  # type: ignore[index, union-attr]
+    done = export(packed, tmp_path / "net.onnx", example_inputs=x)
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    for size in ((33, 33), (32, 32), (45, 64), (17, 18)):
+        x = torch.randn(2, 3, *size)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(y), packed(x), rtol=1e-3, atol=1e-3)
+
+
+def test_what_onnx_does_not_know_is_an_error_of_ours(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(PlanError, match=r"torch\.onnx does not take this network: \w+Error"):
+        export(Odd(), tmp_path / "net.onnx", example_inputs=torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())

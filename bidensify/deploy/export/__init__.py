@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.export.capture import Exported, any_shapes, capture, compare, run, tensors
-from bidensify.errors import ConfigError, FormatError, MissingExtraError
+from bidensify.deploy.export.checks import numbers
+from bidensify.errors import ConfigError, FormatError, MissingExtraError, PlanError
 from bidensify.exact import any_order
 
 __all__ = ["RUNTIMES", "Exported", "export"]
@@ -63,7 +64,7 @@ def export(
     Raises:
         ConfigError: another suffix, or arguments that do not go with the runtime.
         MissingExtraError: the runtime's packages are not installed.
-        PlanError: the network does not run on the inputs, or ``torch.export`` or the runtime cannot capture it.
+        PlanError: the network does not run on the inputs, or ``torch.export``, ``torch.onnx`` or the runtime cannot capture it.
         FormatError: the network is too large for one ONNX file.
         CheckError: what was written does not compute what the network computes.
     """
@@ -76,11 +77,11 @@ def export(
     if found == "executorch":
         from bidensify.deploy.export.pte import export_pte
 
-        return export_pte(model, target, example_inputs, dynamic, int8_rest, constants)
+        return export_pte(model, target, example_inputs, dynamic, int8_rest, numbers(constants))
     if found == "openvino":
         from bidensify.deploy.export.ir import export_ir
 
-        return export_ir(model, target, example_inputs, dynamic, int8_rest, constants)
+        return export_ir(model, target, example_inputs, dynamic, int8_rest, numbers(constants))
     if int8_rest is not None or constants or not (dynamic is None or isinstance(dynamic, bool)):
         raise ConfigError(f"{target.name!r}: int8_rest, constants and bounds in dynamic are ExecuTorch's (*.pte)")
     if target.suffix == ".onnx":
@@ -154,10 +155,13 @@ def _write_onnx(
     operator = torch.ops.bidensify.packed_layer.default
     with any_order():
         plain = program.run_decompositions({operator: reference_operator, torch.ops.aten.copysign.Tensor: _copysign})
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        # Without optimize=False constants are folded, and the bits become floats.
-        exported = torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            # Without optimize=False constants are folded, and the bits become floats.
+            exported = torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        raise PlanError(f"torch.onnx does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
     assert exported is not None
     proto = exported.model_proto
     _without_empty_shapes(proto.graph)
