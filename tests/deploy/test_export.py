@@ -241,3 +241,35 @@ def test_what_onnx_does_not_know_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"torch\.onnx does not take this network: \w+Error"):
         export(Odd(), tmp_path / "net.onnx", example_inputs=torch.randn(1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [
+        *(pytest.param(".pte", dtype, marks=needs("executorch")) for dtype in (torch.bfloat16, torch.float16)),
+        *(pytest.param(".xml", dtype, marks=needs("openvino")) for dtype in (torch.bfloat16, torch.float16)),
+        (".onnx", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("how", ["packed so", "moved"])
+def test_halves_that_a_runtime_does_not_compute_in(suffix: str, dtype: torch.dtype, how: str, tmp_path: Path) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    student = bd.bidensify(unet(width=8), example_inputs=torch.randn(2, 3, 64, 64)).eval()
+    net = bd.pack(student, float_dtype=dtype) if how == "packed so" else bd.pack(student).to(dtype)
+    x = torch.randn(1, 3, 64, 64).to(torch.float32 if how == "packed so" else dtype)
+    with pytest.raises(
+        ConfigError, match=f"net{suffix}: the network or its input is {dtype}, .*give a float32 network"
+    ):
+        export(net, tmp_path / f"net{suffix}", example_inputs=x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_takes_half_precision(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval().half()
+    done = export(net, tmp_path / "net.onnx", example_inputs=torch.randn(1, 3, 16, 16).half())
+    assert done.difference is not None
+    assert done.difference < 1e-2

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.export.capture import Exported, any_shapes, capture, compare, run, tensors
-from bidensify.deploy.export.checks import numbers
+from bidensify.deploy.export.checks import check_floats, numbers
 from bidensify.errors import ConfigError, FormatError, MissingExtraError, PlanError
 from bidensify.exact import any_order
 
@@ -88,6 +88,8 @@ def export(
         _need_onnx()
     with evaluation_flags(model), torch.no_grad():
         args, kwargs, output = run(model, example_inputs)
+        if target.suffix == ".onnx":
+            check_floats(model, tensors((args, kwargs)), target.name)
         given = any_shapes(model, args, kwargs) if dynamic or dynamic is None else None
         program = capture(model, args, kwargs, given)
         expected = tensors(output)

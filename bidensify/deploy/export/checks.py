@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from bidensify.errors import ConfigError
 
-__all__ = ["numbers"]
+__all__ = ["check_floats", "numbers"]
+
+_HALVES = frozenset((torch.bfloat16, torch.float16))
+_WHY = {
+    ".pte": "ExecuTorch rounds otherwise or does not run, outside packed layers that take bfloat16",
+    ".xml": "OpenVINO computes in float32 on most processors, so that the file would give other values",
+    ".onnx": "runtimes of ONNX do not run",
+}
+
+
+def check_floats(model: nn.Module, inputs: Iterable[Tensor], name: str) -> None:
+    """Whether the runtime of a file computes in the network's dtypes.
+
+    Args:
+        name: the file's.
+
+    Raises:
+        ConfigError: it does not; the message names the dtypes.
+    """
+    suffix = Path(name).suffix
+    held = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    cast: set[Any] = {getattr(module, "_bidensify_float_dtype", None) for module in model.modules()}
+    given = {x.dtype for x in inputs}
+    refused = {
+        ".pte": (held & _HALVES) | (cast & {torch.float16}),
+        ".xml": (held | cast | given) & _HALVES,
+        ".onnx": (held | given) & {torch.bfloat16},
+    }[suffix]
+    if refused:
+        raise ConfigError(
+            f"{name}: the network or its input is {', '.join(sorted(map(str, refused)))}, which {_WHY[suffix]}; give a float32 "
+            "network"
+        )
 
 
 def numbers(constants: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.export.capture import Exported, any_shapes, capture, run, tensors
+from bidensify.deploy.export.checks import check_floats
 from bidensify.deploy.export.several import calibration, judge, several
 from bidensify.deploy.openvino import convert, program
 from bidensify.deploy.runtimes.again import run_again
@@ -43,14 +44,7 @@ def export_ir(
         if int8_rest is not None:
             int8_rest = calibration(int8_rest, args, kwargs, fixed=not dynamic)
         inputs = flat(args, kwargs)
-        halves = sorted(
-            {str(x.dtype) for x in (*inputs, *model.parameters()) if x.dtype in (torch.bfloat16, torch.float16)}
-        )
-        if halves:
-            raise ConfigError(
-                f"{target.name}: the network or its input is {', '.join(halves)}, which OpenVINO computes in float32 on most "
-                "processors, so that the file would give other values; give a float32 network"
-            )
+        check_floats(model, inputs, target.name)
         made = prepared(model, pt2e=False)
         captured = capture(made, args, kwargs, any_shapes(model, args, kwargs) if dynamic else None)
         network = convert.convert(captured, library, None if dynamic else [list(x.shape) for x in inputs])

@@ -14,6 +14,7 @@ from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.executorch import lower, program
 from bidensify.deploy.executorch.lower import Sizes
 from bidensify.deploy.export.capture import Exported, argument_names, capture, run, tensors
+from bidensify.deploy.export.checks import check_floats
 from bidensify.deploy.export.several import calibration, judge, several, sizes_of
 from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import EXECUTORCH
@@ -40,6 +41,7 @@ def export_pte(
     EXECUTORCH.folder()
     with evaluation_flags(model), torch.no_grad():
         args, kwargs, _ = run(model, example_inputs)
+        check_floats(model, flat(args, kwargs), target.name)
         if int8_rest is not None:
             int8_rest = calibration(int8_rest, args, kwargs, fixed=not dynamic)
         made = prepared(model)
