@@ -135,7 +135,10 @@ PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
 
 
 def rprelu(channels: int, dim: int) -> RPReLU:
-    """ReActNet's activation, which learns a slope of its negative side, from 0: a trained network's weights are of ReLU."""
+    """ReActNet's activation, which learns a slope of its negative side, from 0 as ReLU has it.
+
+    A rewrite starts it from the slope of the PReLU or LeakyReLU that it replaces: a trained network's weights are of that.
+    """
     return RPReLU(channels, dim, slope=0.0)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "ModulePath",
     "Number",
     "Size",
+    "Slope",
     "Text",
     "one_of",
 ]
@@ -78,6 +79,7 @@ ModulePath = Annotated[str, AfterValidator(_module_path)]
 Text = Annotated[str, Field(max_length=_LONGEST), AfterValidator(_text)]
 MethodName = Annotated[str, Field(max_length=100), AfterValidator(_method)]
 Number = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Slope = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Size = Annotated[int, Field(ge=0, le=2**24)]
 # Memory is taken for so many values.

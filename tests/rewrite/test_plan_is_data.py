@@ -103,7 +103,8 @@ def test_plans_of_version_1_are_read() -> None:
     new = copy.deepcopy(plan)
     block_of(plan).update(copy.deepcopy(VERSION_1))
     for block in plan["blocks"]:
-        block["modules"] = {name: list(value.values()) for name, value in block["modules"].items()}
+        names = ("channels", "dim", "method")
+        block["modules"] = {name: [value[each] for each in names] for name, value in block["modules"].items()}
         block["varying"] = ["x"] if block["path"] == "" else block["varying"]
         block["constants"] = {} if block["path"] == "" else block["constants"]
     plan["version"] = 1
@@ -135,7 +136,9 @@ def test_code_in_a_plan_of_version_1_is_refused(change: Callable[..., Any], tmp_
     plan["version"] = 1
     for each in plan["blocks"]:
         each.update(copy.deepcopy(VERSION_1) if each["path"] == "block" else {"varying": ["x"], "constants": {}})
-        each["modules"] = {name: list(value.values()) for name, value in each["modules"].items()}
+        each["modules"] = {
+            name: [value["channels"], value["dim"], value["method"]] for name, value in each["modules"].items()
+        }
     apply_plan(Net(), Plan.from_dict(copy.deepcopy(plan))).eval()(X)
     change(block_of(plan), EXPLOIT.replace("{0}", str(tmp_path / "x")))
     with pytest.raises(PlanError, match="plan again"):

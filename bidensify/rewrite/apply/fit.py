@@ -11,6 +11,7 @@ from torch import nn
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
 from bidensify.nn import BinaryLayer, Int8Layer
+from bidensify.rewrite.apply.start import slope_value
 from bidensify.rewrite.kinds import (
     fused_activation,
     is_absorbable_norm,
@@ -46,6 +47,13 @@ def _geometry(module: nn.Module) -> tuple[Any, ...]:
         geometry = tuple(module.kernel_size), tuple(module.stride), module.groups
         return kind, module.in_channels, module.out_channels, *geometry
     return (type(module).__name__,)
+
+
+def _check_slope(path: str, source: str | None, modules: Mapping[str, nn.Module]) -> None:
+    if source is not None and slope_value(modules, source) is None:
+        raise PlanError(
+            f"{path}: the plan's {source!r} is no PReLU or parameter of this network; it is of another model: plan again"
+        )
 
 
 def _check_window(layer: LayerPlan, module: nn.Module) -> None:
@@ -142,6 +150,9 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
         _check_window(layer, modules[layer.path])
     for item in plan.activations:
         _check_activation(item, modules[item.path])
+    for layer in plan.binary:
+        _check_slope(layer.path, layer.slope_from, modules)
     for block in plan.blocks:
         for new in block.modules.values():
+            _check_slope(block.path, new.slope_from, modules)
             activation_of(new.method, block.path)

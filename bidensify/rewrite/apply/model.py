@@ -12,16 +12,17 @@ from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
+from bidensify.methods.around import rprelu
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, make_binary, make_int8
 from bidensify.rewrite.apply.fit import activation_of, check_fit
 from bidensify.rewrite.apply.norms import taken_norm
-from bidensify.rewrite.apply.start import start
+from bidensify.rewrite.apply.start import slope_value, start, start_slope
 from bidensify.rewrite.apply.state_dict import StateDictAdapter, inside
 from bidensify.rewrite.blocks.edit import EditedBlock, edited
 from bidensify.rewrite.blocks.generated import become, without_hooks
 from bidensify.rewrite.blocks.signature import fit
 from bidensify.rewrite.kinds import fused_activation
-from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
+from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan, slope_fields
 from bidensify.rewrite.plan.fusing import Refusal, fusing
 from bidensify.rewrite.plan.schema import Plan
 from bidensify.rewrite.record.restore import clear_fake_caches
@@ -44,7 +45,13 @@ def _exchange(model: nn.Module, layer: LayerPlan, modules: Mapping[str, nn.Modul
         gamma, holder._parameters[name] = holder._parameters[name], None
     taken = None if layer.norm is None else taken_norm(modules[layer.norm])
     norm, parts, activation, latent = start(
-        layer, module, taken, gamma, config, draw=not shares_weight(module, modules.values())
+        layer,
+        module,
+        taken,
+        gamma,
+        config,
+        draw=not shares_weight(module, modules.values()),
+        slope=slope_value(modules, layer.slope_from),
     )
     bypass = None
     if layer.bypass:
@@ -81,7 +88,10 @@ def _round(module: nn.Module) -> None:
 def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> None:
     def make(channels: int) -> nn.Module:
         made: nn.Module = activation_of(item.method, item.path)(channels, item.dim)
-        return made.to(device=like.device, dtype=like.dtype)
+        made = made.to(device=like.device, dtype=like.dtype)
+        start_slope(made, item.method, slope_value({"": module}, ""))
+        start_slope(made, item.method, slope_fields(module, "").get("slope"))
+        return made
 
     if item.action == "replace":
         become(module, make(item.channels))
@@ -94,7 +104,8 @@ def _apply_activation(item: ActivationPlan, module: nn.Module, like: Tensor) -> 
         become(module, nn.Sequential(fused_activation(module)))  # type: ignore[arg-type]
 
 
-def _edited(block: BlockPlan, module: nn.Module, like: Tensor, exchanged: Set[str]) -> EditedBlock:
+def _edited(block: BlockPlan, modules: Mapping[str, nn.Module], like: Tensor, exchanged: Set[str]) -> EditedBlock:
+    module = modules[block.path]
     children: dict[str, nn.Module] = {}
     # In the edits' order, which a JSON file keeps: an optimizer's state goes by the order of the parameters.
     for name in (edit.module for edit in block.edits if edit.action == "module"):
@@ -102,7 +113,10 @@ def _edited(block: BlockPlan, module: nn.Module, like: Tensor, exchanged: Set[st
             raise PlanError(f"{block.path}: the plan's new activation {name!r} is not described once; plan again")
         new = block.modules[name]
         child: nn.Module = activation_of(new.method, block.path)(new.channels, new.dim)
-        children[name] = child.to(device=like.device, dtype=like.dtype).train(module.training)
+        child = child.to(device=like.device, dtype=like.dtype).train(module.training)
+        found = slope_value(modules, new.slope_from)
+        start_slope(child, new.method, new.slope if found is None else found)
+        children[name] = child
     arguments = fit(module, block.varying, block.constants)
     return edited(module, block.path, arguments, block.attributes, block.edits, children, exchanged)
 
@@ -127,8 +141,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     before = set(model.state_dict())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     exchanged = {layer.path for layer in plan.binary} | {item.path for item in plan.activations}
+    slopes = _slopes(plan, modules, before)
     with seeded(0), torch.no_grad():
-        for block in [_edited(block, modules[block.path], reference, exchanged) for block in plan.blocks]:
+        for block in [_edited(block, modules, reference, exchanged) for block in plan.blocks]:
             block.install()
         for layer in plan.binary:
             _exchange(model, layer, modules, plan.config)
@@ -140,7 +155,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         clear_fake_caches()
     for path, name in fusing(modules, plan.binary):
         modules[path].__dict__[name] = Refusal(f"{path}.{name}()")
-    _adapt_state_dict(model, plan, before)
+    _adapt_state_dict(model, plan, before, slopes)
     model.bidensify_plan = plan  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
         # A copy of a graph module keeps what is in its ``meta``, not its attributes.
@@ -149,7 +164,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str]) -> None:
+def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str], slopes: Mapping[str, str]) -> None:
     after = set(model.state_dict())
     renamed: dict[str, str | None] = dict.fromkeys(before - after)
     for layer in plan.binary:
@@ -165,5 +180,25 @@ def _adapt_state_dict(model: nn.Module, plan: Plan, before: set[str]) -> None:
                 renamed[name] = f"{item.path}.original.{name[len(item.path) + 1 :]}"
     # A norm's taken-over values come from the original's keys, so only what is really new keeps its own value.
     assert {new for new in renamed.values() if new is not None} <= after
-    adapter = StateDictAdapter(renamed, sorted(after - before), plan.binary, plan.config, before)
+    adapter = StateDictAdapter(renamed, sorted(after - before), plan.binary, plan.config, before, slopes)
     model.register_load_state_dict_pre_hook(adapter)  # type: ignore[no-untyped-call]
+
+
+def _slopes(plan: Plan, modules: Mapping[str, nn.Module], original: Set[str]) -> dict[str, str]:
+    """Key of an RPReLU's slope -> the original's key that it starts from; of what no layer takes in."""
+    found: dict[str, tuple[str, str]] = {}
+    for item in plan.activations:
+        if item.action == "replace":
+            found[inside(item.path, "slope")] = item.method, item.path
+        for width in item.widths:
+            found[inside(item.path, f"widths.{width}.slope")] = item.method, item.path
+    for block in plan.blocks:
+        for name, new in block.modules.items():
+            if new.slope_from is not None:
+                found[inside(block.path, f"{name}.slope")] = new.method, new.slope_from
+    keys = {
+        slope: next((key for key in (path, inside(path, "weight")) if key in original), None)
+        for slope, (method, path) in found.items()
+        if get_method(method).activation is rprelu and slope_value(modules, path) is not None
+    }
+    return {slope: key for slope, key in keys.items() if key is not None}

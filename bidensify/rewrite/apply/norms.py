@@ -72,5 +72,6 @@ def centre(activation: RPReLU, norm: nn.Module, *, bypass: bool) -> None:
     if bypass:
         slope = activation.slope
         left = (1 + slope**2) / 2 - (1 - slope) ** 2 / (2 * pi)
-        deviation = deviation / (1 - left).sqrt()
+        # A slope of 1 lets all of it through, and so would any row of layers.
+        deviation = deviation / (1 - left).clamp(min=0.01).sqrt()
     activation.centre(torch.zeros_like(like) if bias is None else bias, deviation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from bidensify.config import BidensifyConfig
 from bidensify.methods import LayerParts, get_method
+from bidensify.methods.around import rprelu
 from bidensify.nn import RPReLU
 from bidensify.nn.used_weight import used_weight
 from bidensify.rewrite.apply.norms import centre, new_norm
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.weights import draw_zeros
 
-__all__ = ["Start", "start"]
+__all__ = ["Start", "slope_value", "start", "start_slope"]
 
 
 class Start(NamedTuple):
@@ -36,6 +38,26 @@ def _weight(layer: LayerPlan, module: nn.Module) -> Tensor:
     return parameter
 
 
+def slope_value(modules: Mapping[str, nn.Module], path: str | None) -> Tensor | None:
+    """The slopes of a negative side that a PReLU, or a parameter by itself, holds; None without one."""
+    module = None if path is None else modules.get(path)
+    if isinstance(module, nn.PReLU):
+        return module.weight
+    holder, _, name = (path or "").rpartition(".")
+    return modules[holder]._parameters.get(name) if holder in modules else None
+
+
+@torch.no_grad()
+def start_slope(activation: nn.Module, method: str, slope: Tensor | float | None) -> None:
+    """Starts an RPReLU from the slope of the activation that it replaces, where its method starts it as the network's own."""
+    if slope is None or not isinstance(activation, RPReLU) or get_method(method).activation is not rprelu:
+        return
+    if isinstance(slope, float):
+        activation.slope.fill_(slope)
+    elif slope.numel() in (1, activation.channels):
+        activation.slope.copy_(slope.reshape(-1).expand(activation.channels))
+
+
 @torch.no_grad()
 def start(
     layer: LayerPlan,
@@ -45,6 +67,7 @@ def start(
     config: BidensifyConfig,
     *,
     draw: bool = True,
+    slope: Tensor | None = None,
 ) -> Start:
     """Makes a layer's parts of the float layer.
 
@@ -54,6 +77,7 @@ def start(
         norm: the BatchNorm that the layer takes over, or None.
         gamma: of its LayerScale: a norm of ``layer.layer_scale`` is multiplied by it.
         config: the plan's.
+        slope: what ``slope_value`` gives for ``layer.slope_from``.
         draw: whether its weights without a sign are drawn; not where another module has the weight too.
     """
     method = get_method(layer.method)
@@ -72,6 +96,7 @@ def start(
     activation = None
     if layer.activation and method.activation is not None:
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
+        start_slope(activation, layer.method, layer.slope if slope is None else slope)
         if isinstance(activation, RPReLU) and norm is not None and method.centred:
             centre(activation, norm, bypass=layer.bypass)
     return Start(norm, parts, activation, latent)

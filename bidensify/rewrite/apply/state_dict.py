@@ -41,6 +41,7 @@ class StateDictAdapter:
             keep their values.
         layers: the binary layers.
         config: the plan's.
+        slopes: key of an RPReLU's slope -> the original's key of the PReLU's that it starts from.
         sources: layer path -> the original's keys that its parts start from.
     """
 
@@ -51,7 +52,9 @@ class StateDictAdapter:
         layers: list[LayerPlan],
         config: BidensifyConfig,
         original: Iterable[str],
+        slopes: Mapping[str, str],
     ) -> None:
+        self.slopes = dict(slopes)
         self.renamed = dict(renamed)
         self.added = list(added)
         self.layers = list(layers)
@@ -96,6 +99,10 @@ class StateDictAdapter:
                 # Of a part of its values nothing can be made: the others are reported as missing.
                 kept = [inside(layer.path, f"norm.{name}") for name in ("weight", "bias")]
                 made.update({key: own[key] for key in kept if key in own})
+        for slope, source in self.slopes.items():
+            value = state_dict.get(prefix + source)
+            if isinstance(value, Tensor) and slope in own and value.numel() in (1, own[slope].numel()):
+                made[slope] = value.reshape(-1).expand(own[slope].shape).clone()
         for old, new in self.renamed.items():
             if prefix + old in state_dict:
                 value = state_dict.pop(prefix + old)
@@ -124,7 +131,8 @@ def _is_own(key: str, layer: LayerPlan) -> bool:
 def _feeds(key: str, layer: LayerPlan) -> bool:
     """Whether a layer's parts start from what the original has under ``key``."""
     of_norm = layer.norm is not None and key in (f"{layer.norm}.weight", f"{layer.norm}.bias")
-    return of_norm or key == layer.layer_scale or _is_own(key, layer)
+    of_slope = layer.slope_from is not None and key in (layer.slope_from, f"{layer.slope_from}.weight")
+    return of_norm or of_slope or key == layer.layer_scale or _is_own(key, layer)
 
 
 def _made(
@@ -162,8 +170,11 @@ def _made(
             found = values.get(f"{layer.norm}.{name}")
             norm._parameters[name] = None if found is None else nn.Parameter(own(found), requires_grad=False)
     gamma = None if layer.layer_scale is None else own(values[layer.layer_scale])
+    slope: Tensor | None = None
+    if layer.slope_from is not None:
+        slope = own(values.get(layer.slope_from, values.get(f"{layer.slope_from}.weight")))  # type: ignore[arg-type]
     with seeded(0):
-        begun = start(layer, twin, norm, gamma, config, draw=draw)
+        begun = start(layer, twin, norm, gamma, config, draw=draw, slope=slope)
     made: dict[str, Tensor] = {}
     if begun.norm is not None and (layer.norm is None or gamma is not None):
         made |= {f"norm.{name}": value for name, value in begun.norm._parameters.items() if value is not None}

@@ -13,9 +13,9 @@ from bidensify.methods import LayerSpec
 from bidensify.rewrite.blocks.arguments import ArgumentPath, Fixed
 from bidensify.rewrite.blocks.edit import BlockEdit
 from bidensify.rewrite.blocks.surroundings import Attribute
-from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Text, one_of
+from bidensify.rewrite.fields import MANY, STRICT, Channels, Count, MethodName, ModulePath, Size, Slope, Text, one_of
 
-__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation", "window_of"]
+__all__ = ["ActivationPlan", "BlockPlan", "LayerPlan", "NewActivation", "slope_fields", "window_of"]
 
 REPLACES_ADD = "replaces the residual add"
 _KINDS = ("linear", "function", "scripted", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
@@ -26,6 +26,13 @@ Sizes = Annotated[tuple[Size, ...], Field(max_length=8)]
 
 def _two(sizes: Sequence[int]) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
+
+
+def slope_fields(activation: nn.Module, path: str) -> dict[str, Any]:
+    """From what the slope of a replaced activation's negative side starts, by the names of ``LayerPlan``."""
+    if isinstance(activation, nn.PReLU):
+        return {"slope_from": path}
+    return {"slope": float(activation.negative_slope)} if isinstance(activation, nn.LeakyReLU) else {}
 
 
 def window_of(module: nn.Module) -> dict[str, Any]:
@@ -79,6 +86,8 @@ class LayerPlan:
         eligible: False for what is kept by default (stem, predictor, 1×1 map, gate, never called).
         int8: whether a layer that stays computes in int8.
         nonnegative: whether its input is never below 0: it comes from a ReLU that stays.
+        slope: of the negative side of the leaky_relu that became its activation.
+        slope_from: path of the PReLU, or of the parameter, from which its activation's slope starts, or None.
         padding, dilation, output_padding, padding_mode: of a convolution, as it has them; None where the plan does not say (of a
             linear layer, and in plans of releases that did not write them).
     """
@@ -109,6 +118,8 @@ class LayerPlan:
     eligible: bool = True
     nonnegative: bool = False
     int8: bool = False
+    slope: Slope = 0.0
+    slope_from: ModulePath | None = None
     padding: Sizes | Annotated[str, one_of("same")] | None = None
     dilation: Sizes | None = None
     output_padding: Sizes | None = None
@@ -183,6 +194,7 @@ class NewActivation:
         channels: C.
         dim: the channel dimension, 1 or -1.
         method: whose activation.
+        slope, slope_from: as ``LayerPlan`` has them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -190,6 +202,8 @@ class NewActivation:
     channels: Channels
     dim: Annotated[int, one_of(1, -1)]
     method: MethodName
+    slope: Slope = 0.0
+    slope_from: ModulePath | None = None
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,11 @@ class Plan:
             return "" if path == prefix else path.removeprefix(f"{prefix}.")
 
         def moved(item: Any) -> Any:
-            names = [name for name in ("path", "norm", "layer_scale") if hasattr(item, name)]
-            return dataclasses.replace(item, **{name: move(getattr(item, name)) for name in names})
+            names = [name for name in ("path", "norm", "layer_scale", "slope_from") if hasattr(item, name)]
+            new: dict[str, Any] = {name: move(getattr(item, name)) for name in names}
+            if isinstance(item, BlockPlan):
+                new["modules"] = {name: moved(child) for name, child in item.modules.items()}
+            return dataclasses.replace(item, **new)
 
         def inside(items: Sequence[Any]) -> list[Any]:
             return [moved(item) for item in items if not out or f"{item.path}.".startswith(f"{prefix}.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -12,7 +13,7 @@ from bidensify.methods import get_method
 from bidensify.rewrite.kinds import fused_activation, is_activation
 from bidensify.rewrite.plan.code import Site, place_of
 from bidensify.rewrite.plan.draft import Draft
-from bidensify.rewrite.plan.entries import ActivationPlan, NewActivation
+from bidensify.rewrite.plan.entries import ActivationPlan, NewActivation, slope_fields
 from bidensify.rewrite.plan.passes.factors import is_factor
 from bidensify.rewrite.record.recorded import scope_of
 
@@ -83,6 +84,7 @@ def _place(draft: Draft, use: _Use) -> None:
     ):
         # One module behind one layer: its work moves into the layer.
         draft.absorbed_activations.add(first)
+        draft.change(first, **_slope(draft, use.nodes[0]))
         draft.activations[use.path] = ActivationPlan(use.path, "absorbed")
         return
     if not use.shared and len(set(use.wanted)) == 1:
@@ -161,7 +163,7 @@ def _change_code(draft: Draft, node: fx.Node, layer: str | None, new: NewActivat
     if layer is not None and _takes(draft, layer) and _folds(draft, node, layer):
         draft.absorbed_activations.add(layer)
         draft.code.hand_through(site, 0, f"the activation behind {layer} moves into it")
-        draft.change(layer, way="block")
+        draft.change(layer, way="block", **_slope(draft, node))
         return True
     if node.meta.get("read_again") and not draft.code.rereads(site):
         return False
@@ -232,7 +234,20 @@ def _wanted(draft: Draft, node: fx.Node, layer: str | None) -> NewActivation | N
         draft.factors.append(str(node.target) if node.op == "call_module" else f"{block}, {draft.flow.name(node)}")
         return None
     last = draft.flow.channels_last(node)
-    return NewActivation(shape[-1] if last else shape[1], -1 if last else 1, method)
+    return NewActivation(shape[-1] if last else shape[1], -1 if last else 1, method, **_slope(draft, node))
+
+
+def _slope(draft: Draft, node: fx.Node) -> dict[str, Any]:
+    """From what the slope of the negative side starts: fields of ``LayerPlan`` and ``NewActivation``."""
+    module, name = draft.flow.module(node), draft.flow.name(node)
+    if module is not None:
+        return slope_fields(module, str(node.target))
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", node.kwargs.get("weight"))
+    if name == "leaky_relu" and isinstance(given, int | float | None):
+        return {"slope": 0.01 if given is None else float(given)}
+    if name == "prelu" and isinstance(given, fx.Node) and given.op == "get_attr":
+        return {"slope_from": str(given.target)}
+    return {}
 
 
 def _beside_binary(draft: Draft, node: fx.Node) -> bool:

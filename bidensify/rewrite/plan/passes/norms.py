@@ -11,7 +11,7 @@ from bidensify.rewrite.kinds import (
     more_than_norm,
 )
 from bidensify.rewrite.plan.draft import Draft
-from bidensify.rewrite.plan.entries import ActivationPlan, LayerPlan
+from bidensify.rewrite.plan.entries import ActivationPlan, LayerPlan, slope_fields
 
 __all__ = ["absorb_norms"]
 
@@ -39,6 +39,7 @@ def absorb_norms(draft: Draft) -> Draft:
         draft.activations[target] = ActivationPlan(target, action, layer.out_channels, 1, layer.method)
         draft.change(layer.path, activation=replaced)
         if replaced:
+            draft.change(layer.path, **slope_fields(inner, f"{target}.act"))
             draft.absorbed_activations.add(layer.path)
     return draft
 
