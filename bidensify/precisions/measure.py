@@ -37,6 +37,10 @@ def distance_of(task: Task) -> tuple[str, Loss]:
     return name, LOSSES[name]()
 
 
+def _alone() -> bool:
+    return False
+
+
 class Tally:
     """Running sums of one variant.
 
@@ -49,6 +53,9 @@ class Tally:
     def __init__(self, task: Task, distance: Loss, device: torch.device) -> None:
         self.task, self.distance = task, distance
         self.metrics = task.metrics().to(device)
+        if isinstance(self.metrics, Metric):
+            # The process that measures does so alone; the others wait for it.
+            self.metrics.distributed_available_fn = _alone
         self.sum, self.images = 0.0, 0
 
     def add(self, output: Any, batch: Sample, teacher: Any) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ def sensitivity(
             [unit.name for unit in units],
             [each.name for each in chosen],
         ]
-        key = _key((student, teacher) if trained or around == "student" else (teacher,), data, images, options)
+        key = _key((student, teacher) if trained or around == "student" else (teacher,), task, data, images, options)
         target = None if cache is None else Path(cache)
         if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
             return found
@@ -241,11 +242,24 @@ def _task(data: Any) -> Task:
     return build_task(name, info)
 
 
-def _key(networks: Sequence[nn.Module | None], data: Any, images: Sequence[Tensor], options: list[Any]) -> str:
-    """What tells one analysis from another."""
+def _key(
+    networks: Sequence[nn.Module | None], task: Task, data: Any, images: Sequence[Tensor], options: list[Any]
+) -> str:
+    """What tells one analysis from another: networks, the task and its options, every sample, and what was asked for."""
     digest = hashlib.sha256(json.dumps([len(data), options]).encode())
     for network in networks:
         digest.update(weights_fingerprint(network).encode() if network is not None else b"none")
-    for image in [*images, data[0]["image"], data[len(data) - 1]["image"]]:
-        digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    calibration = ({"image": image} for image in images)
+    samples = (data[index] for index in range(len(data)))
+    for part in chain([{"": type(task).__qualname__, **vars(task)}], calibration, samples):
+        for name, value in sorted(part.items()):
+            digest.update(f"{name}\0".encode())
+            digest.update(_bytes(value))
     return digest.hexdigest()
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    held = value.detach().as_subclass(Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(value.shape)} {value.dtype}\0".encode() + held.tobytes()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 import bidensify as bd
 from bidensify.errors import ConfigError, DataError, FormatError
@@ -16,6 +17,7 @@ from bidensify.nn import BinaryLayer, binary_layers
 from bidensify.nn.used_weight import copy_model
 from bidensify.precisions import Sensitivity
 from bidensify.precisions.findings import units_of
+from bidensify.precisions.measure import Tally, distance_of
 from bidensify.tasks import SegmentationTask
 from bidensify.train import evaluate
 from tests.tiny import Colours
@@ -204,7 +206,7 @@ def test_a_killed_analysis_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     }
     whole = bd.sensitivity(student, data, teacher, **options)
     file = tmp_path / "sensitivity.json"
-    monkeypatch.setattr(Stopping, "limit", 9)
+    monkeypatch.setattr(Stopping, "limit", 17)
     with pytest.raises(KeyboardInterrupt):
         bd.sensitivity(student, data, teacher, cache=file, **options)
     assert not file.exists()
@@ -220,7 +222,7 @@ def test_a_killed_analysis_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     assert went_on.rows == whole.rows
     assert (went_on.teacher, went_on.student) == (whole.teacher, whole.student)
     assert not part.exists()
-    monkeypatch.setattr(Stopping, "limit", 5)  # the samples that tell the data apart, and no pass over all
+    monkeypatch.setattr(Stopping, "limit", 10)  # one look at each sample tells the data apart
     assert bd.sensitivity(student, data, teacher, cache=file, **options) == went_on
 
 
@@ -231,6 +233,52 @@ def test_what_was_kept_of_other_weights_is_not_taken(tmp_path: Path) -> None:
     second = bd.sensitivity(*_args(1), **options)
     assert first.key != second.key
     assert Sensitivity.load(file) == second
+
+
+def test_sums_are_of_the_process_that_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for it: joining sums with them would wait for ever."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    tally = Tally(TASK, distance_of(TASK)[1], torch.device("cpu"))
+    assert isinstance(tally.metrics, Metric)
+    monkeypatch.setattr(tally.metrics, "dist_sync_fn", lambda *_, **__: pytest.fail("joined with other processes"))
+    sample = DATA[0]
+    batch = {name: value[None] for name, value in sample.items()}
+    tally.add(batch["image"], batch, None)
+    assert 0 <= tally.result()[0] <= 1
+
+
+class Changed(torch.utils.data.Dataset[Any]):
+    """DATA with one sample changed."""
+
+    def __init__(self, **changes: Tensor) -> None:
+        self.changes = changes
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int) -> Any:
+        return {**DATA[index], **(self.changes if index == 4 else {})}
+
+
+def test_what_was_kept_of_other_data_or_of_another_task_is_not_taken(tmp_path: Path) -> None:
+    student, teacher = networks()
+    file = tmp_path / "sensitivity.json"
+    options: dict[str, Any] = {"calibration": batches(4)[:1], "quiet": True}
+    others: list[tuple[Any, Any]] = [
+        (DATA, TASK),
+        (Changed(mask=(DATA[4]["mask"] + 1) % 3), TASK),
+        (Changed(image=DATA[4]["image"].flip(-1)), TASK),
+        (DATA, SegmentationTask(3, dice=0.5)),
+    ]
+    keys = set()
+    for data, task in others:
+        fresh = bd.sensitivity(student, data, teacher, task=task, **options)
+        kept = bd.sensitivity(student, data, teacher, task=task, cache=file, **options)
+        assert kept.teacher == fresh.teacher
+        assert kept.rows == fresh.rows
+        assert bd.sensitivity(student, data, teacher, task=task, cache=file, **options) == kept
+        keys.add(kept.key)
+    assert len(keys) == len(others)
 
 
 def _args(seed: int) -> tuple[nn.Module, Any, nn.Module]:
