@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 from bidensify._util.seeding import seeded
 from bidensify.data import Seeded, check_dataset
 from bidensify.data.batches import collate, to_device
-from bidensify.errors import BidensifyError, ConfigError
+from bidensify.errors import BidensifyError, ConfigError, DataError
 from bidensify.losses import Features, Losses
 from bidensify.recipe import Recipe
 from bidensify.tasks import Task
@@ -147,17 +147,25 @@ def _measure(
     name: str, model: nn.Module, task: Task, val: Dataset[Sample], recipe: Recipe, accelerator: Accelerator
 ) -> None:
     few = Subset(val, range(min(2, len(val))))  # type: ignore[arg-type]
+    through = False
+
+    def on_batch(done: int, total: int) -> None:
+        nonlocal through
+        through = done == total
+
     try:
         metrics = evaluate(
             model, task, few, batch_size=2, device=accelerator.device, precision=recipe.precision,
-            channels_last=recipe.channels_last, views=recipe.views(),
+            channels_last=recipe.channels_last, views=recipe.views(), on_batch=on_batch,
         )  # fmt: skip
     except BidensifyError as error:
+        if through and isinstance(error, DataError):
+            return  # these images have nothing to measure; the data set has
         raise type(error)(f"evaluation of the {name}: {error}") from error
     except (RuntimeError, TypeError, IndexError, ValueError, KeyError) as error:
         image: Tensor = val[0]["image"]
         raise ConfigError(f"evaluation: {_does_not_run(name, image, error)}") from error
-    if task.primary not in metrics:
+    if metrics and task.primary not in metrics:
         raise ConfigError(
             f"the task {task.name!r} chooses weights by {task.primary!r}, which its metrics do not give: {sorted(metrics)}"
         )

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 from bidensify._util.fingerprint import weights_fingerprint
 from bidensify._util.wrappers import unwrap
 from bidensify.data import Seeded
+from bidensify.errors import DataError
 from bidensify.models.weights import check_state, load_weights
 from bidensify.recipe import Recipe, load_recipe
 from bidensify.tasks import Task
@@ -170,15 +171,16 @@ def try_start(
                 seconds = batches * (time.perf_counter() - started)
             size = min(recipe.data.eval_batch_size or recipe.data.batch_size, len(val))  # type: ignore[arg-type]
             few, started = Subset(val, range(size)), time.perf_counter()
-            evaluate(
-                student,
-                task,
-                few,
-                batch_size=size,
-                precision=recipe.precision,
-                channels_last=recipe.channels_last,
-                views=recipe.views(),
-            )
+            with suppress(DataError):  # these images may have nothing to measure; check_start has looked
+                evaluate(
+                    student,
+                    task,
+                    few,
+                    batch_size=size,
+                    precision=recipe.precision,
+                    channels_last=recipe.channels_last,
+                    views=recipe.views(),
+                )
             shares = len(val) / size / recipe.evaluate.every  # type: ignore[arg-type]
             seconds += shares * (time.perf_counter() - started)
     return notes, seconds

@@ -42,6 +42,53 @@ def depth(index: int, image: Tensor) -> dict[str, Tensor]:
     return {"depth": image[0] + 0.5}
 
 
+@pytest.mark.parametrize("name", ["depth", "segmentation", "binary"])
+def test_first_images_may_have_nothing_to_measure(name: str, tmp_path: Path) -> None:
+    """An image without a valid depth, a label or foreground that anybody sees, among others that have them."""
+    empty = {
+        "depth": {"depth": torch.zeros(16, 16)},
+        "segmentation": {"mask": torch.full((16, 16), 255)},
+        "binary": {"mask": torch.zeros(16, 16, dtype=torch.int64)},
+    }[name]
+    full = depth if name == "depth" else mask
+    val = Own(lambda index, image: empty if index < 2 else full(index, image))
+    options = {"num_classes": 2} if name == "segmentation" else {}
+    recipe = load_recipe(
+        {
+            "name": "x",
+            "task": {"name": name, **options},
+            "data": {"batch_size": 4},
+            "device": "cpu",
+            "log": {"tensorboard": False},
+            "stages": [{"name": "a", "binarize": "none", "epochs": 1, "lr": 1e-3}],
+        }
+    )
+    network = nn.Conv2d(3, options.get("num_classes", 1), 3, padding=1)
+    with torch.no_grad():
+        assert network.bias is not None
+        network.bias.fill_(-9.0 if name == "binary" else 0.0)
+    if name == "binary":  # some foreground is in the data, or nothing could be measured at all
+        assert any(val[index]["mask"].any() for index in range(8))
+    result = finetune(network, recipe=recipe, train=Own(full), val=val, run_dir=tmp_path / "run", quiet=True)
+    assert result.primary in result.metrics
+
+
+def test_what_else_is_wrong_with_the_first_images_is_still_told(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        {
+            "name": "x",
+            "task": {"name": "segmentation", "num_classes": 2},
+            "data": {"batch_size": 4},
+            "device": "cpu",
+            "stages": [{"name": "a", "binarize": "none", "epochs": 1, "lr": 1e-3}],
+        }
+    )
+    val = Own(lambda index, image: {"mask": torch.full((16, 16), 7)})
+    with pytest.raises(DataError, match="evaluation of the student: .*label 7"):
+        finetune(nn.Conv2d(3, 2, 1), recipe=recipe, train=Own(mask), val=val, run_dir=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 class OneLogit(SegmentationTask):
     """Binary segmentation with one channel, as somebody may write it."""
 
