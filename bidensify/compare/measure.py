@@ -66,7 +66,8 @@ def float_networks(
     if folder is None or not (folder / "recipe.yaml").is_file():
         return []
     recipe = matrix.recipe
-    model = load_run(folder)[0].to(memory_format=torch.channels_last)
+    # The recipe of this comparison made the folder, or it was given as its teacher.
+    model = load_run(folder, trust=True)[0].to(memory_format=torch.channels_last)
     x = val[0]["image"][None]
     counted = summary(model, tuple(x.shape[1:]))
     found = [
@@ -78,7 +79,11 @@ def float_networks(
     size = sum(2 * value.numel() for value in model.state_dict().values())
     found.append(Network(Point(name="bf16", kind="float", ops=counted.total("ops"), bytes=size), low, call=low))
     batch = recipe.data.eval_batch_size or recipe.data.batch_size
-    measure = partial(evaluate, task=task, dataset=val, batch_size=batch, workers=recipe.data.workers)
+    views = recipe.views()
+    measure = partial(
+        evaluate, task=task, dataset=val, batch_size=batch, workers=recipe.data.workers, precision=recipe.precision,
+        channels_last=recipe.channels_last, views=views,
+    )  # fmt: skip
     for network in found:
         network.point = network.point.model_copy(update={"metrics": measure(network.model)})
     if _INT8 not in installed_runtimes():
@@ -86,6 +91,9 @@ def float_networks(
         return found
     try:
         network = _int8(matrix, model, x, threads)
+        if views.window is not None or views.scales != (1.0,):
+            say("int8: it takes images of one size, so that it has no metrics under evaluate.window or evaluate.scales")
+            return [*found, network]
         network.point = network.point.model_copy(update={"metrics": measure(network.model)})
     except Exception as error:
         say(f"int8: OpenVINO cannot take this network ({type(error).__name__}: {str(error)[:200]}); left out")
@@ -118,7 +126,7 @@ def binary_networks(matrix: Matrix, cells: list[Cell], x: Tensor) -> list[Networ
         done = next((cell for cell in cells if cell.method == method and cell.state == "done"), None)
         if done is None:
             continue
-        latent = load_run(matrix.out / done.folder)[0]
+        latent = load_run(matrix.out / done.folder, trust=True)[0]
         counted = summary(latent, tuple(x.shape[1:]))
         point = Point(name=method, kind="binary", metrics=done.metrics, ops=counted.total("ops"))
         try:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from bidensify.cli.app import app
 from bidensify.compare.matrix import Matrix
+from bidensify.compare.measure import float_networks
 from bidensify.compare.results import Results
 from bidensify.errors import ConfigError, TrainingError
 from bidensify.recipe import load_recipe
+from bidensify.tasks import Views
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,43 @@ def test_a_folder_of_something_else(recipe: Path, out: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(app, ["compare", str(out / "teacher"), "--methods", "bnn"])
     assert result.exit_code == 2
     assert "--methods is for comparing methods under a recipe" in result.output
+
+
+def test_the_full_precision_forms_are_evaluated_as_the_recipe_says(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def evaluate(model: nn.Module, **options: Any) -> dict[str, float]:
+        seen.append(options)
+        return {"miou": 0.5}
+
+    monkeypatch.setattr("bidensify.train.evaluate", evaluate)
+    monkeypatch.setattr("bidensify.compare.measure.installed_runtimes", list)
+    changes = ["evaluate.flip=true", "evaluate.window=[16,16]", "precision=bf16", "channels_last=true"]
+    loaded = load_recipe(recipe, changes)
+    matrix = Matrix(loaded, ["bnn"], [0], out)
+    val = loaded.build_dataset("val")
+    found = float_networks(matrix, loaded.build_task(val.info), val, 1, print)
+    assert [network.point.name for network in found] == ["float", "bf16"]
+    for options in seen:
+        assert options["views"] == loaded.views() == Views(window=(16, 16), flip=True)
+        assert (options["precision"], options["channels_last"]) == ("bf16", True)
+
+
+def test_a_network_of_ones_own(out: Path, tmp_path: Path, recipe_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ownnet.py").write_text(
+        "from bidensify.models import build_model\ndef make():\n"
+        "    return build_model('demo:unet', num_classes=8, width=8, levels=2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = yaml.safe_load(recipe_text)
+    own["model"] = {"source": "ownnet:make"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    words = ["compare", str(tmp_path / "own.yaml"), "--methods", "bnn", "--out", str(tmp_path / "out"), "--quiet"]
+    for _ in range(2):  # the second time, finished cells are read
+        result = CliRunner().invoke(app, [*words, "--seconds", "0", "--pictures", "1"])
+        assert result.exit_code == 0, result.output
+    names = [point.name for point in Results.read(tmp_path / "out" / "results.json").points]
+    assert names[0] == "float"
+    assert names[-1] == "bnn"
