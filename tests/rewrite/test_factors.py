@@ -127,7 +127,9 @@ def test_queries_and_keys_of_linear_attention_stay_positive(kind: str) -> None:
     def kernel(x: Tensor) -> Tensor:
         return F.elu(x) + 1 if kind == "elu" else F.relu(x)
 
-    student = bd.bidensify(network(LinearAttention(kernel), layer(nn.ReLU()), LinearAttention(kernel)))
+    student = bd.bidensify(
+        network(LinearAttention(kernel), layer(nn.ReLU()), LinearAttention(kernel)), example_inputs=X
+    )
     assert isinstance(student[2][0].activation, RPReLU)
     least: list[float] = []
     for at in (1, 3):
@@ -152,6 +154,6 @@ def test_queries_and_keys_of_linear_attention_stay_positive(kind: str) -> None:
     ],
 )
 def test_features_that_something_weighs_have_their_activation_exchanged(after: Callable[[Tensor], Tensor]) -> None:
-    student = bd.bidensify(network(layer(nn.ReLU()), Written(after), layer(nn.ReLU())))
+    student = bd.bidensify(network(layer(nn.ReLU()), Written(after), layer(nn.ReLU())), example_inputs=X)
     assert isinstance(student[1][0].activation, RPReLU)
     assert not student.bidensify_plan.notes
