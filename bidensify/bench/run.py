@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from bidensify._util.seeding import seeded
 from bidensify.bench.cases import CASES, Case
 from bidensify.bench.int8 import installed_runtimes, open_int8, quantize_int8
 from bidensify.bench.memory import peak_memory
@@ -106,7 +107,9 @@ def run_bench(
         raise ConfigError("a profile says which layers of a network take its time: give a network")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        made = variants(network, student, name, cases or CASES, size, chosen, latent, bfloat16, act_bits)
+        # The same layers every time, so that int8 ones that lie in a folder are those of the run before.
+        with seeded(0):
+            made = variants(network, student, name, cases or CASES, size, chosen, latent, bfloat16, act_bits)
         if compiled:
             for case in made:
                 case.calls["float compiled"] = partial(cast(nn.Module, torch.compile(case.floats)), case.x)

@@ -78,6 +78,7 @@ def bench(
     import torch
 
     from bidensify._util.files import atomic_write
+    from bidensify._util.seeding import seeded
     from bidensify.bench.result import render
     from bidensify.bench.run import run_bench
     from bidensify.config import BidensifyConfig
@@ -90,13 +91,16 @@ def bench(
         if options or act_bits:
             raise ConfigError(f"{model!r} is trained already: it takes no --option and no --act-bits")
         source = load_source(Path(model), trust=trust)
-        network, student = float_network(source, trust), source.model
+        with seeded(0):
+            network, student = float_network(source, trust), source.model
         made_of: Any = student.bidensify_source
         spec, options = made_of["spec"], dict(made_of["options"])
         if size is None and source.recipe is not None and source.recipe.data.size is not None:
             size = source.recipe.image_size
     elif model is not None:
-        network = arguments.make_model(model, option or [], None).eval()
+        # Weights that are drawn are the same every time: what ``--int8-folder`` keeps is of this network then.
+        with seeded(0):
+            network = arguments.make_model(model, option or [], None).eval()
     size = size or (512, 512)
     if min(size) < 1:
         raise ConfigError(f"--size {size[0]} {size[1]}: height and width are at least 1")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import bidensify as bd
+from bidensify.bench.int8 import installed_runtimes
 from bidensify.cli.app import COMMANDS, app
 from bidensify.errors import ConfigError
 from bidensify.models import build_model
@@ -285,3 +286,28 @@ def test_a_run_is_compared_once(cli: CliRunner, tmp_path: Path) -> None:
     result = cli.invoke(app, ["compare", str(tmp_path), f"{tmp_path}/."])
     assert result.exit_code == 2
     assert "is given twice" in text_of(result)
+
+
+def test_int8_networks_that_a_folder_keeps_are_taken_again(cli: CliRunner, tmp_path: Path) -> None:
+    if not installed_runtimes():
+        pytest.skip("no runtime for int8 is installed: pip install onnxruntime")
+    command = [
+        "bench",
+        "demo:unet",
+        "-o",
+        "width=4",
+        "--size",
+        "32",
+        "32",
+        "--threads",
+        "1",
+        "--seconds",
+        "0.01",
+        "--int8",
+    ]
+    command += ["--int8-folder", str(tmp_path)]
+    assert cli.invoke(app, command).exit_code == 0
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*int8*") if file.is_file()}
+    assert kept
+    assert cli.invoke(app, command).exit_code == 0
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
