@@ -1,4 +1,4 @@
-"""A network's train/eval flags, held still while it runs."""
+"""What a network is while it runs: train/eval flags held still, and whether anybody listens to a part of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["evaluation_flags"]
+__all__ = ["evaluation_flags", "quiet"]
 
 
 @contextlib.contextmanager
@@ -21,3 +21,14 @@ def evaluation_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+def quiet(module: nn.Module | None) -> bool:
+    """Whether nobody listens to ``module``, so that what it declares may stand for a call of it."""
+    return module is None or not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

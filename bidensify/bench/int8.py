@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
 
-__all__ = ["Int8Network", "installed_runtimes", "open_int8", "openvino_call", "quantize_int8"]
+__all__ = ["Int8Network", "installed_runtimes", "int8_file", "open_int8", "openvino_call", "quantize_int8"]
 
 _SAMPLES = 8
 _NEEDS = {
@@ -30,14 +30,19 @@ def installed_runtimes() -> list[str]:
     return [name for name, needs in _NEEDS.items() if all(importlib.util.find_spec(need) for need in needs)]
 
 
+def int8_file(name: str, folder: Path) -> Path:
+    """Where ``quantize_int8`` writes the network of a runtime."""
+    return folder / _FILES[name]
+
+
 def quantize_int8(
-    name: str, module: nn.Module | None, x: Tensor, folder: Path, samples: Sequence[Tensor] | None = None
+    name: str, module: nn.Module, x: Tensor, folder: Path, samples: Sequence[Tensor] | None = None
 ) -> Path:
     """Post-training quantization with the library's defaults.
 
     Args:
         name: one of ``installed_runtimes()``.
-        module: a float network in evaluation mode; None takes what is in ``folder``.
+        module: a float network in evaluation mode.
         x: an input of the shape to be timed.
         folder: where the network goes; one that is there is taken if it was made of this network, with its weights, for this
             shape and from these samples, else it is made again.
@@ -47,9 +52,7 @@ def quantize_int8(
     Returns:
         The file of the quantized network.
     """
-    target = folder / _FILES[name]
-    if module is None:
-        return target
+    target = int8_file(name, folder)
     made_of, key = target.with_suffix(".key"), _key(module, x, samples)
     if not (target.exists() and made_of.is_file() and made_of.read_text(encoding="utf-8") == key):
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,12 +45,12 @@ def resident(field):
 
 x = torch.randn(1, 3, int(height), int(width)).contiguous(memory_format=torch.channels_last)
 if variant.endswith("int8"):
-    from bidensify.bench.int8 import open_int8, quantize_int8
+    from bidensify.bench.int8 import int8_file, open_int8
     import importlib
     importlib.import_module(variant.split()[0])
     settle()
     libraries = resident("VmRSS")
-    call = open_int8(variant, quantize_int8(variant, None, x, folder), x, int(threads))
+    call = open_int8(variant, int8_file(variant, folder), x, int(threads))
 else:
     import bidensify
     from bidensify.errors import FormatError

@@ -50,16 +50,8 @@ class Source:
 
     def normalisation(self) -> dict[str, list[float]]:
         """image_mean and image_std of the recipe, per channel of an image scaled to [0, 1]; empty where they are not known."""
-        if self.recipe is None:
-            return {}
-        data = self.recipe.data
-        mean, std = data.mean, data.std
-        if not (mean and std):
-            if data.val is None:
-                return {}
-            info = self.recipe.data_info()
-            mean, std = mean or info.mean, std or info.std
-        return {"image_mean": list(mean), "image_std": list(std)}
+        found = None if self.recipe is None else self.recipe.normalisation()
+        return {} if found is None else dict(zip(("image_mean", "image_std"), map(list, found), strict=True))
 
 
 def is_run(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bidensify._util.modes import quiet
 from bidensify.errors import ConfigError
 from bidensify.exact.definition import check_flips, own_codes
 from bidensify.exact.fold import fold
@@ -137,17 +138,6 @@ class _LayerSums(TorchFunctionMode):
         return self._run(signs, torch.ones_like(self.signs))
 
 
-def _quiet(module: nn.Module | None) -> bool:
-    """Whether nobody listens to ``module``, so that it need not be called."""
-    return module is None or not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _applies(layer: Any, x: Any) -> bool:
     if not isinstance(x, Tensor) or x.dtype not in _DTYPES or layer.training or not layer.binarize_weights:
         return False
@@ -166,7 +156,7 @@ def _applies(layer: Any, x: Any) -> bool:
         and layer.weight_binarizer.packable
         and binarizer.dim == (-1 if linear else 1)
         and x.shape[binarizer.dim] == binarizer.channels
-        and all(_quiet(part) for part in layer.modules() if part is not layer and part is not layer.bypass)
+        and all(quiet(part) for part in layer.modules() if part is not layer and part is not layer.bypass)
         and not (norm is not None and norm.training)
         # A norm inside a binarizer that takes the batch's statistics (while it is calibrated) has no fixed threshold.
         and not any(part.training for part in binarizer.children())
@@ -196,7 +186,7 @@ def _signal(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor | None:
     if bypass is None:
         return None
     said: Tensor | None = None
-    if hasattr(bypass, "exact") and _quiet(bypass):
+    if hasattr(bypass, "exact") and quiet(bypass):
         said = bypass.exact(x.float(), size)
     return own_signal(bypass, x, size).float() if said is None else said
 

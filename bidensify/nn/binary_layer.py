@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bidensify._util.modes import quiet
 from bidensify.exact import latent
 from bidensify.kernels import autograd
 from bidensify.kernels import training_ops as ops
 from bidensify.kernels.dense import supports
 from bidensify.kernels.recompute import Recomputed
 from bidensify.nn.bypass import Bypass
-from bidensify.nn.contract import ActivationBinarizer, FrozenLayer, quiet
+from bidensify.nn.contract import ActivationBinarizer, FrozenLayer
 from bidensify.nn.native import convolve, countable, fusible_norm
 from bidensify.nn.torch_tools import SeenWeight, asked_by_name, one_step, refuse_script, traced
 from bidensify.nn.used_weight import UsedWeight, parametrized, used_weight

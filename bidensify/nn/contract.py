@@ -18,7 +18,7 @@ from bidensify.errors import ConfigError
 from bidensify.nn.ste import threshold_levels, threshold_sign
 from bidensify.nn.torch_tools import refuse_script
 
-__all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "mixing_threshold", "quiet", "set_progress"]
+__all__ = ["ActivationBinarizer", "Declares", "FrozenLayer", "Split", "mixing_threshold", "set_progress"]
 
 _CALIBRATION_SAMPLES = 4096
 # Values of a channel that differ by less, relative to its largest, are one value summed in different orders.
@@ -67,17 +67,6 @@ class FrozenLayer(nn.Module):
     """Base of layers that hold bits and cannot be trained (packed layers)."""
 
     __prepare_scriptable__ = refuse_script
-
-
-def quiet(module: nn.Module | None) -> bool:
-    """Whether nobody listens to ``module``, so that what it declares may stand for a call of it."""
-    return module is None or not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:

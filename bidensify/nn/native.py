@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bidensify._util.modes import quiet
 from bidensify.exact.fold import Affine, batch_norm
 from bidensify.kernels import autograd, popcounts
 from bidensify.kernels import training_ops as ops
-from bidensify.nn.contract import ActivationBinarizer, Declares, Split, quiet
+from bidensify.nn.contract import ActivationBinarizer, Declares, Split
 
 __all__ = ["BatchNormLast", "convolve", "countable", "fusible_norm", "make_norm"]
 

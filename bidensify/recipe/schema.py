@@ -186,7 +186,7 @@ class Recipe(Section):
         data = self.data
         # The transforms need what the data set says about itself, so they come second.
         dataset = self._dataset(which)
-        mean, std = data.mean or dataset.info.mean, data.std or dataset.info.std
+        mean, std = self._normalisation(dataset.info)
         if which == "val":
             dataset.transforms = self._fit(mean, std)
             return dataset
@@ -194,6 +194,16 @@ class Recipe(Section):
         size, ignore_index = data.train_size or self.image_size, dataset.info.ignore_index
         dataset.transforms = build_transforms(True, size, mean, std, ignore_index=ignore_index, **options)
         return dataset
+
+    def _normalisation(self, info: DataInfo) -> tuple[Sequence[float], Sequence[float]]:
+        return self.data.mean or info.mean, self.data.std or info.std
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Returns mean and std per channel of an image scaled to [0, 1]: the recipe's, else the validation data set's."""
+        data = self.data
+        if data.mean and data.std:
+            return data.mean, data.std
+        return None if data.val is None else self._normalisation(self.data_info())
 
     def _fit(self, mean: Sequence[float], std: Sequence[float]) -> Transforms:
         from bidensify.data import build_transforms
@@ -209,7 +219,7 @@ class Recipe(Section):
         from bidensify.data import build_transforms
 
         dataset = self._dataset("train")
-        mean, std = self.data.mean or dataset.info.mean, self.data.std or dataset.info.std
+        mean, std = self._normalisation(dataset.info)
         resize: Resize = "squash" if self.evaluate.resize == "squash" else "letterbox"
         dataset.transforms = build_transforms(False, size, mean, std, resize=resize)
         step = max(1, len(dataset) // count)
@@ -227,7 +237,7 @@ class Recipe(Section):
             image_max = data.val.options.get("image_max") if data.val is not None else None
             return ImageReader(data.in_channels or len(data.mean), image_max), self._fit(data.mean, data.std)
         info = self.data_info()
-        return ImageReader(info.channels, info.image_max), self._fit(data.mean or info.mean, data.std or info.std)
+        return ImageReader(info.channels, info.image_max), self._fit(*self._normalisation(info))
 
     def data_info(self) -> DataInfo:
         """Returns what the validation data set says about itself; no sample is read."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bidensify.bench import int8
-from bidensify.bench.int8 import openvino_call, quantize_int8
+from bidensify.bench.int8 import int8_file, openvino_call, quantize_int8
 
 
 class Tensor:
@@ -84,7 +84,7 @@ def test_a_file_of_another_network_shape_or_samples_is_not_taken(
             file = quantize_int8("openvino int8", module, given, tmp_path, *more)
             assert len(made) == number
             assert file.read_text() == str(number)
-    assert quantize_int8("openvino int8", None, x, tmp_path) == file
+    assert int8_file("openvino int8", tmp_path) == file
     assert len(made) == len(cases)
 
 
