@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +47,26 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What bidensify remembers between runs does not go to the user's folder."""
     os.environ["BIDENSIFY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered() -> Iterator[None]:
+    """What a test registers ends with it: which tests share a process, and in what order, is chance."""
+    from bidensify.data.registry import DATA_SETS
+    from bidensify.deploy import backends
+    from bidensify.losses import LOSSES
+    from bidensify.methods.registry import _METHODS
+    from bidensify.models.build import _SOURCES
+    from bidensify.tasks.registry import TASKS
+
+    registries = [_METHODS, backends._BACKENDS, *(each._known for each in (DATA_SETS, LOSSES, TASKS, _SOURCES))]
+    before = [dict(each) for each in registries]  # type: ignore[call-overload]
+    yield
+    for registry, entries in zip(registries, before):
+        if dict(registry) != entries:  # type: ignore[call-overload]
+            registry.clear()  # type: ignore[attr-defined]
+            registry.update(entries)  # type: ignore[attr-defined]
+            backends._choose.cache_clear()
 
 
 def _module(name: str) -> ModuleType:

@@ -6,14 +6,11 @@ import re
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 import bidensify as bd
-from bidensify.deploy import backends
 from bidensify.losses import LOSSES, Outputs
-from bidensify.methods import registry
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -27,18 +24,6 @@ def example(title: str) -> dict[str, object]:
     names: dict[str, object] = {"__name__": "contributing"}
     exec(compile(blocks[0], f"CONTRIBUTING.md, {title}", "exec"), names)
     return names
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays_registered() -> object:
-    methods, known = dict(registry._METHODS), dict(backends._BACKENDS)
-    yield
-    registry._METHODS.clear()
-    registry._METHODS.update(methods)
-    backends._BACKENDS.clear()
-    backends._BACKENDS.update(known)
-    backends._choose.cache_clear()
-    LOSSES._known.pop("logits-l2", None)
 
 
 def test_a_method_trains_and_packs_to_the_same_bits() -> None:
@@ -75,16 +60,13 @@ def test_a_loss_is_what_it_says() -> None:
 
 
 def test_a_data_set_gives_samples() -> None:
-    from bidensify.data.registry import DATA_SETS, build_dataset
+    from bidensify.data.registry import build_dataset
 
     example("Add a data set")
-    try:
-        data = build_dataset("stripes", "train", length=3)
-        assert len(data) == 3
-        assert data[1]["mask"].unique().tolist() == [0, 1]
-        assert torch.equal(data[1]["image"][0] > 0, data[1]["mask"] == 1)
-    finally:
-        DATA_SETS._known.pop("stripes", None)
+    data = build_dataset("stripes", "train", length=3)
+    assert len(data) == 3
+    assert data[1]["mask"].unique().tolist() == [0, 1]
+    assert torch.equal(data[1]["image"][0] > 0, data[1]["mask"] == 1)
 
 
 def test_a_librarys_models_are_built_by_name() -> None:

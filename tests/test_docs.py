@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import bidensify as bd
-from bidensify.methods import registry
 from bidensify.models import build_model
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -17,14 +16,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_the_method_of_ones_own_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "methods.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 1
-    before = dict(registry._METHODS)
-    try:
-        exec(blocks[0], {})
-        plan = bd.bidensify(build_model("demo:unet", width=8), method="mine").bidensify_plan
-        assert {layer.method for layer in plan.binary} == {"mine"}  # type: ignore[union-attr]
-    finally:
-        registry._METHODS.clear()
-        registry._METHODS.update(before)
+    exec(blocks[0], {})
+    plan = bd.bidensify(build_model("demo:unet", width=8), method="mine").bidensify_plan
+    assert {layer.method for layer in plan.binary} == {"mine"}  # type: ignore[union-attr]
 
 
 def test_the_table_of_methods_has_every_method() -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from bidensify.methods import registry
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -24,14 +21,6 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def methods() -> Iterator[None]:
-    before = dict(registry._METHODS)
-    yield
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
 
 
 def test_each_is_tested_here_and_named_in_readme() -> None:
@@ -55,7 +44,6 @@ def test_depth_transformers(tmp_path: Path) -> None:
     assert load("depth_transformers").main(tmp_path).shape == (96, 128)
 
 
-@pytest.mark.usefixtures("methods")
 def test_own_method(tmp_path: Path) -> None:
     small = (
         "data.size=[32,32]", "data.train.length=8", "data.val.length=4", "data.batch_size=4", "model.options.width=8",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +21,10 @@ from bidensify.tasks import SegmentationTask
 README = Path(__file__).resolve().parents[2] / "recipes" / "README.md"
 
 
-@pytest.fixture
-def losses() -> Iterator[None]:
-    before = dict(LOSSES._known)
-    yield
-    LOSSES._known.clear()
-    LOSSES._known.update(before)
-
-
 def recipe(tiny: ModuleType, losses: dict[str, Any]) -> Any:
     return load_recipe(tiny.recipe(stages=[{**tiny.STUDENT["stages"][1], "losses": losses}]))
 
 
-@pytest.mark.usefixtures("losses")
 def test_the_loss_of_the_readme(tiny: ModuleType) -> None:
     block = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
     exec(block, {})
@@ -54,7 +44,6 @@ def test_the_loss_of_the_readme(tiny: ModuleType) -> None:
             recipe(tiny, given)
 
 
-@pytest.mark.usefixtures("losses")
 def test_registering() -> None:
     class Own(Loss):
         def value(self, outputs: Outputs, target: Any, task: Any) -> Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 import bidensify as bd
 from bidensify.errors import ConfigError
 from bidensify.methods import LayerParts, LayerSpec, get_method
-from bidensify.methods.registry import _METHODS
 from bidensify.nn import SignBinarizer, WeightBinarizer, binary_layers
 
 
@@ -40,11 +39,8 @@ def test_what_is_no_method() -> None:
     with pytest.raises(ConfigError, match="3 must be a function of"):
         bd.register_method("no_method")(3)  # type: ignore[arg-type]
     bd.register_method("no_method")(lambda spec, config: None)  # type: ignore[arg-type,return-value]
-    try:
-        with pytest.raises(ConfigError, match="the method 'no_method' gave None for LayerSpec.*LayerParts"):
-            bd.bidensify(Small(), method="no_method")
-    finally:
-        del _METHODS["no_method"]
+    with pytest.raises(ConfigError, match="the method 'no_method' gave None for LayerSpec.*LayerParts"):
+        bd.bidensify(Small(), method="no_method")
 
 
 def test_both_methods_are_registered() -> None:
@@ -109,23 +105,19 @@ class TestContract:
 
 
 def test_a_method_of_the_users_own() -> None:
-    try:
+    @bd.register_method("plain-sign", citation="none")
+    def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
+        return LayerParts(
+            SignBinarizer(spec.in_channels, spec.dim, ste="polynomial"),
+            WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
+        )
 
-        @bd.register_method("plain-sign", citation="none")
-        def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
-            return LayerParts(
-                SignBinarizer(spec.in_channels, spec.dim, ste="polynomial"),
-                WeightBinarizer(transposed=spec.transposed, groups=spec.groups),
-            )
-
-        student = bd.bidensify(Small(), method="plain-sign")
-        assert {layer.method for _, layer in binary_layers(student)} == {"plain-sign"}
-        assert all(layer.bypass is None for _, layer in binary_layers(student))
-        with pytest.warns(UserWarning, match="'plain-sign' is registered again: the newer one takes over"):
-            bd.register_method("plain-sign", bypass="same")(plain)
-        assert get_method("plain-sign").bypass == "same"
-    finally:
-        _METHODS.pop("plain-sign", None)
+    student = bd.bidensify(Small(), method="plain-sign")
+    assert {layer.method for _, layer in binary_layers(student)} == {"plain-sign"}
+    assert all(layer.bypass is None for _, layer in binary_layers(student))
+    with pytest.warns(UserWarning, match="'plain-sign' is registered again: the newer one takes over"):
+        bd.register_method("plain-sign", bypass="same")(plain)
+    assert get_method("plain-sign").bypass == "same"
 
 
 @pytest.mark.parametrize("name", ["keep", "binarize", "a b", "", "9x"])
@@ -145,12 +137,9 @@ def test_bits_of_activations_are_what_the_method_was_registered_with() -> None:
     spec = LayerSpec("conv2d", 4, 4)
     with pytest.raises(ConfigError, match="act_bits=2: the method 'irnet' has activations of 1 bit; 2 have bidense"):
         get_method("irnet").parts(spec, bd.BidensifyConfig(method="irnet", act_bits=2))
-    try:
-        bd.register_method("forgets", act_bits=(1, 2))(plain)
-        with pytest.raises(ConfigError, match="'forgets' gave SignBinarizer, whose planes=1, for act_bits=2"):
-            get_method("forgets").parts(spec, bd.BidensifyConfig(method="forgets", act_bits=2))
-    finally:
-        _METHODS.pop("forgets", None)
+    bd.register_method("forgets", act_bits=(1, 2))(plain)
+    with pytest.raises(ConfigError, match="'forgets' gave SignBinarizer, whose planes=1, for act_bits=2"):
+        get_method("forgets").parts(spec, bd.BidensifyConfig(method="forgets", act_bits=2))
 
 
 def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
@@ -173,28 +162,23 @@ def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses() -> None:
 
 
 def test_what_a_method_says_of_its_layers_is_done() -> None:
-    try:
-        bd.register_method(
-            "around", bypass="same", norm="none", activation_first=True, residual="keep",
-            activation=lambda channels, dim: nn.Hardtanh(),
-            keeps=lambda spec: "too wide" if spec.kind == "conv_transpose2d" else "",
-        )(plain)  # fmt: skip
-        student = bd.bidensify(Small(), method="around")
-        layers = dict(binary_layers(student))
-        assert list(layers) == ["body.0"]
-        assert layers["body.0"].bypass is not None
-        assert layers["body.0"].activation_first
-        kept = {layer.path: layer.reason for layer in student.bidensify_plan.kept}
-        assert kept["up"] == "around keeps it: too wide"
-        bare = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 2, 1)
-        )
-        found = dict(binary_layers(bd.bidensify(bare, method="around")))
-        assert {path: (layer.norm is None, layer.bypass is None) for path, layer in found.items()} == {
-            "1": (True, True), "2": (True, False),
-        }  # fmt: skip
-    finally:
-        _METHODS.pop("around", None)
+    bd.register_method(
+        "around", bypass="same", norm="none", activation_first=True, residual="keep",
+        activation=lambda channels, dim: nn.Hardtanh(),
+        keeps=lambda spec: "too wide" if spec.kind == "conv_transpose2d" else "",
+    )(plain)  # fmt: skip
+    student = bd.bidensify(Small(), method="around")
+    layers = dict(binary_layers(student))
+    assert list(layers) == ["body.0"]
+    assert layers["body.0"].bypass is not None
+    assert layers["body.0"].activation_first
+    kept = {layer.path: layer.reason for layer in student.bidensify_plan.kept}
+    assert kept["up"] == "around keeps it: too wide"
+    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 2, 1))
+    found = dict(binary_layers(bd.bidensify(bare, method="around")))
+    assert {path: (layer.norm is None, layer.bypass is None) for path, layer in found.items()} == {
+        "1": (True, True), "2": (True, False),
+    }  # fmt: skip
 
 
 def test_a_method_is_told_of_the_layer() -> None:
@@ -215,15 +199,12 @@ def test_a_method_is_told_of_the_layer() -> None:
         told[spec.in_channels, spec.out_channels] = spec
         return plain(spec, config)
 
-    try:
-        bd.register_method("noting")(noting)
-        net = Net()
-        bd.bidensify(net, method="noting")
-        first, second = told[8, 10], told[10, 12]
-        assert (first.kernel_size, first.stride, first.dilation) == ((3, 1), (2, 1), (1, 2))
-        assert first.fan_in == 24
-        assert first.nonnegative
-        assert not second.nonnegative
-        assert torch.equal(first.weight, net.a.weight)
-    finally:
-        _METHODS.pop("noting", None)
+    bd.register_method("noting")(noting)
+    net = Net()
+    bd.bidensify(net, method="noting")
+    first, second = told[8, 10], told[10, 12]
+    assert (first.kernel_size, first.stride, first.dilation) == ((3, 1), (2, 1), (1, 2))
+    assert first.fan_in == 24
+    assert first.nonnegative
+    assert not second.nonnegative
+    assert torch.equal(first.weight, net.a.weight)

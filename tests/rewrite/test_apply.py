@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import bidensify as bd
 from bidensify.errors import FormatError, PlanError
 from bidensify.methods import LayerParts, LayerSpec
-from bidensify.methods.registry import _METHODS
 from bidensify.models import build_model
 from bidensify.nn import BinaryLayer, RPReLU, ShiftedSign, WeightBinarizer, binary_layers
 from bidensify.rewrite import Plan, apply_plan
@@ -164,11 +163,8 @@ def test_every_part_follows_the_networks_device_and_precision(device: str, dtype
     def remembering(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
         return LayerParts(ShiftedSign(spec.in_channels, spec.dim), RememberingWeight())
 
-    try:
-        plan = bd.plan(Net(), bd.BidensifyConfig(method="remembering"))
-        student = apply_plan(Net().to(device=device, dtype=dtype), plan)
-    finally:
-        _METHODS.pop("remembering")
+    plan = bd.plan(Net(), bd.BidensifyConfig(method="remembering"))
+    student = apply_plan(Net().to(device=device, dtype=dtype), plan)
     values = [*student.parameters(), *(buffer for buffer in student.buffers() if buffer.is_floating_point())]
     assert sum(isinstance(part, RememberingWeight) for part in student.modules()) > 5
     assert {(value.device.type, value.dtype) for value in values} == {(device, dtype)}
