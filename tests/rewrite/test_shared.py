@@ -242,3 +242,50 @@ def test_smps_efficientnet_leaves_no_note(name: str) -> None:
     plan = bd.plan(getattr(smp, name)("efficientnet-b0", encoder_weights=None))
     assert not [note for note in plan.notes if "_swish" in note or "activation" in note]
     assert sum(item.action == "by_width" for item in plan.activations) == 9
+
+
+class Supervised(nn.Module):
+    """The main path's norm and activation serve a head that training alone runs, on ``aux`` channels, as well."""
+
+    def __init__(self, shared: str, aux: int = 16, pairs: bool = False) -> None:
+        super().__init__()
+        self.shared, self.pairs = shared, pairs
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+        self.aux = nn.Conv2d(16, aux, 3, padding=1)
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        y = self.head(self.relu(self.bn(self.conv(x))))
+        if not self.training:
+            return y
+        if self.pairs:
+            return y, self.relu(self.bn(self.conv(x.flip(3))))
+        extra = 50 * self.aux(x)
+        return y, self.bn(extra) if self.shared == "bn" else self.relu(extra)
+
+
+@pytest.mark.parametrize(("shared", "aux"), [("bn", 16), ("relu", 16), ("relu", 24)])
+def test_what_training_alone_calls_elsewhere_too_stays_what_it_is_there(shared: str, aux: int) -> None:
+    torch.manual_seed(0)
+    model = Supervised(shared, aux)
+    student = bd.bidensify(model)
+    plan = student.bidensify_plan
+    assert [layer.path for layer in plan.binary] == ["conv"]
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(student.train()(x)[1], model.train()(x)[1])
+    noted = "bn: stays behind conv and its new BatchNorm, since training calls it elsewhere too" in plan.notes
+    assert noted is (shared == "bn")
+    student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(bd.pack(student)(x), student(x))
+
+
+def test_a_whole_block_that_training_calls_again_becomes_one_layer() -> None:
+    student = bd.bidensify(Supervised("", pairs=True))
+    assert isinstance(student.bn, nn.Identity)
+    assert isinstance(student.relu, nn.Identity)
+    assert not student.bidensify_plan.notes
+    assert student.train()(torch.randn(2, 3, 12, 12))[1].shape == (2, 16, 12, 12)

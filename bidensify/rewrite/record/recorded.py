@@ -60,6 +60,8 @@ class Record:
         weights: layer path -> for every convolution that its calls made, whether the weight was its own parameter.
         attributes_set: (module path, name) of the attributes that the run set.
         aliases: first path -> every other path of the same module.
+        more_in_training: path -> how many more (or fewer, below 0) calls of a module a run in training mode makes, of
+            those that differ.
         inputs: the example inputs as text.
         output: the output's structure with TensorSpecs in it.
         fake: whether it ran on fake tensors.
@@ -72,6 +74,7 @@ class Record:
     weights: dict[str, list[bool]]
     attributes_set: frozenset[tuple[str, str]]
     aliases: dict[str, list[str]]
+    more_in_training: dict[str, int]
     inputs: Any
     inputs_text: str
     output: Any

@@ -6,7 +6,10 @@ Nothing of the recording stays on the model: no hook, buffer or constant; flags 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -224,6 +227,43 @@ def _heavy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     return pixels > _LIGHT_PIXELS
 
 
+def _run_somehow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool, *, training: bool = False
+) -> tuple[_Recorder, Any]:
+    """Runs on real or on fake tensors; nothing of it stays on the model."""
+    with torch.no_grad(), restored(model, fake=fake), evaluation_flags(model), same_random_state(model):
+        for module in model.modules():
+            # Layers, norms and dropouts alone stay as they are: it is the code between them that is asked.
+            module.training = training and not is_leaf(module)
+        if not fake:
+            return _run(model, args, kwargs)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return _run(model, tuple(_copy_to(args, mode.from_tensor)), dict(_copy_to(kwargs, mode.from_tensor)))
+
+
+def _codes(module: nn.Module) -> Iterator[CodeType]:
+    """The code of a module's own class, and of those that it is made of, down to torch's."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith("torch."):
+            yield from (inspect.unwrap(item).__code__ for item in vars(cls).values() if isinstance(item, FunctionType))
+
+
+def _more_in_training(
+    model: nn.Module, found: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool
+) -> dict[str, int]:
+    """Which modules a run in training mode calls more or less often than the recorded one."""
+    if not any("training" in code.co_names for module in model.modules() for code in _codes(module)):
+        return {}
+    try:
+        recorder, _ = _run_somehow(model, args, kwargs, fake, training=True)
+    except Exception:
+        # Code that wants labels while it trains, say: there is nothing to compare then.
+        return {}
+    counts = [Counter(str(n.target) for n in each.graph.nodes if n.op == "call_module") for each in (recorder, found)]
+    difference = {path: counts[0][path] - counts[1][path] for path in counts[0] | counts[1]}
+    return {path: number for path, number in difference.items() if number}
+
+
 def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Runs ``model`` once in evaluation mode and writes down what it did.
 
@@ -242,14 +282,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
-                with torch.no_grad(), restored(model, fake=fake), evaluation_flags(model), same_random_state(model):
-                    if fake:
-                        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                            fake_args = _copy_to(args, mode.from_tensor)
-                            fake_kwargs = _copy_to(kwargs, mode.from_tensor)
-                            recorder, output = _run(model, tuple(fake_args), dict(fake_kwargs))
-                    else:
-                        recorder, output = _run(model, args, kwargs)
+                recorder, output = _run_somehow(model, args, kwargs, fake)
             except Exception as error:
                 text = str(error).strip().splitlines()
                 failures.append(
@@ -270,6 +303,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 weights=recorder.weights,
                 attributes_set=frozenset(recorder.attributes_set),
                 aliases=aliases,
+                more_in_training=_more_in_training(model, recorder, args, kwargs, fake),
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),
                 output=specs(output),

@@ -29,17 +29,19 @@ class _Use:
         nodes: its calls.
         behind: for each call the binary layer whose output goes there and nowhere else.
         wanted: for each call what it should become; None where it stays.
+        apart: whether code that runs in training alone calls the module too, elsewhere.
     """
 
     path: str | None
     nodes: list[fx.Node]
     behind: list[str | None]
     wanted: list[NewActivation | None]
+    apart: bool = False
 
     @property
     def shared(self) -> bool:
         """Whether it cannot be exchanged at one path: several places of the code call it, or it has no path."""
-        return self.path is None or len({place_of(node) or node for node in self.nodes}) > 1
+        return self.path is None or self.apart or len({place_of(node) or node for node in self.nodes}) > 1
 
 
 def place_activations(draft: Draft) -> Draft:
@@ -70,7 +72,9 @@ def _uses(draft: Draft) -> Iterator[_Use]:
         # What earlier uses became is part of what these are asked about.
         behind = [None if is_factor(draft.flow, node) else _layer_before(draft, node) for node in nodes]
         wanted = [_wanted(draft, node, layer) for node, layer in zip(nodes, behind)]
-        yield _Use(key if isinstance(key, str) else None, nodes, behind, wanted)
+        path = key if isinstance(key, str) else None
+        apart = path is not None and draft.flow.used_apart(path, behind[0] or "")
+        yield _Use(path, nodes, behind, wanted, apart)
 
 
 def _place(draft: Draft, use: _Use) -> None:
@@ -78,6 +82,7 @@ def _place(draft: Draft, use: _Use) -> None:
     if (
         first is not None
         and use.path is not None
+        and not use.apart
         and set(use.behind) == {first}
         and len(use.nodes) == len(draft.flow.calls[first])
         and _takes(draft, first)

@@ -30,7 +30,13 @@ def _remove(draft: Draft, found: Residual) -> bool:
     """Takes the add and the layer scale before it out of the code, if that can be done in every call alike."""
     flow = draft.flow
     # A LayerScale module behind this layer alone becomes an identity at its path.
-    modules = [node for node in found.scales if node.op == "call_module" and len(flow.calls[str(node.target)]) == 1]
+    modules = [
+        node
+        for node in found.scales
+        if node.op == "call_module"
+        and len(flow.calls[str(node.target)]) == 1
+        and not flow.used_apart(str(node.target), found.last)
+    ]
     steps = [found.add, *(node for node in found.scales if node not in modules)]
     sites: list[Site] = []
     for node in steps:
