@@ -124,7 +124,7 @@ class Loop:
         state.sums = state.sums or [0.0] * len(names)
         title = f"{stage.name} {epoch.within + 1}/{stage.epochs}"
         step.trained.train()
-        started, done = time.perf_counter(), 0
+        before, done, started = state.seconds, state.batch, time.perf_counter()
         for batch in loader:
             lr = self._lr(epoch, state.batch)
             set_lr(self.optimizer, lr)
@@ -133,9 +133,10 @@ class Loop:
                 values = step(batch)
             except NotFiniteError as error:
                 raise self._stop(str(error), state.step + 1) from error
-            state.batch, state.step, done = state.batch + 1, state.step + 1, done + 1
+            state.batch, state.step = state.batch + 1, state.step + 1
+            state.seconds = before + time.perf_counter() - started
             state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
-            rate = done * recipe.data.batch_size / (time.perf_counter() - started)
+            rate = (state.batch - done) * recipe.data.batch_size / (time.perf_counter() - started)
             self.log.advance(state.step, title, values[0], rate)
             if state.step % recipe.log.every == 0:
                 named = dict(zip(names, values, strict=True))
@@ -144,14 +145,12 @@ class Loop:
                 self.log.scalars("train", {**named, "loss": values[0], "lr": lr}, state.step)
             if recipe.checkpoint.steps and state.step % recipe.checkpoint.steps == 0 and state.batch < self.batches:
                 self._checkpoint()
-        seconds = time.perf_counter() - started
         means = dict(zip(names, [value / max(state.batch, 1) for value in state.sums], strict=True))
         place = {"epoch": epoch.index, "stage": stage.name, "step": state.step, "loss": means.pop("loss")}
-        rate = done * recipe.data.batch_size / max(seconds, 1e-9)
+        rate = state.batch * recipe.data.batch_size / max(state.seconds, 1e-9)
         lr = self._lr(epoch, self.batches - 1)
-        self._end_epoch(
-            epoch, title, {**place, "losses": means, "lr": lr, "images_per_second": rate, "seconds": seconds}
-        )
+        speed = {"images_per_second": rate, "seconds": state.seconds}
+        self._end_epoch(epoch, title, {**place, "losses": means, "lr": lr, **speed})
 
     def _progress(self) -> None:
         """Tells parts that change as training goes on how far it has come."""
@@ -189,7 +188,7 @@ class Loop:
         state.history.append(record)
         self.log.write("epoch", record)
         self.log.say(f"{text}  {record['images_per_second']:.1f} images/s")
-        state.epoch, state.batch, state.sums = state.epoch + 1, 0, []
+        state.epoch, state.batch, state.sums, state.seconds = state.epoch + 1, 0, [], 0.0
         if final or (metrics is None and (epoch.index + 1) % recipe.checkpoint.every == 0):
             self._checkpoint()
 

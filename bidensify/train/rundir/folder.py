@@ -61,7 +61,8 @@ class RunResult:
 class RunState:
     """Where a run is, beyond weights; saved in each checkpoint.
 
-    ``epoch`` counts over the whole run, ``batch`` within the epoch; ``sums`` are the epoch's losses so far.
+    ``epoch`` counts over the whole run, ``batch`` within the epoch; ``sums`` are the epoch's losses so far, ``seconds`` what its
+    steps so far took.
     """
 
     epoch: int = 0
@@ -73,6 +74,7 @@ class RunState:
     best_metrics: dict[str, float] = field(default_factory=dict)
     teacher_metrics: dict[str, float] | None = None
     sums: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     log_position: int = 0
 
     @classmethod
@@ -212,9 +214,15 @@ class RunFolder:
     ) -> None:
         """Writes all that decides the run: inputs.json, plan.json (of a rewritten model), and recipe.yaml (resolved).
 
-        versions.json says what it runs on (``machine``).
+        versions.json says what it runs on (``machine``). A run that goes on for more epochs than it had is not finished: what it
+        ended with is kept, as model-N.safetensors and result-N.json after N epochs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.longer and self._result.is_file():
+            ended = len(self.read(self._result).get("history", ()))
+            for file in (self.weights, self._result):
+                if file.is_file():
+                    file.replace(file.with_name(f"{file.stem}-{ended}{file.suffix}"))
         # recipe.yaml goes last: its presence is what makes a folder one that can be resumed.
         if fresh:
             write_json(self.path / "versions.json", {**versions(), **machine})

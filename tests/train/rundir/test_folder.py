@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from bidensify.compare.runs import read_run
 from bidensify.errors import ConfigError, FormatError
 from bidensify.models import build_model
 from bidensify.recipe import load_recipe
@@ -121,6 +122,28 @@ def test_more_epochs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         run_recipe(recipe(2), tmp_path / "s", resume=True, quiet=True)
     with pytest.raises(ConfigError, match=r"differs in data\.batch_size"):
         run_recipe(recipe(4, "data.batch_size=2"), tmp_path / "s", resume=True, quiet=True)
+
+
+def test_a_run_that_goes_on_for_more_epochs_is_not_finished(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "s"
+    ended = run_recipe(recipe(), run, teacher_weights=runs / "t", quiet=True)
+    weights = (run / "model.safetensors").read_bytes()
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bidensify.train.loop.Loop._epoch", stop)
+        run_recipe(recipe(3), run, resume=True, quiet=True)
+    for read in (load_run, read_run):
+        with pytest.raises(ConfigError, match="is not finished"):
+            read(run)
+    assert (run / "model-1.safetensors").read_bytes() == weights
+    assert json.loads((run / "result-1.json").read_text())["metrics"] == ended.metrics
+    assert len(run_recipe(recipe(3), run, resume=True, quiet=True).history) == 3
+    assert len(read_run(run).history) == 3
 
 
 def test_more_epochs_before_the_run_ended_are_those_of_one_run(tiny: ModuleType, tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def test_sigkill_in_mid_epoch_then_resume_ends_with_the_same_bits(unbroken: Any,
     assert same(state, unbroken[1])
     assert losses == unbroken[2]
     assert '"kind": "resumed"' in log.read_text()
+    # An epoch's time and speed are those of all its steps, not of those after the resume.
+    epoch = state["state"]["history"][before["epoch"]]
+    assert epoch["seconds"] > before["seconds"] > 0
+    assert epoch["images_per_second"] == pytest.approx(40 / epoch["seconds"])
 
 
 @pytest.mark.parametrize("reads", [24, 41, 65, 100, 137, 170])
