@@ -90,6 +90,7 @@ def rehearse(title: str, recipe: Recipe, role: Role, teacher: Path | None, run_d
         Exit: with code 1, the run would be refused.
     """
     from bidensify.costs.summary import summary
+    from bidensify.rewrite.record.channels import image_channels
     from bidensify.tasks import paper_columns
     from bidensify.train import check_run
 
@@ -99,7 +100,7 @@ def rehearse(title: str, recipe: Recipe, role: Role, teacher: Path | None, run_d
     if plan is not None:
         screen.print(plan.table())
     if network is not None and recipe.data.size is not None:
-        cost = summary(network, (recipe.in_channels or 3, *recipe.image_size))
+        cost = summary(network, (image_channels(network), *recipe.image_size))
         columns = paper_columns({}, params=cost.total("params"), ops=cost.total("ops"))
         text = ", ".join(f"{name} {value:,}" for name, value in columns.items())
         found.add("cost", f"{text} at {recipe.image_size[0]}x{recipe.image_size[1]}; {cost.weight()}")

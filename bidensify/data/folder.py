@@ -50,7 +50,7 @@ class ImageMaskFolder(FileDataset):
         cache: decode every file once, when the data set is built, and keep it in memory.
 
     Raises:
-        ConfigError: an option is missing or out of range, or the split is unknown.
+        ConfigError: an option is missing or out of range, the root is no folder, or the split is unknown.
         DataError: a folder is missing or empty, an image has no mask (or the reverse), or, when a sample is loaded,
             a file is empty, truncated, of the wrong kind or size, or holds a label outside the classes.
 
@@ -138,7 +138,7 @@ class ImageMaskFolder(FileDataset):
     ) -> None:
         base = Path(root).expanduser()
         if not base.is_dir():
-            raise DataError(f"root={str(root)!r} is not a folder; give the folder that holds the data set")
+            raise ConfigError(f"root={str(root)!r} is not a folder; give the folder that holds the data set")
         given = {"images": images, "masks": masks, "depth": depth, "targets": targets, "stems": stems}
         folders = _folders(split, given, splits)
         names = tuple(class_names)

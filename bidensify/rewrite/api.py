@@ -73,8 +73,8 @@ def plan(model: nn.Module, config: BidensifyConfig | None = None, *, example_inp
         A ``Plan``; ``print`` shows it as a table, ``.to_dict()`` gives JSON-able data.
 
     Raises:
-        PlanError: the network does not run, has no convolution, a rule matches nothing, or nothing would change.
-        ConfigError: an unknown method.
+        PlanError: the network does not run, has no convolution, or nothing would change.
+        ConfigError: an unknown method, or a rule that matches nothing.
     """
     config = _config(config, None)
     _refuse(model)
@@ -106,8 +106,7 @@ def bidensify(
             deep copy); cheap.
 
     Raises:
-        PlanError: see ``plan``.
-        ConfigError: an unknown method.
+        PlanError, ConfigError: see ``plan``.
         CheckError: the result does not keep what a rewrite guarantees.
     """
     config = _config(config, method)

@@ -67,13 +67,14 @@ def build_student(
         recipe: a student's recipe; section ``binarize`` configures the rewrite.
         teacher: the network whose weights the student starts from; not changed. Without it the student starts from a
             freshly built model.
-        in_channels: channels of an image; by default the recipe's, or 3.
+        in_channels: channels of an image; by default the recipe's, or those of the network.
         config: of the rewrite; by default the recipe's.
 
     Raises:
         ConfigError: the recipe has a budget, whose rules only a run finds, and no ``config`` is given.
     """
     from bidensify.rewrite import bidensify
+    from bidensify.rewrite.record.channels import image_channels
 
     if recipe.budget is not None and config is None:
         raise ConfigError(
@@ -83,7 +84,7 @@ def build_student(
 
     base = recipe.build_model() if teacher is None else teacher
     with seeded(recipe.seed):
-        channels = in_channels or recipe.in_channels or 3
+        channels = in_channels or recipe.in_channels or image_channels(base)
         example = None if recipe.data.size is None else torch.zeros(2, channels, *recipe.data.size)
         return bidensify(base, config or recipe.config(), example_inputs=example, inplace=teacher is None)
 

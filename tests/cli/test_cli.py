@@ -9,8 +9,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -311,3 +314,47 @@ def test_int8_networks_that_a_folder_keeps_are_taken_again(cli: CliRunner, tmp_p
     assert kept
     assert cli.invoke(app, command).exit_code == 0
     assert kept == {file: file.stat().st_mtime_ns for file in kept}
+
+
+def test_images_of_one_channel_that_the_data_set_says(cli: CliRunner, tmp_path: Path, recipe_text: str) -> None:
+    """Neither the recipe's mean nor ``data.in_channels`` says so: the data set and the network do."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for kind in ("images", "labels"):
+            (tmp_path / "grey" / split / kind).mkdir(parents=True)
+        for number in range(count):
+            image = generator.integers(0, 256, (32, 32), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "grey" / split / "images" / f"{number}.png")
+            Image.fromarray(image // 128).save(tmp_path / "grey" / split / "labels" / f"{number}.png")
+    recipe = yaml.safe_load(recipe_text)
+    recipe["model"]["options"] |= {"num_classes": 2, "in_channels": 1}
+    for split in ("train", "val"):
+        recipe["data"][split] = {"name": "image_mask_folder", "split": split, "classes": 2, "channels": 1}
+    recipe["data"]["root"] = str(tmp_path / "grey")
+    file, run = tmp_path / "grey.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(recipe))
+    for words in (
+        ["finetune", str(file), "-d", str(run), "--dry-run"],
+        ["finetune", str(file), "-d", str(run), "--quiet"],
+        ["calibrate", str(file), "-t", f"{run}_teacher"],
+        ["sensitivity", str(file), "-t", f"{run}_teacher", "--out", str(tmp_path / "found.json")],
+    ):
+        result = cli.invoke(app, words)
+        assert result.exit_code == 0, result.output
+
+
+def test_what_was_asked_for_and_cannot_be_is_wrong_use(cli: CliRunner, tmp_path: Path, recipe_text: str) -> None:
+    recipe = yaml.safe_load(recipe_text)
+    recipe["data"]["train"] = recipe["data"]["val"] = {"name": "image_mask_folder", "split": "train", "classes": 8}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    for words, message in (
+        (["plan", "demo:unet", "--keep", "nothing"], "rule 'nothing' matches no"),
+        (["plan", "demo:unet", "--keep", "re:("], "not a regular expression"),
+        (
+            ["finetune", str(tmp_path / "tiny.yaml"), "-d", str(tmp_path / "run"), "--set", "data.root=none"],
+            "root='none'",
+        ),
+    ):
+        result = cli.invoke(app, words)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr

@@ -299,5 +299,5 @@ def test_bad_configurations_are_refused_before_weights_are_read(float_dir: dict[
 
 def test_a_rule_that_matches_nothing_is_an_error_here_too(float_dir: dict[str, Path]) -> None:
     config = bd.BidensifyConfig(rules=(bd.Rule("decoder_head.*"),))
-    with pytest.raises(PlanError, match=r"'decoder_head\.\*' matches no"):
+    with pytest.raises(ConfigError, match=r"'decoder_head\.\*' matches no"):
         Auto.from_pretrained(float_dir[SEGFORMER], quantization_config=config)

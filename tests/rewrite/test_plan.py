@@ -123,7 +123,7 @@ def test_rules_decide_in_order_and_count() -> None:
 
 
 def test_a_rule_without_a_match_lists_near_names() -> None:
-    with pytest.raises(PlanError, match=r"'basic\.0\.conv3' matches no .*; did you mean .*basic\.0\.conv"):
+    with pytest.raises(ConfigError, match=r"'basic\.0\.conv3' matches no .*; did you mean .*basic\.0\.conv"):
         bd.plan(Net(), bd.BidensifyConfig(rules=(bd.Rule("basic.0.conv3"),)))
 
 

@@ -9,7 +9,7 @@ from networks import Net
 from torch import nn
 
 import bidensify as bd
-from bidensify.errors import ConfigError, PlanError
+from bidensify.errors import ConfigError
 from bidensify.nn import Bypass, RPReLU
 
 
@@ -115,12 +115,12 @@ def test_counts_are_shown_and_rules_of_one_pattern_are_told_apart() -> None:
     ],
 )
 def test_a_rule_without_a_match_is_an_error_that_helps(rule: bd.Rule, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(ConfigError, match=message):
         planned(rule)
 
 
 def test_one_of_two_rules_of_one_pattern_without_a_match_is_an_error() -> None:
-    with pytest.raises(PlanError, match=r"none with stride 5\.\."):
+    with pytest.raises(ConfigError, match=r"none with stride 5\.\."):
         planned(bd.Rule("class:Conv2d", "keep"), bd.Rule("class:Conv2d", "keep", where={"stride": (5, None)}))
 
 

@@ -127,9 +127,8 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
     """Every layer with its action and reason, and how many layers each rule decided.
 
     Raises:
-        PlanError: a rule matches no layer, a method is unknown, the network has no convolution, or with ``keep_slower`` a layer
-            was never measured.
-        ConfigError: a method has no activations of ``act_bits``.
+        PlanError: the network has no convolution, or with ``keep_slower`` a layer was never measured.
+        ConfigError: a rule matches no layer, a method is unknown or has no activations of ``act_bits``.
     """
     called = flow.record.module_nodes()
     order = {path: number for number, path in enumerate(called)}
@@ -168,7 +167,7 @@ def plan_layers(flow: Flow, config: BidensifyConfig) -> tuple[list[LayerPlan], d
         )
     for rule, count in zip(config.rules, matches.values()):
         if count == 0:
-            raise PlanError(without_match(rule, layers, modules))
+            raise ConfigError(without_match(rule, layers, modules))
     layers.extend(_scripted(flow))
     for node in flow.record.graph.nodes:
         if node.op == "call_function" and flow.is_layer(node):

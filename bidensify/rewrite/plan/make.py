@@ -36,8 +36,8 @@ def make_plan(record: Record, model: nn.Module, config: BidensifyConfig) -> Plan
     """The plan for ``model``, as recorded, under ``config``.
 
     Raises:
-        PlanError: no layer would become binary, a rule matches none, or a file could not hold the plan.
-        ConfigError: an unknown method.
+        PlanError: no layer would become binary, or a file could not hold the plan.
+        ConfigError: an unknown method, or a rule that matches no layer.
     """
     flow = Flow(record)
     layers, rule_matches = plan_layers(flow, config)

@@ -11,7 +11,7 @@ from torch import nn
 
 from bidensify._util.names import near
 from bidensify.config import Rule
-from bidensify.errors import PlanError
+from bidensify.errors import ConfigError
 from bidensify.rewrite.plan.entries import LayerPlan
 
 __all__ = ["matches_layer", "rule_labels", "without_match"]
@@ -21,14 +21,14 @@ def matches_layer(rule: Rule, layer: LayerPlan, module: nn.Module) -> bool:
     """Whether a rule's pattern and all its predicates fit a layer.
 
     Raises:
-        PlanError: the pattern is not a regular expression.
+        ConfigError: the pattern is not a regular expression.
     """
     pattern = rule.match
     if pattern.startswith("re:"):
         try:
             fits = re.fullmatch(pattern[3:], layer.path) is not None
         except re.error as error:
-            raise PlanError(f"rule {pattern!r}: not a regular expression ({error})") from error
+            raise ConfigError(f"rule {pattern!r}: not a regular expression ({error})") from error
     elif pattern.startswith("class:"):
         fits = any(cls.__name__ == pattern[6:] for cls in type(module).__mro__)
     else:
