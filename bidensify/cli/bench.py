@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,9 +142,9 @@ def bench(
     )
     if out is not None:
         with atomic_write(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            temporary.write_text(arguments.to_json(result), encoding="utf-8")
     if as_json:
-        print(json.dumps(result))
+        print(arguments.to_json(result))
     else:
         console().print(render(result))
 
@@ -166,7 +165,7 @@ def _layers(
     x = torch.randn(1, image_channels(network), *size).contiguous(memory_format=torch.channels_last)
     floats = network.eval().to(memory_format=torch.channels_last)
     rows = layer_times(floats, packed, student.bidensify_plan, x, threads=threads, int8=int8)
-    data = json.dumps([{"layer": layer.path, "shape": layer.shape, **vars(times)} for layer, times in rows], indent=1)
+    data = arguments.to_json([{"layer": layer.path, "shape": layer.shape, **vars(times)} for layer, times in rows])
     kept = write_times([times for _, times in rows])
     if out is not None:
         with atomic_write(out) as temporary:

@@ -12,6 +12,8 @@ __all__ = ["class_table", "main_table", "plots", "report"]
 
 # Metrics that are shares; people read them in per cent.
 _SHARES = ("miou", "pixel_accuracy", "mean_pixel_accuracy", "iou", "accuracy", "delta1", "delta2", "delta3")
+# Which end of the others is the better one; of a task's own metrics nobody knows but the task, of its primary one.
+_HIGHER = (*_SHARES, "dice", "precision", "recall", "psnr", "ssim")
 _LOWER = ("absrel", "sqrel", "rmse", "rmse_log", "log10", "silog", "epe", "outliers")
 FLOATS = ("float", "bf16", "int8")
 
@@ -88,12 +90,14 @@ def main_table(results: Results) -> Table:
         ])  # fmt: skip
     strong = set()
     for metric in metrics:
+        if metric != results.primary and metric not in (*_HIGHER, *_LOWER):
+            continue
         column = columns.index(_title(metric))
         means = {
             at: found[0] for at, n in enumerate(names) if n in results.methods and (found := results.spread(n, metric))
         }
         if means:
-            lower = metric in _LOWER or (metric == results.primary and not results.higher_is_better)
+            lower = not results.higher_is_better if metric == results.primary else metric in _LOWER
             best = min(means.values()) if lower else max(means.values())
             strong |= {(at, column) for at, value in means.items() if value == best}
     notes = [f"{point.name}: {point.note}" for point in results.points if point.note]

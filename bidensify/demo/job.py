@@ -176,9 +176,10 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console)
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
         "versions": {"bidensify": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    with atomic_write(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     from bidensify.demo.page import write_page
+    from bidensify.train.rundir.logs import write_json
+
+    write_json(out / "results.json", results)
 
     models = {"teacher": teacher, **{method: student.packed for method, student in students.items()}}
     write_page(out, results, records, recipes["bidense"], val.info, models, samples)

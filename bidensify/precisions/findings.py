@@ -20,7 +20,8 @@ By = Literal["metric", "distance"]
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A metric that is no number reads back as none, which null would not.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Measured(_Data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_the_main_table() -> None:
     assert classes is not None
     assert [row[0] for row in classes.rows] == ["sky", "road"]
     assert dict(zip(classes.columns, classes.rows[1], strict=True))["bnn"] == "15.00 ± 3.54"
+
+
+def test_of_a_metric_of_ones_own_nobody_says_which_end_is_better() -> None:
+    results = example()
+    cells = [
+        cell.model_copy(update={"metrics": {**cell.metrics, "hausdorff": 3.0 + n}})
+        for n, cell in enumerate(results.cells)
+    ]
+    assert main_table(results.model_copy(update={"cells": cells})).strong == {(2, 1)}
+    column = main_table(results.model_copy(update={"cells": cells})).columns.index("hausdorff")
+    first = results.model_copy(update={"cells": cells, "primary": "hausdorff", "higher_is_better": False})
+    assert column > 1
+    assert (main_table(first).columns[1], [at for _, at in main_table(first).strong].count(1)) == ("hausdorff", 1)
+
+
+def test_what_is_no_number_reads_back(tmp_path: Path) -> None:
+    results = example()
+    point = results.points[0].model_copy(update={"metrics": {"miou": float("nan")}})
+    results.model_copy(update={"points": [point]}).write(tmp_path / "results.json")
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert math.isnan(Results.read(tmp_path / "results.json").points[0].metrics["miou"])
 
 
 def test_plots_and_page() -> None:

@@ -1,6 +1,7 @@
 """Each figure against an independent measurement; what is kept on disk; what is shown."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,13 @@ def test_files_tables_and_plots(tmp_path: Path) -> None:
     found = bd.sensitivity(student, DATA, teacher, task=TASK, groups=None, quiet=True)
     found.save(tmp_path / "s.json")
     assert Sensitivity.load(tmp_path / "s.json") == found
+    # A metric that is no number, as of images in which no class is.
+    first = found.layers[0]
+    none = first.measured["binary"].model_copy(update={"metric": math.nan})
+    row = first.model_copy(update={"measured": {**first.measured, "binary": none}})
+    found.model_copy(update={"rows": (row, *found.rows[1:])}).save(tmp_path / "nan.json")
+    json.loads((tmp_path / "nan.json").read_text(), parse_constant=pytest.fail)
+    assert math.isnan(Sensitivity.load(tmp_path / "nan.json").layers[0].measured["binary"].metric)
     lines = found.to_markdown("bytes").splitlines()
     shown = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith(("| decoder", "| encoder"))]
     worth = {
