@@ -174,6 +174,7 @@ def _solve(sensitivity: Sensitivity, budget: Budget, bounds: Mapping[str, float]
         for index, row in enumerate(rows)
         for name in allowed
         if name in row.costs
+        and sensitivity.has(row, name)
         and (name in (BINARY, FLOAT) or all(getattr(row.costs[name], c) is not None for c in needed))
     ]
     limits: list[tuple[str, list[float], float]] = []

@@ -127,6 +127,10 @@ class Findings(_Data):
         found = {name for row in self.rows for name in row.measured}
         return [name for name in PRECISIONS if name in found | {BINARY, FLOAT}]
 
+    def has(self, row: Row, precision: str) -> bool:
+        """Whether a unit was measured in ``precision``: not every method has every one."""
+        return precision in row.measured or precision == (FLOAT if self.around == "teacher" else BINARY)
+
     def measured(self, row: Row, precision: str) -> Measured:
         """Of the network with the unit alone in ``precision``, and all else as it is around it.
 

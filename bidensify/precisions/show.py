@@ -47,8 +47,8 @@ def _lines(found: Findings, cost: str, groups: bool) -> tuple[list[str], list[li
     for row in sorted(found.groups if groups else found.layers, key=worth, reverse=True):
         cells = [row.name, f"{row.macs / 1e6:.1f}"]
         for name in others:
-            cells.append(f"{found.gain(row, name):+.4f}")
-            cells += [f"{found.gain(row, name, 'distance'):+.4f}"] if found.distance else []
+            kinds: list[By] = ["metric", "distance"] if found.distance else ["metric"]
+            cells += [f"{found.gain(row, name, kind):+.4f}" if found.has(row, name) else "–" for kind in kinds]
         rows.append([*cells, f"{found.added(row, FLOAT, cost) / unit:.2f}", f"{worth(row):+.4f}"])
     return titles, rows
 
@@ -125,8 +125,9 @@ def plot(found: Findings, path: Path) -> None:
     for axis, (by, title) in zip(axes, kinds):
         for number, name in enumerate(names):
             width = 0.8 / len(names)
-            places = [place - 0.4 + (number + 0.5) * width for place in range(len(rows))]
-            axis.bar(places, [found.gain(row, name, by) for row in rows], width, label=name)
+            known = [place for place, row in enumerate(rows) if found.has(row, name)]
+            places = [place - 0.4 + (number + 0.5) * width for place in known]
+            axis.bar(places, [found.gain(rows[place], name, by) for place in known], width, label=name)
         axis.set_ylabel(f"gain, {title}")
         axis.axhline(0, color="black", linewidth=0.6)
         if len(names) > 1:

@@ -19,6 +19,8 @@ from bidensify.precisions import Allocation, Cost, Measured, Row, Sensitivity, a
 from bidensify.precisions.costs import costs_of
 from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import PRECISIONS, Precision
+from bidensify.tasks import SegmentationTask
+from tests.tiny import Colours
 
 FULL = Cost(macs=1000, ops=2000, bytes=4000)
 
@@ -305,3 +307,23 @@ def test_a_precision_without_milliseconds_is_no_choice() -> None:
     found = found.model_copy(update={"rows": tuple(unknown)})
     assert set(allocation(found, read_budget(ms=5)).chosen.values()) == {"binary", "float"}
     assert set(allocation(found, read_budget(bytes=0.5, macs=0.1)).chosen.values()) == {"middle"}
+
+
+def test_methods_without_two_bits_have_no_choice_of_them(tmp_path: Path) -> None:
+    """Mixed methods: of ``irnet``'s layers there is no two-bit form, so nothing is measured, shown or chosen."""
+    torch.manual_seed(0)
+    teacher = build_model("demo:unet", width=8, num_classes=3, levels=2).eval()
+    config = bd.BidensifyConfig(rules=(bd.Rule("decoder.*", "irnet"),))
+    student = bd.bidensify(teacher, config)
+    found = bd.sensitivity(
+        student, Colours(4, seed=1), teacher, task=SegmentationTask(3), precisions=["act_bits 2"], quiet=True
+    )
+    theirs = {path for path, layer in binary_layers(student) if layer.method == "irnet"}
+    assert 0 < len(theirs) < len(found.layers)
+    for row in found.layers:
+        assert found.has(row, "act_bits 2") is (row.name not in theirs)
+    assert len([line for line in found.to_markdown().splitlines() if "| – | – |" in line]) == len(theirs)
+    found.plot(tmp_path / "gains.svg")
+    chosen = allocation(found, read_budget({"ops": 0.6}))
+    assert not theirs & {path for path, name in chosen.chosen.items() if name == "act_bits 2"}
+    assert bd.bidensify(teacher, chosen.config).bidensify_plan.binary
