@@ -57,7 +57,8 @@ class Rule:
             it is stored by name.
         action: "keep", "int8" (the float layer, weights and input rounded to 8 bits), "binarize", the name of a method, or a
             mapping of overrides: method, act_scale ("per_tensor" | "per_channel" | "none" | "spatial"), act_bits (1 | 2), bypass
-            (bool), activation ("rprelu" | "keep").
+            (bool; a residual add that carries the signal still takes it away, unless residual="double"), activation
+            ("rprelu" | "keep").
         where: predicates on the layer that must hold too, each a closed range [low, high] (None: open):
             in_channels, out_channels, kernel_size (the larger side), stride, groups, height, width (of the output).
 

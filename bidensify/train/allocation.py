@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from bidensify.errors import ConfigError
 from bidensify.precisions import PRECISIONS, Sensitivity, allocation, sensitivity
 from bidensify.recipe import Recipe
 from bidensify.rewrite import bidensify
+from bidensify.tasks import Views
 from bidensify.train.distributed import make_accelerator
 from bidensify.train.loaders import placed, training_loader
 from bidensify.train.rundir.folder import RunFolder
@@ -98,7 +100,15 @@ def recipe_sensitivity(
     **options: Any,
 ) -> Sensitivity:
     """:func:`bidensify.sensitivity` on a recipe's data: ``images`` of its validation images, evenly spaced (by default all), with
-    thresholds and norms from its first training batches."""
+    thresholds and norms from its first training batches. Every image is looked at once, whole; where ``evaluate`` has windows,
+    mirror images or scales, a warning says so."""
+    if recipe.views() != Views():
+        warnings.warn(
+            f"sensitivity of recipe {recipe.name!r} looks at every image once, whole, not with evaluate's window, flip and "
+            "scales: its metric is another one than the run's",
+            UserWarning,
+            stacklevel=2,
+        )
     length = len(val)  # type: ignore[arg-type]
     count = min(images or length, length)
     loader = training_loader(Seeded(train, recipe.seed), recipe, 0)

@@ -12,7 +12,7 @@ from bidensify.errors import ConfigError
 from bidensify.nn import binary_layers, int8_layers
 from bidensify.precisions import Sensitivity
 from bidensify.recipe import load_recipe
-from bidensify.train import build_student, evaluate, load_run, run_recipe
+from bidensify.train import build_student, evaluate, load_run, recipe_sensitivity, run_recipe
 from bidensify.train.loop import Loop
 
 
@@ -117,6 +117,18 @@ def test_an_allocated_student_trains_resumes_packs_and_is_evaluated(
         assert torch.equal(packed(x), cut.to(memory_format=torch.channels_last)(x))  # type: ignore[call-overload]
     metrics = evaluate(packed, own.build_task(), val)
     assert metrics["miou"] == pytest.approx(result.metrics["miou"], abs=1e-6)
+
+
+def test_that_images_are_looked_at_whole_is_told() -> None:
+    data = load_recipe(recipe({"bytes": 0.3}, evaluate={"flip": True}))
+    train, val = data.build_datasets()
+    teacher = data.build_model().eval()
+    student = build_student(data, teacher, config=data.config())
+    with pytest.warns(
+        UserWarning, match="looks at every image once, whole, not with evaluate's window, flip and scales"
+    ):
+        found = recipe_sensitivity(data, student, teacher, train, val, images=1, quiet=True)
+    assert found.samples == 1
 
 
 def test_mistakes_in_a_budget_are_told(tmp_path: Path) -> None:
