@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,16 @@ def save_arrays(path: Path, runs: Sequence[Sequence[Tensor]]) -> None:
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
+# Alone, but with the packages of this process, wherever they are (a user's own folder, PYTHONPATH).
+_START = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[:] = sys.argv[2:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 def run_program(program: str, *arguments: Path) -> str:
     """Runs a Python file by itself; returns "" or how it ended and the end of what it said."""
-    command = [sys.executable, "-I", program, *map(str, arguments)]
+    packages = json.dumps([place for place in sys.path if place])
+    command = [sys.executable, "-I", "-c", _START, packages, program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"exit {done.returncode}): {(done.stdout + done.stderr)[-1500:]}" if done.returncode else ""
