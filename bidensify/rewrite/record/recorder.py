@@ -227,7 +227,7 @@ def _heavy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     return pixels > _LIGHT_PIXELS
 
 
-def _run_somehow(
+def _recorded_run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool, *, training: bool = False
 ) -> tuple[_Recorder, Any]:
     """Runs on real or on fake tensors; nothing of it stays on the model."""
@@ -255,7 +255,7 @@ def _more_in_training(
     if not any("training" in code.co_names for module in model.modules() for code in _codes(module)):
         return {}
     try:
-        recorder, _ = _run_somehow(model, args, kwargs, fake, training=True)
+        recorder, _ = _recorded_run(model, args, kwargs, fake, training=True)
     except Exception:
         # Code that wants labels while it trains, say: there is nothing to compare then.
         return {}
@@ -282,7 +282,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
     for args, kwargs in candidate_inputs(model, example_inputs):
         for fake in (True, False) if _heavy(model, args, kwargs) else (False, True):
             try:
-                recorder, output = _run_somehow(model, args, kwargs, fake)
+                recorder, output = _recorded_run(model, args, kwargs, fake)
             except Exception as error:
                 text = str(error).strip().splitlines()
                 failures.append(

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import LAYERS, settle
+from helpers import LAYERS, Decoder, Layers, packed_with, settle
 from runtimes import needs
 from torch import Tensor, nn
 
@@ -25,7 +24,6 @@ from bidensify.deploy.freeze import freeze
 from bidensify.errors import ConfigError, MissingExtraError
 from bidensify.methods import get_method
 from bidensify.models.unet import unet
-from bidensify.nn import BiDenseConv2d
 
 here = needs("executorch")
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -43,17 +41,6 @@ def run(library: Path, path: Path, *values: Tensor) -> list[Tensor]:
     """The outputs of a .pte."""
     arrays = [value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy() for value in values]
     return [torch.from_numpy(value) for value in Program(path, library)(*arrays)]
-
-
-class Layers(nn.Module):
-    """Layers beside one another, each with an input of its own."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer, x in zip(self.layers, inputs))
 
 
 @here
@@ -80,36 +67,9 @@ def test_single_layers_give_the_same_bits_on_every_kernel(
     "method", [name for name in bd.available_methods() if get_method(name).takes("conv2d") and name != "bidense"]
 )
 def test_every_method(method: str, tmp_path: Path, library: Path) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    student = bd.bidensify(net, method=method, example_inputs=torch.randn(2, 3, 12, 12))
-    bd.calibrate(student, [torch.randn(2, 3, 12, 12)])
-    try:
-        packed = bd.pack(student.eval())
-    except bd.errors.PackError as error:
-        pytest.skip(str(error))
-    done = bd.export(packed, tmp_path / "net.pte", example_inputs=torch.randn(2, 3, 12, 12))
+    done = bd.export(packed_with(method), tmp_path / "net.pte", example_inputs=torch.randn(2, 3, 12, 12))
     assert done.difference is not None
     assert done.difference < 1e-5
-
-
-class Decoder(nn.Module):
-    """A concatenation of upsamplings before one layer, a residual around another, a norm that wants another order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
-        self.down = BiDenseConv2d(16, 32, 3, 2, 1)
-        self.joined = BiDenseConv2d(48, 16, 3, padding=1)
-        self.norm = nn.GroupNorm(4, 16)
-        self.last = BiDenseConv2d(16, 16, 1)
-        self.head = nn.Conv2d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        a = self.stem(x)
-        y = self.joined(torch.cat([F.interpolate(self.down(a), scale_factor=2), a], 1))
-        y = self.last(F.interpolate(self.norm(y) + a, scale_factor=2.0, mode="nearest"))
-        return {"scores": self.head(y), "features": y}
 
 
 @pytest.fixture(scope="module")

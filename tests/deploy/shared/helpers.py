@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import bidensify as bd
+from bidensify.errors import PackError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear, BinaryLayer, RPReLU
 
 # Name -> (makes the layer, the shape of an input).
@@ -39,7 +43,7 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random statistics, affines and thresholds in every binary layer; evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
-    def fill(tensor: torch.Tensor, low: float, high: float) -> None:
+    def fill(tensor: Tensor, low: float, high: float) -> None:
         tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
 
     with torch.no_grad():
@@ -59,7 +63,7 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
     """Largest error over the largest value."""
     assert got.shape == want.shape
     return float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1e-12))
@@ -76,3 +80,45 @@ def network() -> nn.Module:
         nn.Conv2d(8, 4, 1),
     )
     return settle(layers)
+
+
+def packed_with(method: str) -> nn.Module:
+    """A packed network with one layer of a method; skips the test where the method does not pack."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    student = bd.bidensify(net, method=method, example_inputs=torch.randn(2, 3, 12, 12))
+    bd.calibrate(student, [torch.randn(2, 3, 12, 12)])
+    try:
+        return bd.pack(student.eval())
+    except PackError as error:
+        pytest.skip(str(error))
+
+
+class Layers(nn.Module):
+    """Layers beside one another, each with an input of its own."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs))
+
+
+class Decoder(nn.Module):
+    """A concatenation of upsamplings before one layer, a residual around another, a norm of another order, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.down = BiDenseConv2d(16, 32, 3, 2, 1)
+        self.joined = BiDenseConv2d(48, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.last = BiDenseConv2d(16, 16, 1)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = self.stem(x)
+        y = self.joined(torch.cat([F.interpolate(self.down(a), scale_factor=2), a], 1))
+        y = self.last(F.interpolate(self.norm(y) + a, scale_factor=2.0, mode="nearest"))
+        return {"scores": self.head(y), "features": y}
