@@ -18,6 +18,7 @@ from bidensify.deploy.bits import bits_from_signs, tiles_from_bits
 from bidensify.deploy.reference import packed_reference
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError
+from bidensify.nn.bypass import fusion
 
 NATIVE = [name for name in available_kernels() if name != "reference"]
 
@@ -29,7 +30,7 @@ def layers(draw: st.DrawFn) -> tuple[PackedSpec, tuple[int, int, int, int]]:
     """A geometry, and the shape of an input that it takes."""
     kind = draw(st.sampled_from(["conv", "conv", "depthwise", "conv_transpose", "pointwise", "linear"]))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    channels = st.sampled_from([1, 3, 16, 20, 31, 32, 33, 48, 64, 65, 96])
+    channels = st.sampled_from([1, 3, 16, 20, 24, 31, 32, 33, 48, 60, 64, 65, 66, 72, 93, 96])
     cin, cout = groups * draw(channels), groups * draw(channels)
     kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
     stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
@@ -142,6 +143,39 @@ def test_layers_agree_with_the_reference_and_each_other(
         first = got if first is None else first
         # The sums run in one order everywhere.
         assert torch.equal(got, first), name
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("cin", "cout"),
+    [
+        (17, 34),
+        (20, 60),
+        (24, 72),
+        (31, 93),
+        (40, 240),
+        (23, 23),
+        (24, 8),
+        (75, 25),
+        (40, 56),
+        (5, 20),
+        (20, 5),
+        (1, 19),
+    ],
+)
+def test_copies_and_means_of_channels_that_no_vector_divides(
+    name: str, dtype: torch.dtype, groups: int, cin: int, cout: int
+) -> None:
+    """The bypass alone, of whole numbers: a channel in the wrong lane is another number."""
+    spec = PackedSpec("conv", groups * cin, groups * cout, (3, 3), padding=(1, 1, 1, 1), groups=groups, bypass=True)
+    tiles = tiles_from_bits(bits_from_signs(random_signs(spec.weight_shape, torch.Generator().manual_seed(0))), spec)
+    x = torch.arange(7.0 * 9 * groups * cin).remainder(251).sub(125).view(1, 7, 9, -1).permute(0, 3, 1, 2)
+    x = x.to(dtype)
+    got = choose_backend(name).run(x, tiles, torch.zeros(spec.side_length), spec, None, None, None)
+    want = fusion(x.double(), spec.out_channels, dim=1).to(dtype)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -15,6 +15,9 @@ namespace {
 
 inline vf load_f32(const float* p) { return Memory<vf>::load(p); }
 
+// Lanes of two vectors of which one is 0 there; a sum would lose the sign of -0.
+inline vf either(vf a, vf b) { return as_float(as_uint(a) | as_uint(b)); }
+
 template <int D>
 struct Type;
 template <>
@@ -22,18 +25,17 @@ struct Type<BD_FLOAT32> {
   typedef float T;
   static vf load(const float* p) { return load_f32(p); }
   static vf load(const float* p, int n) {
-    if (n >= kLanes) return load_f32(p);
-    float t[kLanes] = {};
-    memcpy(t, p, sizeof(float) * (size_t)n);
-    return load_f32(t);
+    return n >= kLanes ? load_f32(p) : Part<vf, float>::load(p, n);
+  }
+  // Lanes 0..m-1 of what begins at p, then lanes m..n-1 of what begins at q.
+  static vf load_two(const float* p, const float* q, int m, int n) {
+    return either(Part<vf, float>::load(p, m), Part<vf, float>::between(q, m, n));
   }
   static void store(float* p, vf v, int n) {
     if (n >= kLanes) {
       Memory<vf>::store(p, v);
     } else {
-      float t[kLanes];
-      Memory<vf>::store(t, v);
-      memcpy(p, t, sizeof(float) * (size_t)n);
+      Part<vf, float>::store(p, v, n);
     }
   }
 };
@@ -42,19 +44,17 @@ struct Type<BD_BFLOAT16> {
   typedef uint16_t T;
   static vf load(const uint16_t* p) { return widen(Memory<vh>::load(p)); }
   static vf load(const uint16_t* p, int n) {
-    if (n >= kLanes) return load(p);
-    uint16_t t[kLanes] = {};
-    memcpy(t, p, sizeof(uint16_t) * (size_t)n);
-    return load(t);
+    return n >= kLanes ? load(p) : widen(Part<vh, uint16_t>::load(p, n));
+  }
+  static vf load_two(const uint16_t* p, const uint16_t* q, int m, int n) {
+    return either(widen(Part<vh, uint16_t>::load(p, m)), widen(Part<vh, uint16_t>::between(q, m, n)));
   }
   static void store(uint16_t* p, vf v, int n) {
     const vh h = narrow(v);
     if (n >= kLanes) {
       Memory<vh>::store(p, h);
     } else {
-      uint16_t t[kLanes];
-      Memory<vh>::store(t, h);
-      memcpy(p, t, sizeof(uint16_t) * (size_t)n);
+      Part<vh, uint16_t>::store(p, h, n);
     }
   }
 };

@@ -31,6 +31,9 @@ inline void finish_lanes(const int32_t* counts, int64_t count_step, int pixels, 
   const float* const buffer = e.buffer;
   const int64_t members = e.source_sum, stride = e.source_stride, buffer_step = e.buffer_step, y_step = e.y_step;
   const int64_t from = members == 1 ? (e.source_channel + at) % e.source_wrap : e.source_channel + at;
+  // A copy of the source may end, and the next one begin, among these lanes; not two, since it has as many channels at least.
+  const int before = (int)(e.source_wrap - from);
+  const bool two = members == 1 && before < n;
   const vf divisor = splat((float)members);
   const int32_t* const kvalid = e.kvalid;
   const int kvalid_step = e.kvalid_step;
@@ -42,7 +45,7 @@ inline void finish_lanes(const int32_t* counts, int64_t count_step, int pixels, 
     bool signal = false;
     if (source) {
       const T* x = (const T*)source[p] + from;
-      s = Ty::load(x, n);
+      s = two ? Ty::load_two(x, x - from - before, before, n) : Ty::load(x, n);
       if (members > 1) {
         for (int64_t j = 1; j < members; ++j) s += Ty::load(x + j * stride, n);
         s = s / divisor;

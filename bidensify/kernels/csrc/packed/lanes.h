@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace bd {
 namespace {
@@ -102,6 +105,134 @@ struct Memory<Pair<V>> {
     Memory<V>::store((char*)p + sizeof(V), v.hi);
   }
 };
+
+// Some of a vector's lanes: the first n (n is less than a vector has, and may be 0), or lanes m to n-1 of what begins at p (m <= n,
+// n at most what a vector has). Others are 0, or left as they are. Channels that no vector divides take these for every pixel; a
+// copy of n values through memory would wait for itself there.
+template <class V, class E>
+struct Part {
+  static constexpr int kHere = (int)(sizeof(V) / sizeof(E));
+  static inline V load(const E* p, int n) {
+    V v = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kHere; ++i)
+      if (i < n) v[i] = p[i];
+    return v;
+  }
+  static inline V between(const E* p, int m, int n) {
+    V v = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kHere; ++i)
+      if (i >= m && i < n) v[i] = p[i];
+    return v;
+  }
+  static inline void store(E* p, V v, int n) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kHere; ++i)
+      if (i < n) p[i] = v[i];
+  }
+};
+template <class V, class E>
+struct Part<Pair<V>, E> {
+  static constexpr int kHalf = (int)(sizeof(V) / sizeof(E));
+  static inline Pair<V> load(const E* p, int n) {
+    if (n < kHalf) return {Part<V, E>::load(p, n), V{}};
+    return {Memory<V>::load(p), Part<V, E>::load(p + kHalf, n - kHalf)};
+  }
+  static inline Pair<V> between(const E* p, int m, int n) {
+    return {Part<V, E>::between(p, m, n < kHalf ? n : kHalf), Part<V, E>::between(p + kHalf, m > kHalf ? m - kHalf : 0, n - kHalf)};
+  }
+  static inline void store(E* p, Pair<V> v, int n) {
+    if (n < kHalf) return Part<V, E>::store(p, v.lo, n);
+    Memory<V>::store(p, v.lo);
+    Part<V, E>::store(p + kHalf, v.hi, n - kHalf);
+  }
+};
+#if defined(__AVX512F__)
+template <>
+struct Part<vf, float> {
+  static inline vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+  static inline vf between(const float* p, int m, int n) {
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - (1u << m)), p);
+  }
+  static inline void store(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+};
+template <>
+struct Part<vh, uint16_t> {
+  static inline vh load(const uint16_t* p, int n) { return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
+  static inline vh between(const uint16_t* p, int m, int n) {
+    return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - (1u << m)), p);
+  }
+  static inline void store(uint16_t* p, vh v, int n) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v); }
+};
+#elif defined(__AVX2__)
+// Masked loads are fast, masked stores on AMD's processors are not: those are made of pieces.
+alignas(32) constexpr int32_t kMasks[24] = {-1, -1, -1, -1, -1, -1, -1, -1};
+inline __m256i mask_of(int n) { return _mm256_loadu_si256((const __m256i*)(kMasks + 8 - (n < 0 ? 0 : n))); }
+template <>
+struct Part<Native<32>::f, float> {
+  typedef Native<32>::f V;
+  static inline V load(const float* p, int n) {
+    return (V)_mm256_maskload_ps(p, mask_of(n));
+  }
+  static inline V between(const float* p, int m, int n) {
+    return (V)_mm256_maskload_ps(p, _mm256_andnot_si256(mask_of(m < 8 ? m : 8), mask_of(n)));
+  }
+  static inline void store(float* p, V v, int n) {
+    __m128 four = _mm256_castps256_ps128((__m256)v);
+    if (n & 4) {
+      _mm_storeu_ps(p, four);
+      four = _mm256_extractf128_ps((__m256)v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi((__m64*)p, four);
+      four = _mm_movehl_ps(four, four);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, four);
+  }
+};
+template <>
+struct Part<Native<32>::h, uint16_t> {
+  typedef Native<32>::h V;
+  // Up to four values in the low bits.
+  static inline int64_t few(const uint16_t* p, int n) {
+    uint32_t two = 0;
+    uint64_t found = 0;
+    if (n & 2) memcpy(&two, p, 4);
+    if (n & 1) found = (uint64_t)p[n - 1] << (8 * (n & 2) * 2);
+    return (int64_t)(found | two);
+  }
+  static inline void put(uint16_t* p, int64_t values, int n) {
+    if (n & 2) {
+      memcpy(p, &values, 4);
+      values = (int64_t)((uint64_t)values >> 32);
+      p += 2;
+    }
+    if (n & 1) *p = (uint16_t)values;
+  }
+  static inline V load(const uint16_t* p, int n) {
+    if (n < 4) return (V)_mm_set_epi64x(0, few(p, n));
+    int64_t four;
+    memcpy(&four, p, 8);
+    return (V)_mm_set_epi64x(few(p + 4, n - 4), four);
+  }
+  static inline V between(const uint16_t* p, int m, int n) {
+    V v = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      if (i >= m && i < n) v[i] = p[i];
+    return v;
+  }
+  static inline void store(uint16_t* p, V v, int n) {
+    const __m128i all = (__m128i)v;
+    if (n < 4) return put(p, _mm_cvtsi128_si64(all), n);
+    _mm_storel_epi64((__m128i*)p, all);
+    put(p + 4, _mm_extract_epi64(all, 1), n - 4);
+  }
+};
+#endif
 
 inline N::f to_float(N::i v) { return __builtin_convertvector(v, N::f); }
 inline N::u from_half(N::h v) { return __builtin_convertvector(v, N::u); }

@@ -71,8 +71,7 @@ Layer::Layer(const bd_conv_args& args, const Inner& inner, const bd_part* parts,
   }
 
   const bool middle = lopsided(a_);
-  const bool whole_up = a_.cout == a_.cin || (a_.cout > a_.cin && a_.cout % a_.cin == 0 && a_.cin % kLanes == 0 &&
-                                              (a_.groups == 1 || a_.depthwise || out_group_ % kMaxChannels == 0));
+  const bool whole_up = a_.cout == a_.cin || (a_.cout % a_.cin == 0 && a_.cin >= kLanes);
   const bool whole_down = a_.cout < a_.cin && a_.cin % a_.cout == 0;
   // What is added before the activation is added up first: several things meet in the buffer.
   const bool inside = middle || (a_.offset != nullptr && a_.depthwise);
