@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from networks import Net
@@ -153,3 +155,37 @@ def test_nothing_that_a_forward_leaves_behind_stays(size: int) -> None:
     assert torch.equal(rng, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any("_tensor_constant" in name for module in model.modules() for name in vars(module))
+
+
+class Momentum(nn.Module):
+    """Changes parameters and buffers in place while it trains, draws, and keeps what it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+        self.relu = nn.ReLU()
+        self.register_buffer("queue", torch.zeros(4))
+        self.made: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(self.stem(x)))
+        if self.training:
+            with torch.no_grad():
+                self.conv.weight.data.mul_(0.9)
+                self.stem.weight.lerp_(torch.zeros_like(self.stem.weight), 0.5)
+                self.queue.add_(torch.rand(4))
+            self.made = self.relu(y - 1)
+        return self.head(y)
+
+
+def test_the_run_in_training_mode_leaves_nothing_behind() -> None:
+    model = Momentum()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = record(model)
+    assert found.more_in_training == {"relu": 1}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.made is None
+    assert model.training
+    assert all(type(value) is nn.Parameter for value in model.parameters())

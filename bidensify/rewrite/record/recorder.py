@@ -249,13 +249,16 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 
 def _more_in_training(
-    model: nn.Module, found: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool
+    model: nn.Module, found: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, int]:
-    """Which modules a run in training mode calls more or less often than the recorded one."""
+    """Which modules a run in training mode calls more or less often than the recorded one.
+
+    On fake tensors: code that trains may change parameters in place (a momentum encoder's).
+    """
     if not any("training" in code.co_names for module in model.modules() for code in _codes(module)):
         return {}
     try:
-        recorder, _ = _recorded_run(model, args, kwargs, fake, training=True)
+        recorder, _ = _recorded_run(model, args, kwargs, fake=True, training=True)
     except Exception:
         # Code that wants labels while it trains, say: there is nothing to compare then.
         return {}
@@ -303,7 +306,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 weights=recorder.weights,
                 attributes_set=frozenset(recorder.attributes_set),
                 aliases=aliases,
-                more_in_training=_more_in_training(model, recorder, args, kwargs, fake),
+                more_in_training=_more_in_training(model, recorder, args, kwargs),
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),
                 output=specs(output),
