@@ -81,3 +81,17 @@ def test_errors_quote_what_was_given() -> None:
         RPReLU(3, dim=2)
     with pytest.raises(ValueError, match=r"has 4 channels on dimension 1 \(shape \(1, 4, 2, 2\)\), .* made for 3"):
         RPReLU(3)(torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_exported_it_gives_the_same_values_without_a_choice(dim: int) -> None:
+    """Runtimes compute ``relu`` and ``prelu`` themselves, and few of them ``where``."""
+    layer = filled(5, dim).eval()
+    with torch.no_grad():
+        layer.bias_in.zero_()
+    x = torch.randn((2, 5, 7, 3) if dim == 1 else (2, 7, 5))
+    x.flatten()[:5] = torch.tensor([0.0, -0.0, torch.inf, torch.nan, -1e-45])
+    program = torch.export.export(layer, (x,))
+    assert not any("where" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0, equal_nan=True)
