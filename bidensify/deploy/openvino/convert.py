@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bidensify.deploy.openvino import quantize
@@ -21,6 +22,15 @@ from bidensify.deploy.runtimes.quiet import quiet
 from bidensify.errors import MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
+
+# OpenVINO (2026.4, low-precision passes) asks whether what a reshape reads is constant, and walks back along every path until it
+# meets one of these; each addition between packed layers makes two paths of one. It makes reshapes of a group norm.
+_ASKED = ("Reshape", "GroupNormalization")
+_TOLD = (
+    "Parameter", "Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData", "GroupConvolutionBackpropData",
+)  # fmt: skip
+# A tenth of a second of them, and some minutes.
+_MANY_STEPS, _MOST_STEPS = 10**6, 10**9
 
 # Numbers beside the network stand in the file under this name.
 _SECTION = "bidensify"
@@ -114,7 +124,48 @@ def with_int8_rest(network: Any, images: Sequence[Any], library: Path) -> Any:
         # Else the network would go on reading the file.
         core.set_property({"ENABLE_MMAP": False})
         core.add_extension(str(library))
-        return core.read_model(str(place / "int8.xml"))
+        made = core.read_model(str(place / "int8.xml"))
+    _stop_walks(made)
+    return made
+
+
+def _stop_walks(network: Any) -> None:
+    """Puts a convolution by one before what OpenVINO would ask for longer than anybody waits.
+
+    Raises:
+        PlanError: that is no image.
+    """
+    ops = _import("openvino.opset13")
+    for node in network.get_ordered_ops():
+        steps = _steps_back(node) if node.get_type_name() in _ASKED else 0
+        if steps <= _MANY_STEPS:
+            continue
+        shape = node.input_value(0).get_partial_shape()
+        if len(shape) == 4 and shape[1].is_static:
+            one = ops.constant(np.ones((shape[1].get_length(), 1, 1, 1, 1), np.float32))
+            same = ops.group_convolution(node.input_value(0), one, [1, 1], [0, 0], [0, 0], [1, 1])
+            node.input(0).replace_source_output(same.output(0))
+        elif steps > _MOST_STEPS:
+            raise PlanError(
+                f"OpenVINO would not end compiling this network in int8: before {node.get_friendly_name()!r} it walks every path "
+                f"back to a convolution, through packed layers and additions {steps:.2g} steps; leave int8_rest out"
+            )
+
+
+def _steps_back(node: Any) -> int:
+    """How many steps OpenVINO takes until it knows, level by level of the nodes before."""
+    steps, level = 0, {node.get_name(): (node, 1)}
+    while level:
+        before: dict[str, tuple[Any, int]] = {}
+        for reader, paths in level.values():
+            steps += paths
+            for value in reader.input_values():
+                source = value.get_node()
+                if source.get_type_name() in _TOLD:
+                    return steps
+                before[source.get_name()] = (source, before.get(source.get_name(), (source, 0))[1] + paths)
+        level = before
+    return steps
 
 
 def _leave_in_rows(network: Any) -> None:

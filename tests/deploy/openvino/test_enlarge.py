@@ -94,4 +94,8 @@ def test_an_enlargement_stays_in_float_beside_an_int8_rest(tmp_path: Path) -> No
     assert "FakeQuantize" in kinds(network)
     for node in network.get_ordered_ops():
         if node.get_type_name() == "MatMul":
-            assert {value.get_node().get_type_name() for value in node.input_values()} <= {"Constant", "Reshape"}
+            assert {value.get_node().get_type_name() for value in node.input_values()} <= {
+                "Constant",
+                "Reshape",
+                "packed_layer",
+            }
