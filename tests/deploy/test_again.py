@@ -31,5 +31,7 @@ def test_a_program_has_the_packages_of_its_parent_and_its_own_arguments(
     monkeypatch.syspath_prepend(packages)
     assert run_program(str(program), tmp_path / "out.txt") == ""
     assert (tmp_path / "out.txt").read_text() == "7"
-    program.write_text("import sys; sys.exit(3)")
-    assert run_program(str(program)).startswith("exit 3")
+    program.write_text(
+        "print('I 00:00:00.000719 executorch:cpuinfo_utils.cpp:71] Reading'); print('E why'); raise SystemExit(3)"
+    )
+    assert run_program(str(program)) == "exit 3): E why"
