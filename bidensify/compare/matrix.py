@@ -91,7 +91,7 @@ class Matrix:
             ConfigError: it holds something else, or a comparison under another recipe.
         """
         from bidensify.recipe import load_recipe
-        from bidensify.train.rundir.folder import differences
+        from bidensify.train.rundir.differences import differences
 
         file = self.out / "recipe.yaml"
         if self.out.exists() and (not self.out.is_dir() or (any(self.out.iterdir()) and not file.is_file())):

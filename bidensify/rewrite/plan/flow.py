@@ -176,11 +176,6 @@ class Flow:
             current = self.data_input(current) if through else None
         return False
 
-    def used_apart(self, path: str, layer: str = "") -> bool:
-        """Whether code that runs in training alone calls a module more often than ``layer``: somewhere else."""
-        more = self.record.more_in_training
-        return more.get(path, 0) > more.get(layer, 0)
-
     # what is around it
 
     def tensors(self, node: fx.Node) -> list[fx.Node]:

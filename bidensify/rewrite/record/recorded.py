@@ -89,6 +89,10 @@ class Record:
                 result.setdefault(node.target, []).append(node)
         return result
 
+    def used_apart(self, path: str, layer: str = "") -> bool:
+        """Whether code that runs in training alone calls a module more often than ``layer``: somewhere else."""
+        return self.more_in_training.get(path, 0) > self.more_in_training.get(layer, 0)
+
 
 def scope_of(node: fx.Node) -> Scope:
     """The stack of enclosing (block path, call number), innermost last."""

@@ -6,10 +6,7 @@ Nothing of the recording stays on the model: no hook, buffer or constant; flags 
 
 from __future__ import annotations
 
-import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
 from bidensify.rewrite.record.restore import restored, same_random_state
+from bidensify.rewrite.record.training import more_in_training
 
 __all__ = ["record"]
 
@@ -241,32 +239,6 @@ def _recorded_run(
             return _run(model, tuple(_copy_to(args, mode.from_tensor)), dict(_copy_to(kwargs, mode.from_tensor)))
 
 
-def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """The code of a module's own class, and of those that it is made of, down to torch's."""
-    for cls in type(module).__mro__:
-        if not cls.__module__.startswith("torch."):
-            yield from (inspect.unwrap(item).__code__ for item in vars(cls).values() if isinstance(item, FunctionType))
-
-
-def _more_in_training(
-    model: nn.Module, found: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, int]:
-    """Which modules a run in training mode calls more or less often than the recorded one.
-
-    On fake tensors: code that trains may change parameters in place (a momentum encoder's).
-    """
-    if not any("training" in code.co_names for module in model.modules() for code in _codes(module)):
-        return {}
-    try:
-        recorder, _ = _recorded_run(model, args, kwargs, fake=True, training=True)
-    except Exception:
-        # Code that wants labels while it trains, say: there is nothing to compare then.
-        return {}
-    counts = [Counter(str(n.target) for n in each.graph.nodes if n.op == "call_module") for each in (recorder, found)]
-    difference = {path: counts[0][path] - counts[1][path] for path in counts[0] | counts[1]}
-    return {path: number for path, number in difference.items() if number}
-
-
 def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Runs ``model`` once in evaluation mode and writes down what it did.
 
@@ -293,6 +265,10 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                     f"{text[0][:200] if text else ''}"
                 )
                 continue
+
+            def in_training(args: tuple[Any, ...] = args, kwargs: dict[str, Any] = kwargs) -> fx.Graph:
+                return _recorded_run(model, args, kwargs, fake=True, training=True)[0].graph
+
             modules = dict(model.named_modules())
             first = {id(module): path for path, module in modules.items()}
             aliases: dict[str, list[str]] = {}
@@ -306,7 +282,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 weights=recorder.weights,
                 attributes_set=frozenset(recorder.attributes_set),
                 aliases=aliases,
-                more_in_training=_more_in_training(model, recorder, args, kwargs),
+                more_in_training=more_in_training(model, recorder.graph, in_training),
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),
                 output=specs(output),

@@ -17,6 +17,7 @@ from bidensify._util.files import atomic_write, inside
 from bidensify.errors import ConfigError, FormatError
 from bidensify.recipe import Recipe, load_recipe
 from bidensify.train.rundir.checkpoint import read_checkpoint
+from bidensify.train.rundir.differences import at, differences
 from bidensify.train.rundir.logs import versions, write_json
 
 # What may differ when a run is resumed: where files are, how fast data comes and what is written down, not the result.
@@ -205,8 +206,8 @@ class RunFolder:
                     "(-t, teacher_weights= or teacher=), or choose another run folder"
                 )
             raise ConfigError(
-                f"the run in {str(self.path)!r} began with other data: {path} was {_at(old, path)!r} and is "
-                f"{_at(inputs, path)!r}; give the same data, or choose another run folder"
+                f"the run in {str(self.path)!r} began with other data: {path} was {at(old, path)!r} and is "
+                f"{at(inputs, path)!r}; give the same data, or choose another run folder"
             )
 
     def begin(
@@ -277,12 +278,6 @@ def _teacher_title(teacher: Any) -> str:
     return f"the teacher {teacher.get('weights') or 'given'} (weights {str(teacher.get('fingerprint'))[:12]}...)"
 
 
-def _at(data: Any, path: str) -> Any:
-    for part in path.split("."):
-        data = data.get(part) if isinstance(data, dict) else None
-    return data
-
-
 def _is_longer(path: str, old: Recipe, new: Recipe, state: RunState) -> bool:
     """Whether ``path`` is the number of epochs of a stage that now has more, and that the run is not past."""
     match = re.fullmatch(r"stages\[(\d+)\]\.epochs", path)
@@ -291,16 +286,3 @@ def _is_longer(path: str, old: Recipe, new: Recipe, state: RunState) -> bool:
     number = int(match.group(1))
     end = sum(stage.epochs for stage in old.stages[: number + 1])
     return new.stages[number].epochs > old.stages[number].epochs and (state.epoch, state.batch) <= (end, 0)
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Returns the paths at which two trees of JSON-able data differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in sorted({*old, *new}):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [place for i, (a, b) in pairs for place in differences(a, b, f"{path}[{i}]")]
-    return [] if old == new else [path]

@@ -73,7 +73,7 @@ def _uses(draft: Draft) -> Iterator[_Use]:
         behind = [None if is_factor(draft.flow, node) else _layer_before(draft, node) for node in nodes]
         wanted = [_wanted(draft, node, layer) for node, layer in zip(nodes, behind)]
         path = key if isinstance(key, str) else None
-        apart = path is not None and draft.flow.used_apart(path, behind[0] or "")
+        apart = path is not None and draft.flow.record.used_apart(path, behind[0] or "")
         yield _Use(path, nodes, behind, wanted, apart)
 
 

@@ -35,7 +35,7 @@ def _remove(draft: Draft, found: Residual) -> bool:
         for node in found.scales
         if node.op == "call_module"
         and len(flow.calls[str(node.target)]) == 1
-        and not flow.used_apart(str(node.target), found.last)
+        and not flow.record.used_apart(str(node.target), found.last)
     ]
     steps = [found.add, *(node for node in found.scales if node not in modules)]
     sites: list[Site] = []

@@ -53,7 +53,7 @@ def _norm_behind(draft: Draft, layer: LayerPlan) -> str | None:
     norm = flow.record.modules.get(target) if target else None
     if norm is None or len(flow.calls[target]) != len(users):
         return None
-    if flow.used_apart(target, layer.path):
+    if flow.record.used_apart(target, layer.path):
         draft.note(f"{target}: stays behind {layer.path} and its new BatchNorm, since training calls it elsewhere too")
         return None
     more = more_than_norm(norm) if is_norm(norm) else ""
