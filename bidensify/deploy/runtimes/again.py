@@ -63,8 +63,7 @@ _START = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[:] = sys.argv[2:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-
-
+# What ExecuTorch says of the processor at each start is no reason.
 _INFORMED = re.compile(r"I [\d:.]+ executorch:")
 
 
@@ -73,6 +72,5 @@ def run_program(program: str, *arguments: Path) -> str:
     packages = json.dumps([place for place in sys.path if place])
     command = [sys.executable, "-I", "-c", _START, packages, program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    # What ExecuTorch says of the processor at each start is no reason.
-    said = [line for line in (done.stdout + done.stderr).splitlines() if not _INFORMED.match(line)]
-    return f"exit {done.returncode}): {chr(10).join(said)[-1500:]}" if done.returncode else ""
+    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if not _INFORMED.match(line))
+    return f"exit {done.returncode}): {said[-1500:]}" if done.returncode else ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+
+from bidensify.rewrite.record.training import more_in_training
 
 __all__ = ["Call", "Event", "Record", "Scope", "TensorSpec", "plain_name", "scope_of", "specs", "tensors_in"]
 
@@ -60,8 +63,7 @@ class Record:
         weights: layer path -> for every convolution that its calls made, whether the weight was its own parameter.
         attributes_set: (module path, name) of the attributes that the run set.
         aliases: first path -> every other path of the same module.
-        more_in_training: path -> how many more (or fewer, below 0) calls of a module a run in training mode makes, of
-            those that differ.
+        in_training: records the network once more, in training mode.
         inputs: the example inputs as text.
         output: the output's structure with TensorSpecs in it.
         fake: whether it ran on fake tensors.
@@ -74,7 +76,7 @@ class Record:
     weights: dict[str, list[bool]]
     attributes_set: frozenset[tuple[str, str]]
     aliases: dict[str, list[str]]
-    more_in_training: dict[str, int]
+    in_training: Callable[[], fx.Graph]
     inputs: Any
     inputs_text: str
     output: Any
@@ -88,6 +90,11 @@ class Record:
             if node.op == "call_module":
                 result.setdefault(node.target, []).append(node)
         return result
+
+    @cached_property
+    def more_in_training(self) -> dict[str, int]:
+        """See :func:`bidensify.rewrite.record.training.more_in_training`; only who plans a rewrite asks."""
+        return more_in_training(self.modules[""], self.graph, self.in_training)
 
     def used_apart(self, path: str, layer: str = "") -> bool:
         """Whether code that runs in training alone calls a module more often than ``layer``: somewhere else."""

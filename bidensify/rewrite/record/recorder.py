@@ -23,7 +23,6 @@ from bidensify.rewrite.record.inputs import candidate_inputs, describe_inputs
 from bidensify.rewrite.record.leaves import is_leaf
 from bidensify.rewrite.record.recorded import Call, Event, Record, TensorSpec, plain_name, specs, tensors_in
 from bidensify.rewrite.record.restore import restored, same_random_state
-from bidensify.rewrite.record.training import more_in_training
 
 __all__ = ["record"]
 
@@ -282,7 +281,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
                 weights=recorder.weights,
                 attributes_set=frozenset(recorder.attributes_set),
                 aliases=aliases,
-                more_in_training=more_in_training(model, recorder.graph, in_training),
+                in_training=in_training,
                 inputs=(args, kwargs),
                 inputs_text=describe_inputs(args, kwargs),
                 output=specs(output),

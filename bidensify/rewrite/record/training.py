@@ -20,7 +20,7 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 
 def more_in_training(model: nn.Module, found: fx.Graph, run: Callable[[], fx.Graph]) -> dict[str, int]:
-    """Which modules a run in training mode calls more or less often than the recorded one.
+    """path -> how many more (below 0: fewer) calls of a module a run in training mode makes, of those that differ.
 
     Args:
         model: what was recorded; where none of its code reads ``training`` there is no second run.
