@@ -90,7 +90,10 @@ def open_float(folder: Path, module: nn.Module, x: Tensor, number: int) -> Calla
             made = ov.convert_model(module, example_input=x.contiguous().clone(), input=[list(x.shape)])
         ov.save_model(made, file, compress_to_fp16=False)
     core = ov.Core()
-    options = {"INFERENCE_NUM_THREADS": number, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    # Where a processor has bfloat16, OpenVINO would compute in it.
+    options = {
+        "INFERENCE_NUM_THREADS": number, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"
+    }  # fmt: skip
     return openvino_call(core.compile_model(core.read_model(file), "CPU", options), x)
 
 
