@@ -15,6 +15,7 @@ import torch
 from bidensify.deploy.openvino import quantize
 from bidensify.deploy.openvino.apart import keep_apart
 from bidensify.deploy.openvino.layout import NCHW, NHWC, turn
+from bidensify.deploy.openvino.norms import as_rows, taken_to_pieces
 from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
 from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
@@ -23,9 +24,11 @@ from bidensify.errors import MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
 
-# OpenVINO (2026.4, low-precision passes) asks whether what a reshape reads is constant, and walks back along every path until it
-# meets one of these; each addition between packed layers makes two paths of one. It makes reshapes of a group norm.
-_ASKED = ("Reshape", "GroupNormalization")
+# OpenVINO (2026.4, low-precision passes) asks whether what a reshape or a quantization reads is constant, and walks back along
+# every path until it meets one of these; each addition between packed layers makes two paths of one, a norm taken to pieces four.
+# It makes reshapes of a group norm.
+_ASKED = ("Reshape", "GroupNormalization", "FakeQuantize")
+_PIECES = 4
 _TOLD = (
     "Parameter", "Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData", "GroupConvolutionBackpropData",
 )  # fmt: skip
@@ -89,6 +92,7 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
             if sizes is not None:
                 network.reshape({i: list(shape) for i, shape in enumerate(sizes)})
             turn(network)
+            as_rows(network)
             keep_apart(network)
     except Exception as error:
         raise PlanError(f"OpenVINO does not take this network: {type(error).__name__}: {str(error)[:600]}") from error
@@ -158,6 +162,7 @@ def _steps_back(node: Any) -> int:
     while level:
         before: dict[str, tuple[Any, int]] = {}
         for reader, paths in level.values():
+            paths *= _PIECES if reader.get_type_name() == "MVN" and taken_to_pieces(reader) else 1
             steps += paths
             for value in reader.input_values():
                 source = value.get_node()
