@@ -24,6 +24,7 @@ from torch import Tensor
 from bidensify.deploy.backends import choose_backend
 from bidensify.deploy.between.deferred import Part
 from bidensify.deploy.reference import packed_reference
+from bidensify.deploy.run import Repeated
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 
@@ -40,6 +41,9 @@ _OLD_SCHEMA = (
 )
 # The kernel that the layer at work asks for: no program that is written down holds it.
 _kernel: ContextVar[str] = ContextVar("kernel", default="auto")
+# Of layers that a compiled network or a program calls, by all that tells one from another: what was looked at once.
+_repeated: dict[Any, Repeated] = {}
+_MOST_REPEATED = 4096
 
 
 def spec_ints(spec: PackedSpec) -> list[int]:
@@ -126,6 +130,41 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     """What runs eagerly: the backend, or the reference where it does not take the input."""
+    alone = thresholds is None and levels is None and residual is None
+    if alone and len(parts) == len(up) == 1 and up[0] == 1 and tiles.is_cpu:
+        return _run_alone(parts[0], tiles, side, spec)
+    return _run_anew(parts, up, tiles, side, spec, thresholds, levels, residual)
+
+
+def _run_alone(x: Tensor, tiles: Tensor, side: Tensor, spec: Sequence[int]) -> Tensor:
+    """A layer on one input and nothing besides, as most of a network's are."""
+    # A mode of the caller's has seen this operator; it need not see every size that is read here.
+    with torch._C.DisableTorchFunction():
+        backend = choose_backend(_kernel.get())
+        tier = backend.tier if x.is_cpu and x.numel() and x.dtype in backend.dtypes else None
+        key = tuple(spec), *((w.data_ptr(), w.numel(), w.dtype, w.is_contiguous()) for w in (tiles, side))
+        found = None if tier is None else _repeated.get(key)
+        y = None if found is None or tier is None else found.call(tier, x, tiles, side)
+        if y is not None:
+            return y
+    y = _run_anew([x], [1], tiles, side, spec, None, None, None)
+    if tier is not None:
+        if len(_repeated) >= _MOST_REPEATED:
+            _repeated.clear()
+        _repeated.setdefault(key, Repeated()).keep(tier, x, tiles, side, _spec(spec))
+    return y
+
+
+def _run_anew(
+    parts: Sequence[Tensor],
+    up: Sequence[int],
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
     layer = _spec(spec)
     _check_parts(parts, up, layer)
     x = parts[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bidensify.deploy import operator, pack
 from bidensify.deploy.backends import KERNEL_VARIABLE, available_kernels
 from bidensify.deploy.freeze import freeze
+from bidensify.deploy.operator import reference_operator
 from bidensify.errors import ConfigError, FormatError
 from bidensify.nn import BiDenseConv2d, BiDenseConvTranspose2d, BiDenseLinear
 
@@ -223,3 +225,30 @@ def test_whoever_watches_operators_sees_packed_ones(whole: bool) -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             assert packed(fake.from_tensor(x)).shape == want.shape
         assert torch.equal(torch.func.vmap(lambda v: v * 1)(packed(x)), want)
+
+
+@pytest.mark.parametrize("make", [lambda: BiDenseConv2d(40, 24, 3, padding=1), lambda: BiDenseLinear(40, 24)])
+def test_the_same_call_once_more_sees_what_changed(make: Callable[[], nn.Module]) -> None:
+    """Calls of the operator are kept; weights that changed, moved or went, other inputs and other types are not those kept."""
+    layer, other = freeze(settle(make())), freeze(settle(make(), seed=1))
+    shape = (2, 40, 9, 7) if layer.spec.kind != "linear" else (2, 9, 40)
+
+    def both(x: Tensor, tiles: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = ([x], [1], tiles, side, layer._ints, None, None, None)
+        return torch.ops.bidensify.packed_layer(*arguments), reference_operator(*arguments)
+
+    for round_ in range(3):
+        x = torch.randn(shape)
+        tiles, side = layer.tiles.clone(), layer.side.clone()
+        for given in (x, x, 2 * x, x[:1], x.bfloat16(), x.double()):
+            found, wanted = both(given, tiles, side)
+            torch.testing.assert_close(found, wanted, rtol=1e-2 if given.dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        before, _ = both(x, tiles, side)
+        tiles.copy_(other.tiles)
+        found, wanted = both(x, tiles, side)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+        assert not torch.equal(found, before), round_
+        with pytest.raises((ConfigError, FormatError, RuntimeError)):
+            both(x, tiles[..., :-1].contiguous() if tiles.dim() > 1 else tiles[:-1], side)
+        with pytest.raises((ConfigError, FormatError, RuntimeError)):
+            both(x, tiles, side[:-1])
