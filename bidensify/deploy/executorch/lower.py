@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
-from bidensify.deploy.executorch.passes import kernels_pass, layout_pass
+from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
@@ -95,7 +95,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             config = ExecutorchBackendConfig(
-                passes=[kernels_pass()],
+                passes=[kernels_pass(), turns_pass()],
                 memory_planning_pass=MemoryPlanningPass(MemoryPlanningAlgorithmSuite([greedy, tight])),
             )
             return seal(bytes(edge.to_executorch(config).buffer))

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from bidensify.deploy.runtimes.prepare import LINEAR
 
-__all__ = ["kernels_pass", "layout_pass"]
+__all__ = ["kernels_pass", "layout_pass", "turns_pass"]
 
 _LAST = [0, 2, 3, 1]
 
@@ -159,3 +159,41 @@ def kernels_pass() -> Any:
             return self._like(super().call_getitem(value, key, meta), meta)
 
     return Kernels()
+
+
+def turns_pass() -> Any:
+    """A pass behind ``kernels_pass``: packed layers read contiguous images themselves, in place of copies in channels_last that
+    ExecuTorch's own kernel would make, one element at a time. XNNPACK's copies stay: they are parts of its delegates.
+    """
+    from executorch.exir.dialects._ops import ops
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    edge = ops.edge
+    copies = (edge.dim_order_ops._clone_dim_order.default, edge.dim_order_ops._to_dim_order_copy.default)
+
+    def source(part: Any) -> Any:
+        if part.op != "call_function" or part.target not in copies:
+            return part
+        given = part.args[0]
+        before, after = given.meta.get("val"), part.meta.get("val")
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+            return part
+        return given if before.dim() == 4 and _order(before) == [0, 1, 2, 3] and _order(after) == _LAST else part
+
+    def run(module: torch.fx.GraphModule) -> Any:
+        changed = False
+        for node in module.graph.nodes:
+            if (
+                node.op == "call_function"
+                and node.target is edge.bidensify.packed_layer.default
+                and node.args[4][1] != LINEAR
+            ):
+                parts = [source(part) for part in node.args[0]]
+                if parts != list(node.args[0]):
+                    node.args, changed = (parts, *node.args[1:]), True
+        if changed:
+            module.graph.eliminate_dead_code()
+            module.recompile()
+        return PassResult(module, changed)
+
+    return run

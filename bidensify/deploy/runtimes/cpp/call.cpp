@@ -45,6 +45,34 @@ bool check(const char* what, const View& view, Type type, std::initializer_list<
                  view.plain ? "" : ", not contiguous", shape(sizes.begin(), (int)sizes.size()).chars, name(type));
 }
 
+// Pixels of channels from channels of pixels. By squares, whose lines the first-level cache holds on both sides.
+template <class T>
+void turn(const T* from, int64_t channels, int64_t pixels, T* to) {
+  constexpr int64_t kSide = 16;
+  for (int64_t p = 0; p < pixels; p += kSide)
+    for (int64_t c = 0; c < channels; c += kSide) {
+      const int64_t rows = std::min(kSide, pixels - p), columns = std::min(kSide, channels - c);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) to[(p + i) * channels + c + j] = from[(c + j) * pixels + p + i];
+    }
+}
+
+// The part in channels_last: as it is, or turned in `room`.
+const void* lasting(const View& part, std::vector<uint32_t>& room) {
+  if (part.last) return part.data;
+  const int64_t n = part.sizes[0], channels = part.sizes[1], pixels = part.sizes[2] * part.sizes[3], all = n * channels * pixels;
+  const bool wide = part.type == Type::kFloat32;
+  if (const size_t words = (size_t)(wide ? all : (all + 1) / 2); room.size() < words) room.resize(words);
+  for (int64_t i = 0, step = channels * pixels; i < n; ++i) {
+    if (wide) {
+      turn(static_cast<const uint32_t*>(part.data) + i * step, channels, pixels, room.data() + i * step);
+    } else {
+      turn(static_cast<const uint16_t*>(part.data) + i * step, channels, pixels, reinterpret_cast<uint16_t*>(room.data()) + i * step);
+    }
+  }
+  return room.data();
+}
+
 }  // namespace
 
 bool choose_tier(int32_t* tier, Message& why) {
@@ -84,7 +112,8 @@ bool Call::read_input(Message& why) {
     if (part.dims != 4 || part.type != first.type)
       return why.say("part %zu of shape %s, %s must be 4-dimensional and %s", i, shape(part.sizes, part.dims).chars,
                      name(part.type), name(first.type));
-    if (!part.last) return why.say("part %zu of shape %s does not lie in channels_last", i, shape(part.sizes, 4).chars);
+    if (!part.last && !part.plain)
+      return why.say("part %zu of shape %s lies neither in channels_last nor in the order of its dimensions", i, shape(part.sizes, 4).chars);
     if (a.up[i] < 1 || a.up[i] > 1 << 24) return why.say("part %zu is upsampled %lld times", i, (long long)a.up[i]);
     int64_t size[2];
     if (__builtin_mul_overflow(part.sizes[2], a.up[i], &size[0]) || __builtin_mul_overflow(part.sizes[3], a.up[i], &size[1]))
@@ -149,6 +178,7 @@ bool Call::prepare(const Arguments& arguments, Message& why) {
 bool Call::run(void* y, int32_t tier, int32_t threads, Message& why) {
   // Kept from call to call: no memory is asked for once the largest layer has run.
   static thread_local std::vector<int32_t> rows, columns;
+  static thread_local std::vector<uint32_t> turned[kMostParts];
   const Arguments& a = *arguments_;
   if (n_ == 0) return true;
   bd_conv_args c;
@@ -174,7 +204,13 @@ bool Call::run(void* y, int32_t tier, int32_t threads, Message& why) {
       c.rows = rows.data(), c.cols = columns.data();
     }
   }
-  c.x = a.parts[0].data, c.y = y, c.residual = a.residual.data;
+  const void* data[kMostParts];
+  try {
+    for (size_t i = 0; i < a.part_count; ++i) data[i] = linear() ? a.parts[i].data : lasting(a.parts[i], turned[i]);
+  } catch (const std::exception&) {
+    return why.say("no memory to turn an input of %lld x %lldx%lld", (long long)n_, (long long)size_[0], (long long)size_[1]);
+  }
+  c.x = data[0], c.y = y, c.residual = a.residual.data;
   c.tiles = static_cast<const uint32_t*>(a.tiles.data), c.tiles_length = 1;
   for (int i = 0; i < a.tiles.dims; ++i) c.tiles_length *= a.tiles.sizes[i];
   const float* side = static_cast<const float*>(a.side.data);
@@ -192,7 +228,7 @@ bool Call::run(void* y, int32_t tier, int32_t threads, Message& why) {
   } else {
     bd_part parts[kMostParts];
     for (size_t i = 0; i < a.part_count; ++i)
-      parts[i] = {a.parts[i].data, a.parts[i].sizes[1], (int32_t)a.up[i], (int32_t)a.up[i]};
+      parts[i] = {data[i], a.parts[i].sizes[1], (int32_t)a.up[i], (int32_t)a.up[i]};
     status = bd_packed_conv2d_parts(&c, parts, (int32_t)a.part_count);
   }
   if (status == BD_OK) return true;
