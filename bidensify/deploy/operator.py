@@ -119,6 +119,17 @@ def reference_operator(
     return from_tokens(y, parts[0])
 
 
+def _run_again(key: Any, x: Tensor, tiles: Tensor, side: Tensor) -> Tensor | None:
+    """What a layer gives for an input as an earlier one, or None where no such call was kept."""
+    found = _repeated.get(key)
+    if found is None or not x.is_cpu:
+        return None
+    # A mode of the caller's has seen this operator; it need not see every size that is read here.
+    with torch._C.DisableTorchFunction():
+        tier = choose_backend(_kernel.get()).tier
+        return None if tier is None else found.call(tier, x, tiles, side)
+
+
 def _run(
     parts: Sequence[Tensor],
     up: Sequence[int],
@@ -130,41 +141,12 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     """What runs eagerly: the backend, or the reference where it does not take the input."""
-    alone = thresholds is None and levels is None and residual is None
-    if alone and len(parts) == len(up) == 1 and up[0] == 1 and tiles.is_cpu:
-        return _run_alone(parts[0], tiles, side, spec)
-    return _run_anew(parts, up, tiles, side, spec, thresholds, levels, residual)
-
-
-def _run_alone(x: Tensor, tiles: Tensor, side: Tensor, spec: Sequence[int]) -> Tensor:
-    """A layer on one input and nothing besides, as most of a network's are."""
-    # A mode of the caller's has seen this operator; it need not see every size that is read here.
-    with torch._C.DisableTorchFunction():
-        backend = choose_backend(_kernel.get())
-        tier = backend.tier if x.is_cpu and x.numel() and x.dtype in backend.dtypes else None
+    key = None
+    if thresholds is None and levels is None and residual is None and len(parts) == len(up) == 1 and up[0] == 1:
         key = tuple(spec), *((w.data_ptr(), w.numel(), w.dtype, w.is_contiguous()) for w in (tiles, side))
-        found = None if tier is None else _repeated.get(key)
-        y = None if found is None or tier is None else found.call(tier, x, tiles, side)
+        y = _run_again(key, parts[0], tiles, side)
         if y is not None:
             return y
-    y = _run_anew([x], [1], tiles, side, spec, None, None, None)
-    if tier is not None:
-        if len(_repeated) >= _MOST_REPEATED:
-            _repeated.clear()
-        _repeated.setdefault(key, Repeated()).keep(tier, x, tiles, side, _spec(spec))
-    return y
-
-
-def _run_anew(
-    parts: Sequence[Tensor],
-    up: Sequence[int],
-    tiles: Tensor,
-    side: Tensor,
-    spec: Sequence[int],
-    thresholds: Tensor | None,
-    levels: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
     layer = _spec(spec)
     _check_parts(parts, up, layer)
     x = parts[0]
@@ -174,11 +156,17 @@ def _run_anew(
     if backend.run is not None and x.dtype in backend.dtypes:
         # A mode of the caller's has seen this operator; it need not see every size that is read here.
         with torch._C.DisableTorchFunction():
-            if layer.kind == "linear":
-                residual = None if residual is None else tokens(residual)
-                return from_tokens(backend.run(tokens(x), tiles, side, layer, thresholds, levels, residual), x)
-            if len(parts) == 1 and up[0] == 1:
-                return backend.run(x, tiles, side, layer, thresholds, levels, residual)
+            if layer.kind == "linear" or (len(parts) == 1 and up[0] == 1):
+                if layer.kind == "linear":
+                    residual = None if residual is None else tokens(residual)
+                    y = from_tokens(backend.run(tokens(x), tiles, side, layer, thresholds, levels, residual), x)
+                else:
+                    y = backend.run(x, tiles, side, layer, thresholds, levels, residual)
+                if key is not None and backend.tier is not None:
+                    if len(_repeated) >= _MOST_REPEATED:
+                        _repeated.clear()
+                    _repeated.setdefault(key, Repeated()).keep(backend.tier, x, tiles, side, layer)
+                return y
             dense = [Part(part.contiguous(memory_format=torch.channels_last), u) for part, u in zip(parts, up)]
             whole = x.new_empty(()).expand(x.shape[0], layer.in_channels, x.shape[2] * up[0], x.shape[3] * up[0])
             return backend.run(whole, tiles, side, layer, thresholds, levels, residual, parts=dense)

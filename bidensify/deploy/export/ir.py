@@ -62,9 +62,7 @@ def export_ir(
             convert.save(network, written, constants or {})
             outputs = run_again(OPENVINO, program.__file__, written, [flat(*each) for each in runs])
             found = (
-                None
-                if isinstance(outputs, str)
-                else judge(target.name, expected, outputs, None if int8_rest is not None else own)
+                None if isinstance(outputs, str) else judge(target.name, expected, outputs, None if int8_rest else own)
             )
             # The .xml last: without it there is no network.
             for suffix in (".bin", ".xml"):

@@ -62,9 +62,7 @@ def export_pte(
             temporary.write_bytes(data)
             outputs = run_again(EXECUTORCH, program.__file__, temporary, [flat(*each) for each in runs])
             found = (
-                None
-                if isinstance(outputs, str)
-                else judge(target.name, expected, outputs, None if int8_rest is not None else own)
+                None if isinstance(outputs, str) else judge(target.name, expected, outputs, None if int8_rest else own)
             )
     size = target.stat().st_size
     if isinstance(outputs, str) or found is None:

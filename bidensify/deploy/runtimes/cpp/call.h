@@ -15,7 +15,8 @@ constexpr int kMostParts = 64;
 
 enum class Type { kFloat32, kBFloat16, kInt32, kOther };
 
-// A tensor somewhere. Images are read in either order, and turned where they are `plain` alone. `last`: (N, C, H, W) that lies as channels_last; `plain`: lies in the order of its dimensions.
+// A tensor somewhere. `last`: (N, C, H, W) that lies as channels_last; `plain`: lies in the order of its dimensions. A layer reads
+// images of either order, and turns those that are `plain` alone.
 struct View {
   const void* data = nullptr;
   Type type = Type::kOther;
