@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What bidensify remembers between runs does not go to the user's folder."""
     os.environ["BIDENSIFY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers() -> None:
+    """A test draws the same weights and images whichever tests its process ran before."""
+    import numpy as np
+    import torch  # Not above: it reads the number of threads when it is imported.
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
