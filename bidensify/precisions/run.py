@@ -27,7 +27,6 @@ from bidensify.precisions.change import Change, InStudent, InTeacher, observe
 from bidensify.precisions.costs import costs_of
 from bidensify.precisions.findings import Row, Unit, units_of
 from bidensify.precisions.measure import Bar, Batches, Store, distance_of, measure
-from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import BINARY, FLOAT, PRECISIONS, Precision, branches_of, precision_called, students
 from bidensify.precisions.replay import Replay
 from bidensify.precisions.result import Sensitivity
@@ -81,7 +80,8 @@ def sensitivity(
         channels_last: gives the images in that memory format.
         milliseconds: a table of measured layers, for budgets in milliseconds.
         cache: a JSON file for the result. One that is there and is of the same networks, data and options is read instead of
-            measuring; an analysis that was killed goes on from the batch that it had reached.
+            measuring, with the costs of today's ``milliseconds``; an analysis that was killed goes on from the batch that it had
+            reached.
         quiet: show no progress.
 
     Returns:
@@ -112,22 +112,18 @@ def sensitivity(
         replay = Replay(network, images[0][:1], [path for path, _ in binary_layers(student)])
         called = sorted(replay.first, key=replay.first.__getitem__)
         units = units_of(called, groups)
-        table = "" if milliseconds is None else LayerTimes.text(milliseconds)
-        options = [
-            around,
-            table,
-            batch_size,
-            channels_last,
-            [unit.name for unit in units],
-            [each.name for each in chosen],
-        ]
+        options = [around, batch_size, channels_last, [unit.name for unit in units], [each.name for each in chosen]]
         key = _key((student, teacher) if trained or around == "student" else (teacher,), task, data, images, options)
         target = None if cache is None else Path(cache)
-        if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
-            return found
         made = {BINARY: student} if teacher is None else students(teacher, plan, PRECISIONS)
         size = tuple(data[0]["image"].shape)
         costs = costs_of(made, teacher, size, milliseconds)
+        if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
+            # What was measured does not depend on a table of milliseconds, which may be another one now.
+            rows = tuple(row.model_copy(update={"costs": costs.of(row.layers)}) for row in found.rows)
+            found = found.model_copy(update={"rest": costs.rest, "full": costs.full, "rows": rows})
+            found.save(target)
+            return found
         changes = _changes(replay, made, units, chosen, images)
         bar = stack.enter_context(Bar((len(images) + len(batches)) * len(changes), quiet))
         for x in images:

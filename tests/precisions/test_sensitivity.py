@@ -223,7 +223,7 @@ def test_a_killed_analysis_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     assert went_on.rows == whole.rows
     assert (went_on.teacher, went_on.student) == (whole.teacher, whole.student)
     assert not part.exists()
-    monkeypatch.setattr(Stopping, "limit", 10)  # one look at each sample tells the data apart
+    monkeypatch.setattr(Stopping, "limit", 11)  # a look at each sample tells the data apart, one more gives the size
     assert bd.sensitivity(student, data, teacher, cache=file, **options) == went_on
 
 
@@ -234,6 +234,25 @@ def test_what_was_kept_of_other_weights_is_not_taken(tmp_path: Path) -> None:
     second = bd.sensitivity(*_args(1), **options)
     assert first.key != second.key
     assert Sensitivity.load(file) == second
+
+
+def test_a_table_of_milliseconds_measures_no_image_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, data, teacher = _args(0)
+    file, table = tmp_path / "sensitivity.json", tmp_path / "table.json"
+    first = bd.sensitivity(student, data, teacher, task=TASK, cache=file, quiet=True)
+    assert first.rest.ms is None
+    monkeypatch.setattr("bidensify.precisions.run.measure", lambda *_: pytest.fail("measured again"))
+    paths = [row.name for row in first.layers]
+    for rest in (2.0, 3.0):
+        times = {path: {"binary": 0.5 + number, "float": 4.0 + number} for number, path in enumerate(paths)}
+        table.write_text(json.dumps({"rest": rest, "layers": times}))
+        timed = bd.sensitivity(student, data, teacher, task=TASK, cache=file, milliseconds=table, quiet=True)
+        assert timed.rest.ms == rest
+        assert [(row.costs["binary"].ms, row.costs["float"].ms) for row in timed.layers] == [
+            (times[path]["binary"], times[path]["float"]) for path in paths
+        ]
+        assert [row.measured for row in timed.rows] == [row.measured for row in first.rows]
+        assert Sensitivity.load(file) == timed
 
 
 def test_sums_are_of_the_process_that_measures(monkeypatch: pytest.MonkeyPatch) -> None:
