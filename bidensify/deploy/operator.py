@@ -7,14 +7,15 @@ The schema is frozen: programs of ``torch.export`` and of ExecuTorch (``deploy/e
 to a layer goes into ``spec``, whose first integer is a version; which kernel runs is the running machine's business.
 
 * ``parts``, ``up``: the input's channels in order, part i (N, C_i, H / up_i, W / up_i) with each pixel standing for up_i x up_i
-  (nearest-neighbour upsampling); of a linear layer one part (N, ..., C_in) as it stands.
+  (nearest-neighbour upsampling); of a linear layer one part (N, ..., C_in) as it stands. A spec of version 2 may say that parts
+  are (N, H / up_i, W / up_i, C_i), and that the result with its residual is (N, H', W', C').
 * ``tiles``, ``side``: the layer's bits and side parameters. The rest: see ``packed_reference``; of a linear layer ``residual``
   has the output's shape (N, ..., C_out).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,11 +30,15 @@ from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 
 __all__ = [
-    "SPEC_VERSION", "from_tokens",  "reference_operator", "run_operator", "spec_ints", "tokens",
+    "PARTS_INNER", "RESULT_INNER", "SPEC_VERSION", "from_tokens", "reference_operator", "run_operator", "spec_ints", "tokens",
 ]  # fmt: skip
 
-# Of the integers that say what a layer is. A newer version than the program that runs knows is refused.
-SPEC_VERSION = 1
+# Of the integers that say what a layer is: 1 and the layer's fields, or 2, where channels are the last dimension, and the fields.
+# A newer version than the program that runs knows is refused.
+SPEC_VERSION = 2
+# The parts, the result as (N, H, W, C). To a runtime that calls memory by the order of dimensions, that is how an image in
+# channels_last is tokens (N, H * W, C) without a copy.
+PARTS_INNER, RESULT_INNER = 1, 2
 _SCHEMA = "(Tensor[] parts, int[] up, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds, Tensor? levels, Tensor? residual"
 _OLD_SCHEMA = (
     "packed_conv2d(Tensor x, Tensor tiles, Tensor side, int[] spec, Tensor? thresholds, Tensor? levels, "
@@ -46,9 +51,13 @@ _repeated: dict[Any, Repeated] = {}
 _MOST_REPEATED = 4096
 
 
-def spec_ints(spec: PackedSpec) -> list[int]:
-    """A layer as the operator takes it: version, then its fields."""
-    return [SPEC_VERSION, *spec.to_ints()]
+def spec_ints(spec: PackedSpec, inner: int = 0) -> list[int]:
+    """A layer as the operator takes it, in the oldest version that can say it.
+
+    Args:
+        inner: ``PARTS_INNER``, ``RESULT_INNER``, both or neither.
+    """
+    return [2, inner, *spec.to_ints()] if inner else [1, *spec.to_ints()]
 
 
 def _spec(ints: Sequence[int]) -> PackedSpec:
@@ -57,7 +66,40 @@ def _spec(ints: Sequence[int]) -> PackedSpec:
             f"packed_layer: a layer of version {ints[0] if ints else 'none'}; this bidensify runs 1 to {SPEC_VERSION}: "
             "install a newer one"
         )
-    return PackedSpec.from_ints(ints[1:])
+    return PackedSpec.from_ints(ints[1:] if ints[0] == 1 else ints[2:])
+
+
+def _has_inner(ints: Sequence[int]) -> bool:
+    return len(ints) > 0 and ints[0] == 2
+
+
+def _as_images(
+    run: Callable[..., Tensor],
+    parts: Sequence[Tensor],
+    up: Sequence[int],
+    tiles: Tensor,
+    side: Tensor,
+    spec: Sequence[int],
+    thresholds: Tensor | None,
+    levels: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """A call of version 2 as one of version 1: turned images are views."""
+    layer, inner = _spec(spec), spec[1] if len(spec) > 1 else -1
+    if not 0 <= inner <= (PARTS_INNER | RESULT_INNER) or layer.kind == "linear":
+        raise FormatError(f"packed_layer: {inner} does not say where the channels of a layer of kind {layer.kind} are")
+
+    def image(x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ConfigError(f"packed_layer: {tuple(x.shape)} must be (N, H, W, C), as the layer's spec says")
+        return x.permute(0, 3, 1, 2)
+
+    if inner & PARTS_INNER:
+        parts = [image(part) for part in parts]
+    if not inner & RESULT_INNER:
+        return run(parts, up, tiles, side, spec_ints(layer), thresholds, levels, residual)
+    y = run(parts, up, tiles, side, spec_ints(layer), thresholds, levels, None if residual is None else image(residual))
+    return y.permute(0, 2, 3, 1).contiguous()
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -111,6 +153,8 @@ def reference_operator(
     residual: Tensor | None,
 ) -> Tensor:
     """The operator in plain PyTorch, channels_last: on devices without kernels, and as its decomposition for export."""
+    if _has_inner(spec):
+        return _as_images(reference_operator, parts, up, tiles, side, spec, thresholds, levels, residual)
     layer = _spec(spec)
     if layer.kind != "linear":
         return packed_reference(_whole(parts, up), tiles, side, layer, thresholds, levels, residual)
@@ -141,6 +185,8 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     """What runs eagerly: the backend, or the reference where it does not take the input."""
+    if _has_inner(spec):
+        return _as_images(_run, parts, up, tiles, side, spec, thresholds, levels, residual)
     key = None
     if thresholds is None and levels is None and residual is None and len(parts) == len(up) == 1 and up[0] == 1:
         key = tuple(spec), *((w.data_ptr(), w.numel(), w.dtype, w.is_contiguous()) for w in (tiles, side))
@@ -214,6 +260,8 @@ def _fake(
     levels: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    if _has_inner(spec):
+        return _as_images(_fake, parts, up, tiles, side, spec, thresholds, levels, residual)
     layer, x = _spec(spec), parts[0]
     if layer.kind == "linear":
         return x.new_empty((*x.shape[:-1], layer.out_channels))
@@ -240,7 +288,7 @@ def _old_arguments(
     residual: Tensor | None,
 ) -> tuple[Any, ...]:
     """``packed_conv2d`` in terms of its successor: there a linear layer was the convolution of an image."""
-    ints = [SPEC_VERSION, *spec]
+    ints = [1, *spec]
     if PackedSpec.from_ints(spec).kind == "linear":
         ints[1] = 0
     return [x], [1], tiles, side, ints, thresholds, levels, residual

@@ -66,6 +66,56 @@ def test_parts_are_the_whole_input(kernel: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+@pytest.mark.parametrize(
+    "inner", [operator.PARTS_INNER, operator.RESULT_INNER, operator.PARTS_INNER | operator.RESULT_INNER]
+)
+@pytest.mark.parametrize(
+    ("make", "channels", "up"),
+    [
+        (lambda: BiDenseConv2d(24, 16, 3, padding=1), (24,), (1,)),
+        (lambda: BiDenseConv2d(24, 16, 3, 2, 1), (8, 16), (2, 1)),
+        (lambda: BiDenseConv2d(24, 24, 3, padding=1, groups=24), (24,), (1,)),
+        (lambda: BiDenseConvTranspose2d(24, 8, 2, 2), (24,), (1,)),
+    ],
+)
+def test_images_whose_channels_are_the_last_dimension(
+    make: Callable[[], nn.Module], channels: tuple[int, ...], up: tuple[int, ...], inner: int, kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(KERNEL_VARIABLE, kernel)
+    packed: Any = freeze(settle(make()))
+    parts = [torch.randn(2, size, 6 // times, 8 // times) for size, times in zip(channels, up)]
+    tiles, side, ints, *none = _rest(packed)
+    run = torch.ops.bidensify.packed_layer
+    residual = torch.randn_like(run(parts, up, tiles, side, ints, *none))
+    for added in (None, residual):
+        want = run(parts, up, tiles, side, ints, None, None, added)
+        given = [part.permute(0, 2, 3, 1).contiguous() for part in parts] if inner & operator.PARTS_INNER else parts
+        result = inner & operator.RESULT_INNER
+        last = added.permute(0, 2, 3, 1).contiguous() if added is not None and result else added
+        y = run(given, up, tiles, side, operator.spec_ints(packed.spec, inner), None, None, last)
+        assert y.is_contiguous() or not result
+        assert torch.equal(y.permute(0, 3, 1, 2) if result else y, want)
+        arguments = (given, up, tiles, side, operator.spec_ints(packed.spec, inner), None, None, last)
+        torch.library.opcheck(run.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_no_other_place_of_channels_is_known() -> None:
+    packed, linear = freeze(settle(BiDenseConv2d(16, 16, 3, padding=1))), freeze(settle(BiDenseLinear(16, 24)))
+    x = torch.randn(1, 16, 16, 16)
+    for layer, inner, given in ((packed, 4, x), (packed, 0, x), (packed, -1, x), (linear, 1, x)):
+        ints = [2, inner, *layer.spec.to_ints()]
+        run = torch.ops.bidensify.packed_layer
+        if inner == 0:
+            assert torch.equal(run([given], [1], layer.tiles, layer.side, ints, None, None, None), layer(x))
+            continue
+        with pytest.raises(FormatError, match=f"{inner} does not say where the channels of a layer of kind"):
+            run([given], [1], layer.tiles, layer.side, ints, None, None, None)
+    with pytest.raises(ConfigError, match=r"\(16, 16, 16\) must be \(N, H, W, C\)"):
+        run([x[0]], [1], packed.tiles, packed.side, operator.spec_ints(packed.spec, 1), None, None, None)
+
+
 def _rest(packed: Any) -> tuple[Any, ...]:
     return packed.tiles, packed.side, operator.spec_ints(packed.spec), None, None, None
 

@@ -15,6 +15,7 @@ of readers are to be served, and each is by one pass:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER
 from bidensify.deploy.runtimes.prepare import LINEAR
 
 __all__ = ["kernels_pass", "layout_pass", "turns_pass"]
@@ -45,20 +47,37 @@ def _orders(value: Any) -> list[list[int]]:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one shape, for certain where sizes vary, and one order."""
-    sizes = zip(a.shape, b.shape)
-    return a.dim() == b.dim() and _order(a) == _order(b) and all(statically_known_true(m == n) for m, n in sizes)
+    return _order(a) == _order(b) and _same_size(a, b)
+
+
+def _same_size(a: Tensor, b: Any) -> bool:
+    """For certain where sizes vary."""
+    return (
+        isinstance(b, Tensor)
+        and a.dim() == b.dim()
+        and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
+    )
+
+
+def lasting(spec: Sequence[int]) -> tuple[bool, bool]:
+    """Whether a packed layer's parts, and its result, lie in channels_last; else in the order of their dimensions."""
+    inner = spec[1] if spec[0] == 2 else PARTS_INNER | RESULT_INNER if spec[1] == LINEAR else 0
+    return not inner & PARTS_INNER, not inner & RESULT_INNER
 
 
 def layout_pass() -> Any:
     """A pass over the edge dialect: packed layers get channels_last; kernels that take no other order, and those whose result
-    would lie in an order into which ExecuTorch cannot copy (a gather along an image's rows), get contiguous inputs.
+    would lie in an order into which ExecuTorch cannot copy (a gather along an image's rows), get contiguous inputs. What is
+    expanded to its own size is not.
     """
     from executorch.exir.dialects._ops import ops
     from executorch.exir.pass_base import ExportPass
 
     edge = ops.edge
     clone = edge.dim_order_ops._clone_dim_order.default
+    move = edge.dim_order_ops._to_dim_order_copy.default
     packed = edge.bidensify.packed_layer.default
+    expand = edge.aten.expand_copy.default
     plain = {edge.aten.native_group_norm.default}
 
     class Layout(ExportPass):  # type: ignore[misc]
@@ -71,11 +90,15 @@ def layout_pass() -> Any:
                 if (last and tensor.dim() != 4) or tensor.is_contiguous(memory_format=order):
                     return value
                 wanted = _LAST if last else list(range(tensor.dim()))
-                return super(Layout, self).call_operator(clone, (value,), {"dim_order": wanted}, meta)
+                # Not a clone, which XNNPACK leaves to ExecuTorch where it moves anything.
+                return super(Layout, self).call_operator(move, (value,), {"dim_order": wanted}, meta)
 
+            if op is expand and isinstance(args[0].data, Tensor) and _same_size(args[0].data, meta.data.get("val")):
+                # A matrix product's operands are expanded to what they are: a copy that parts one delegate from the next.
+                return args[0]
             if op is packed:
-                last = args[4][1] != LINEAR
-                parts = [lies(part, last) for part in args[0]]
+                given_last, last = lasting(args[4])
+                parts = [lies(part, given_last) for part in args[0]]
                 tail = [lies(args[5], False), lies(args[6], False), lies(args[7], last)]
                 args = (parts, *args[1:5], *tail)
             elif op in plain or _order(meta.data.get("val")) not in (None, *_orders(meta.data.get("val"))):
@@ -186,7 +209,7 @@ def turns_pass() -> Any:
             if (
                 node.op == "call_function"
                 and node.target is edge.bidensify.packed_layer.default
-                and node.args[4][1] != LINEAR
+                and lasting(node.args[4])[0]
             ):
                 parts = [source(part) for part in node.args[0]]
                 if parts != list(node.args[0]):

@@ -12,7 +12,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.layers import PackedLayer
-from bidensify.deploy.operator import SPEC_VERSION
 from bidensify.deploy.runtimes.writes import Writes
 from bidensify.errors import ConfigError
 from bidensify.nn import BinaryLayer, Int8, int8_layers
@@ -135,7 +134,7 @@ def read_in_parts(graph: fx.Graph) -> int:
         if node.target is not torch.ops.bidensify.packed_layer.default:
             continue
         parts, up, spec = node.args[0], node.args[1], node.args[4]
-        if spec[0] != SPEC_VERSION or spec[1] == LINEAR:
+        if spec[0] != 1 or spec[1] == LINEAR:
             continue
         found = [each for part, times in zip(parts, up) for each in _parts(part, times, node, writes)]
         if [part for part, _ in found] != list(parts) and len(found) <= _MOST_PARTS:

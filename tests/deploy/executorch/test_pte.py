@@ -241,13 +241,12 @@ def test_a_newer_layer_is_refused_with_a_message(
     decoder: nn.Module, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bidensify.deploy import operator
-    from bidensify.deploy.runtimes import prepare
     from bidensify.errors import CheckError
 
-    for module in (operator, prepare):
-        monkeypatch.setattr(module, "SPEC_VERSION", 2)
+    monkeypatch.setattr(operator, "SPEC_VERSION", 3)
+    monkeypatch.setattr(operator, "spec_ints", lambda spec: [3, 0, *spec.to_ints()])
     newer = bd.pack(settle(Decoder()))
-    with pytest.raises(CheckError, match="a layer of version 2; this runtime runs 1 to 1: build a newer one"):
+    with pytest.raises(CheckError, match="a layer of version 3; this runtime runs 1 to 2: build a newer one"):
         bd.export(newer, tmp_path / "net.pte", example_inputs=torch.randn(1, 3, 32, 32))
     assert not (tmp_path / "net.pte").exists()
 

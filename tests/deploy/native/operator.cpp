@@ -190,7 +190,7 @@ int check(const Case& c, int number) {
   for (int32_t tier = 0; tier < BD_TIERS; ++tier) {
     if (!(bd_tiers() >> tier & 1u)) continue;
     for (int threads : {1, 3}) {
-      const Arguments a = c.arguments();
+      Arguments a = c.arguments();
       Call call;
       Message why;
       std::vector<char> y((size_t)c.want.bytes, 1);
@@ -231,7 +231,7 @@ int main(int argc, char** argv) {
     bool fits = true;
     for (int64_t i = 1 + random_below(3); i > 0 && fits; --i) fits = mutate(c);
     if (!fits || c.parts.size() > (size_t)bidensify::kMostParts) continue;
-    const Arguments a = c.arguments();
+    Arguments a = c.arguments();
     Call call;
     Message why;
     bool good = call.prepare(a, why);

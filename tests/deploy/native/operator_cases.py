@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bidensify.deploy.bits import bits_from_signs, tiles_from_bits
-from bidensify.deploy.operator import spec_ints
+from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER, spec_ints
 from bidensify.deploy.spec import PackedSpec
 
 from cases import random_spec  # isort: skip
@@ -89,13 +89,19 @@ def write_operator_cases(path: Path, count: int, seed: int = 0) -> None:
         thresholds = noise(n, spec.in_channels) / 4 if spec.custom else None
         levels = noise(n, 2).sort(1).values if spec.custom else None
         residual = noise(*out).to(dtype) if choose.random() < 0.3 else None
-        ints = spec_ints(spec)
+        inner = choose.choice([0, 0, 1, 2, 3]) if spec.kind != "linear" else 0
+        ints = spec_ints(spec, inner)
+        if inner & PARTS_INNER:
+            parts = [part.permute(0, 2, 3, 1) for part in parts]
+        if inner & RESULT_INNER:
+            out = (out[0], *out[2:], out[1])
+            residual = None if residual is None else residual.permute(0, 2, 3, 1)
         y = torch.ops.bidensify.packed_layer(parts, up, tiles, side, ints, thresholds, levels, residual)
         assert tuple(y.shape) == out
         record = struct.pack(f"<{1 + len(up)}q", len(up), *up) + struct.pack(f"<{1 + len(ints)}q", len(ints), *ints)
-        last = spec.kind != "linear"
+        given_last, last = (spec.kind != "linear" and not inner & each for each in (PARTS_INNER, RESULT_INNER))
         # Images are read in either order.
-        record += b"".join(_tensor(part, last and choose.random() < 0.7) for part in parts)
+        record += b"".join(_tensor(part, given_last and choose.random() < 0.7) for part in parts)
         record += b"".join(_tensor(tensor) for tensor in (tiles, side, thresholds, levels))
         record += _tensor(residual, last) + _tensor(y, last)
         records.append(record)

@@ -108,8 +108,8 @@ Error run(Span<EValue*> stack, Message& why) {
   }
   View y;
   if (!view(out, "out", y, why)) return Error::InvalidArgument;
-  if (y.type != call.type() || !(call.linear() ? y.plain : y.last)) {
-    why.say("out has another dtype than the input, or does not lie in %s", call.linear() ? "order" : "channels_last");
+  if (y.type != call.type() || !(call.plain() ? y.plain : y.last)) {
+    why.say("out has another dtype than the input, or does not lie in %s", call.plain() ? "order" : "channels_last");
     return Error::InvalidArgument;
   }
   const int32_t threads = (int32_t)executorch::extension::get_thread_count();

@@ -177,6 +177,8 @@ class PackedLayer : public ov::op::Op {
     Call call;
     int32_t tier;
     if (!call.prepare(a, why) || !choose_tier(&tier, why)) return false;
+    // Images are (N, H, W, C) here whatever the spec says, and called by their usual order in `call`.
+    if (call.plain() != call.linear()) return why.say("a spec that says where channels are; under OpenVINO they are the last dimension");
     const int64_t* const sizes = call.sizes();
     ov::Shape shape(sizes, sizes + call.dims());
     if (!call.linear()) shape = {(size_t)sizes[0], (size_t)sizes[2], (size_t)sizes[3], (size_t)sizes[1]};

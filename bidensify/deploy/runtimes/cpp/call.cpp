@@ -57,6 +57,13 @@ void turn(const T* from, int64_t channels, int64_t pixels, T* to) {
     }
 }
 
+// (N, H, W, C) in the order of its dimensions as the image in channels_last that it is.
+void name_channels(View& view) {
+  if (view.dims != 4) return;
+  view.last = view.plain, view.plain = false;
+  std::rotate(view.sizes + 1, view.sizes + 3, view.sizes + 4);
+}
+
 // The part in channels_last: as it is, or turned in `room`.
 const void* lasting(const View& part, std::vector<uint32_t>& room) {
   if (part.last) return part.data;
@@ -129,12 +136,15 @@ bool Call::read_input(Message& why) {
   return true;
 }
 
-bool Call::prepare(const Arguments& arguments, Message& why) {
+bool Call::prepare(Arguments& arguments, Message& why) {
   arguments_ = &arguments;
-  const Arguments& a = arguments;
+  Arguments& a = arguments;
   if (!spec_.read(a.spec, a.spec_count, why)) return false;
   if (a.part_count < 1 || a.part_count > (size_t)kMostParts || a.up_count != a.part_count)
     return why.say("%zu parts with %zu upsamplings; there are 1 to %d, one each", a.part_count, a.up_count, kMostParts);
+  if (spec_.inner & Spec::kParts)
+    for (size_t i = 0; i < a.part_count; ++i) name_channels(a.parts[i]);
+  if (spec_.inner & Spec::kResult) name_channels(a.residual);
   if (!read_input(why)) return false;
   int64_t volume;
   if (__builtin_mul_overflow(size_[0], size_[1], &volume) || __builtin_mul_overflow(volume, spec_.in_channels, &volume) ||
@@ -172,6 +182,7 @@ bool Call::prepare(const Arguments& arguments, Message& why) {
                  !(linear() ? r.plain : r.last)))
     return why.say("a residual of shape %s, %s must be %s, %s, %s", shape(r.sizes, r.dims).chars, name(r.type),
                    shape(out_sizes_, out_dims_).chars, name(x.type), linear() ? "contiguous" : "channels_last");
+  if (spec_.inner & Spec::kResult) std::rotate(out_sizes_ + 1, out_sizes_ + 2, out_sizes_ + 4);
   return true;
 }
 

@@ -39,9 +39,10 @@ struct Arguments {
 
 class Call {
  public:
-  // Checks the arguments; they must outlive the call.
-  bool prepare(const Arguments& arguments, Message& why);
-  // The output's size, dims() of them; it lies as channels_last, that of a linear layer plainly.
+  // Checks the arguments; they must outlive the call. Images whose channels are the last dimension are called by their usual one.
+  bool prepare(Arguments& arguments, Message& why);
+  // The output's size, dims() of them; where it is not plain() it lies as channels_last.
+  bool plain() const { return linear() || (spec_.inner & Spec::kResult); }
   int dims() const { return out_dims_; }
   const int64_t* sizes() const { return out_sizes_; }
   Type type() const { return arguments_->parts[0].type; }

@@ -35,9 +35,13 @@ bool Spec::read(const int64_t* ints, size_t count, Message& why) {
       &mean_threshold, &shift, &alpha, &levels, &custom, &bypass, &bypass_padding[0], &bypass_padding[1], &slope, &post,
       &offset, &rise, &clamp, &bypass_last, &planes};
   constexpr size_t wanted = sizeof fields / sizeof fields[0];
-  if (count != wanted + 1)
-    return why.say("a layer of version %lld has %zu integers, got %zu", (long long)version, wanted + 1, count);
-  for (size_t i = 0; i < wanted; ++i) *fields[i] = ints[i + 1];
+  const size_t first = version == 1 ? 1 : 2;
+  if (count != wanted + first)
+    return why.say("a layer of version %lld has %zu integers, got %zu", (long long)version, wanted + first, count);
+  for (size_t i = 0; i < wanted; ++i) *fields[i] = ints[i + first];
+  inner = version == 1 ? 0 : ints[1];
+  if (inner < 0 || inner > (kParts | kResult) || (inner && kind == kLinear))
+    return why.say("%lld does not say where the channels of a layer of kind %lld are", (long long)inner, (long long)kind);
 
   if (kind < kConv || kind > kLinear) return why.say("kind=%lld is none of 0 to 2", (long long)kind);
   for (int64_t v : {in_channels, out_channels, groups})

@@ -17,7 +17,7 @@ struct Message {
 };
 
 // The newest version of the integers that this runtime knows; operator.py has the same.
-constexpr int64_t kSpecVersion = 1;
+constexpr int64_t kSpecVersion = 2;
 
 struct Spec {
   enum Kind : int64_t { kConv = 0, kTransposed = 1, kLinear = 2 };
@@ -30,6 +30,9 @@ struct Spec {
   int64_t same, mean_threshold, shift, alpha, levels, custom, bypass;
   int64_t bypass_padding[2];
   int64_t slope, post, offset, rise, clamp, bypass_last, planes;
+  // Of version 2: parts are, the result and its residual are (N, H, W, C) in the order of their dimensions.
+  enum Inner : int64_t { kParts = 1, kResult = 2 };
+  int64_t inner;
 
   // Reads and checks all of it.
   bool read(const int64_t* ints, size_t count, Message& why);
