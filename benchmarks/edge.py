@@ -4,10 +4,11 @@
     python benchmarks/edge.py time runs/edge --threads 1 2          # nothing else may run meanwhile
     ... --names ov_float ov_int8 ov_bits8 ov_bits torch             # OpenVINO alone, for both actions
 
-`make` writes float.pte and int8.pte (XNNPACK; pt2e, every operator that its quantizer takes), bits.pte (packed, float rest),
-bits8.pte (packed, the rest in int8), the same for OpenVINO as ov_*.xml (int8: NNCF, every operator that it takes), and the packed
-folder. `time` runs each in a process of its own: .pte files in the program of examples/deploy_cpp, .xml files in Python with
-OpenVINO and NumPy alone, the packed network in PyTorch. Weights are random: neither time nor memory depends on them.
+`make` writes float.pte and int8.pte (XNNPACK; pt2e, every operator that its quantizer takes), int8own.pte (the same without
+bidensify's passes, as ExecuTorch lowers it by itself), bits.pte (packed, float rest), bits8.pte (packed, the rest in int8), the
+same for OpenVINO as ov_*.xml (int8: NNCF, every operator that it takes), and the packed folder. `time` runs each in a process of
+its own: .pte files in the program of examples/deploy_cpp, .xml files in Python with OpenVINO and NumPy alone, the packed network
+in PyTorch. Weights are random: neither time nor memory depends on them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-FILES = ("float", "int8", "bits8", "bits", "ov_float", "ov_int8", "ov_bits8", "ov_bits")
+FILES = ("float", "int8", "int8own", "bits8", "bits", "ov_float", "ov_int8", "ov_bits8", "ov_bits")
 
 
 def file_of(folder: Path, name: str, size: int) -> Path:
@@ -58,15 +59,15 @@ def make(folder: Path, network: str, sizes: list[int], classes: int, names: list
                 done[f"{name}{size}"] = written.difference
                 print(written, flush=True)
             elif name == kind:
-                file.write_bytes(pte(plain, x, calibration if kind == "int8" else None))
+                file.write_bytes(pte(plain, x, None if kind == "float" else calibration, kind == "int8own"))
             else:
                 ir(plain, x, calibration if kind == "int8" else None, file)
     record = {"network": network, "classes": classes, "sizes": sizes, "differences": done}
     (folder / "made.json").write_text(json.dumps(record))
 
 
-def pte(model: Any, x: Any, calibration: list[Any] | None) -> bytes:
-    """The float network for XNNPACK, in int8 where there are images to calibrate with."""
+def pte(model: Any, x: Any, calibration: list[Any] | None, own: bool = False) -> bytes:
+    """The float network for XNNPACK, in int8 where there are images to calibrate with; ``own``: without bidensify's passes."""
     import torch
 
     from bidensify.deploy.executorch import lower
@@ -85,6 +86,13 @@ def pte(model: Any, x: Any, calibration: list[Any] | None) -> bytes:
             for image in calibration:
                 module(image)
             program = capture(convert_pt2e(module), (x,), {}, None)
+        if own:
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            # The program of examples/deploy_cpp runs sealed files alone.
+            return lower.seal(bytes(edge.to_executorch().buffer))
         return lower.lower(program)
 
 
