@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
-from bidensify.deploy.executorch.tokens import read_tokens
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
+from bidensify.deploy.runtimes.tokens import read_tokens
 from bidensify.errors import ConfigError, MissingExtraError, PlanError
 
 __all__ = ["AXES", "Sizes", "lower", "seal", "shapes_of", "with_int8_rest"]

@@ -15,7 +15,6 @@ of readers are to be served, and each is by one pass:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER
-from bidensify.deploy.runtimes.prepare import LINEAR
+from bidensify.deploy.runtimes.tokens import lasting
 
 __all__ = ["kernels_pass", "layout_pass", "turns_pass"]
 
@@ -57,12 +55,6 @@ def _same_size(a: Tensor, b: Any) -> bool:
         and a.dim() == b.dim()
         and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
     )
-
-
-def lasting(spec: Sequence[int]) -> tuple[bool, bool]:
-    """Whether a packed layer's parts, and its result, lie in channels_last; else in the order of their dimensions."""
-    inner = spec[1] if spec[0] == 2 else PARTS_INNER | RESULT_INNER if spec[1] == LINEAR else 0
-    return not inner & PARTS_INNER, not inner & RESULT_INNER
 
 
 def layout_pass() -> Any:

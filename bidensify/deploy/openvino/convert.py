@@ -18,8 +18,9 @@ from bidensify.deploy.openvino.layout import NCHW, NHWC, turn
 from bidensify.deploy.openvino.norms import as_rows, taken_to_pieces
 from bidensify.deploy.runtimes.again import run_program, save_arrays
 from bidensify.deploy.runtimes.build import OPENVINO
-from bidensify.deploy.runtimes.prepare import LINEAR, flat, read_in_parts
+from bidensify.deploy.runtimes.prepare import flat, read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
+from bidensify.deploy.runtimes.tokens import lasting, read_tokens
 from bidensify.errors import MissingExtraError, PlanError
 
 __all__ = ["convert", "save", "with_int8_rest"]
@@ -68,22 +69,25 @@ def convert(program: torch.export.ExportedProgram, library: Path, sizes: Sequenc
 
     def layer(context: Any) -> Any:
         up, ints = ([int(v) for v in context.get_values_from_const_input(i)] for i in (1, 4))
-        image = ints[1] != LINEAR
+        turned_in, turned_out = lasting(ints)
+        # Here images are (N, H, W, C) whatever a program calls them.
+        ints = [1, *ints[2:]] if ints[0] == 2 else ints
 
-        def last(value: Any) -> Any:
-            return ops.transpose(value, NHWC).output(0) if image else value
+        def last(value: Any, turned: bool) -> Any:
+            return ops.transpose(value, NHWC).output(0) if turned else value
 
         optional = [None if _is_none(value) else value for value in map(context.get_input, (5, 6, 7))]
         if optional[2] is not None:
-            optional[2] = last(optional[2])
+            optional[2] = last(optional[2], turned_out)
         given = sum(1 << i for i, value in enumerate(optional) if value is not None)
-        parts = map(last, context.get_input(0).get_node().input_values())
+        parts = (last(part, turned_in) for part in context.get_input(0).get_node().input_values())
         rest = (value for value in optional if value is not None)
         inputs = [*parts, context.get_input(2), context.get_input(3), *rest]
         node = factory.create("packed_layer", inputs, {"up": up, "spec": ints, "given": given})
-        return (ops.transpose(node, NCHW) if image else node).outputs()
+        return (ops.transpose(node, NCHW) if turned_out else node).outputs()
 
     read_in_parts(program.graph)
+    read_tokens(program.graph)
     program.graph_module.recompile()
     try:
         with quiet():

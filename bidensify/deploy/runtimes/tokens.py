@@ -1,13 +1,13 @@
 """Tokens (N, H * W, C) that are turned into images before packed layers, and back behind them: packed layers read and write them.
 
 In memory tokens are an image in channels_last, so that nothing has to move between them. But a program turns (N, T, C) into
-(N, C, T) and calls that an image (N, C, H, W), and a packed layer, which reads channels_last, turns it back: two copies each way.
-A spec of version 2 (``deploy/operator.py``) lets a layer read (N, H, W, C), another name of the tokens' own memory.
+(N, C, T) and calls that an image (N, C, H, W), and packed layers read channels_last, so that it is turned back: two copies
+each way. A spec of version 2 (``deploy/operator.py``) lets a layer read (N, H, W, C), another name of the tokens' own memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER
 from bidensify.deploy.runtimes.prepare import LINEAR
 from bidensify.deploy.runtimes.writes import Writes
 
-__all__ = ["read_tokens"]
+__all__ = ["lasting", "read_tokens"]
 
 _aten = torch.ops.aten
 _PACKED = torch.ops.bidensify.packed_layer.default
@@ -26,6 +26,12 @@ _VIEWS = (_aten.view.default, _aten.reshape.default, _aten.flatten.using_ints)
 _COPIES = (_aten.contiguous.default, _aten.clone.default)
 # torchao defines them where it is imported.
 _ROUNDING = ("quantized_decomposed.quantize_per_tensor.default", "quantized_decomposed.dequantize_per_tensor.default")
+
+
+def lasting(spec: Sequence[int]) -> tuple[bool, bool]:
+    """Whether a packed layer's parts, and its result, lie in channels_last; else in the order of their dimensions."""
+    inner = spec[1] if spec[0] == 2 else PARTS_INNER | RESULT_INNER if spec[1] == LINEAR else 0
+    return not inner & PARTS_INNER, not inner & RESULT_INNER
 
 
 def read_tokens(graph: fx.Graph) -> int:
