@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from bidensify.deploy.bits import bits_from_signs
 from bidensify.deploy.layers import PackedConv2d, PackedConvTranspose2d, PackedLayer, PackedLinear
-from bidensify.deploy.operator import tokens
-from bidensify.deploy.reference import convolve
+from bidensify.deploy.reference import convolve, tokens
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError, PackError
 from bidensify.exact import check_flips, fold

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidensify.deploy import direct, operator
+from bidensify.deploy import direct, operator, reference
 from bidensify.deploy.backends import check_kernel
 from bidensify.deploy.between.deferred import Deferred
 from bidensify.deploy.between.mode import unwatched
@@ -292,7 +292,7 @@ class PackedLinear(PackedLayer):
         self._check_input(x, tuple(range(2, 9)), -1)
         if not torch.compiler.is_compiling() and not x.numel():
             return self._activated(x.new_empty((*x.shape[:-1], self.spec.out_channels)))
-        return self._run(operator.tokens(x), self.spec, lambda y: operator.from_tokens(y, x), x)
+        return self._run(reference.tokens(x), self.spec, lambda y: reference.from_tokens(y, x), x)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from bidensify.deploy.backends import choose_backend
 from bidensify.deploy.between.deferred import Part
-from bidensify.deploy.reference import packed_reference
+from bidensify.deploy.reference import from_tokens, packed_reference, tokens, whole
 from bidensify.deploy.run import Repeated
 from bidensify.deploy.spec import PackedSpec
 from bidensify.errors import ConfigError, FormatError
 
 __all__ = [
-    "PARTS_INNER", "RESULT_INNER", "SPEC_VERSION", "from_tokens", "reference_operator", "run_operator", "spec_ints", "tokens",
+    "PARTS_INNER", "RESULT_INNER", "SPEC_VERSION", "reference_operator", "run_operator", "spec_ints",
 ]  # fmt: skip
 
 # Of the integers that say what a layer is: 1 and the layer's fields, or 2, where channels are the last dimension, and the fields.
@@ -60,7 +60,7 @@ def spec_ints(spec: PackedSpec, inner: int = 0) -> list[int]:
     return [2, inner, *spec.to_ints()] if inner else [1, *spec.to_ints()]
 
 
-def _spec(ints: Sequence[int]) -> PackedSpec:
+def _spec_of(ints: Sequence[int]) -> PackedSpec:
     if not ints or not 1 <= ints[0] <= SPEC_VERSION:
         raise FormatError(
             f"packed_layer: a layer of version {ints[0] if ints else 'none'}; this bidensify runs 1 to {SPEC_VERSION}: "
@@ -85,7 +85,7 @@ def _as_images(
     residual: Tensor | None,
 ) -> Tensor:
     """A call of version 2 as one of version 1: turned images are views."""
-    layer, inner = _spec(spec), spec[1] if len(spec) > 1 else -1
+    layer, inner = _spec_of(spec), spec[1] if len(spec) > 1 else -1
     if not 0 <= inner <= (PARTS_INNER | RESULT_INNER) or layer.kind == "linear":
         raise FormatError(f"packed_layer: {inner} does not say where the channels of a layer of kind {layer.kind} are")
 
@@ -100,27 +100,6 @@ def _as_images(
         return run(parts, up, tiles, side, spec_ints(layer), thresholds, levels, residual)
     y = run(parts, up, tiles, side, spec_ints(layer), thresholds, levels, None if residual is None else image(residual))
     return y.permute(0, 2, 3, 1).contiguous()
-
-
-def tokens(x: Tensor) -> Tensor:
-    """(N, ..., C) as the image (N, C, T, 1) that it is to a 1x1 convolution."""
-    return x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def from_tokens(y: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``tokens``: (N, C', T, 1) -> (N, ..., C') with the sizes of ``like`` between."""
-    return y.permute(0, 2, 3, 1).reshape(*like.shape[:-1], y.shape[1])
-
-
-def _whole(parts: Sequence[Tensor], up: Sequence[int]) -> Tensor:
-    """The input that lies in parts."""
-    made = []
-    for x, times in zip(parts, up, strict=True):
-        if times != 1:
-            n, c, h, w = x.shape
-            x = x[:, :, :, None, :, None].expand(n, c, h, times, w, times).reshape(n, c, h * times, w * times)
-        made.append(x)
-    return made[0] if len(made) == 1 else torch.cat(made, 1)
 
 
 def _check_parts(parts: Sequence[Tensor], up: Sequence[int], spec: PackedSpec) -> None:
@@ -155,9 +134,9 @@ def reference_operator(
     """The operator in plain PyTorch, channels_last: on devices without kernels, and as its decomposition for export."""
     if _has_inner(spec):
         return _as_images(reference_operator, parts, up, tiles, side, spec, thresholds, levels, residual)
-    layer = _spec(spec)
+    layer = _spec_of(spec)
     if layer.kind != "linear":
-        return packed_reference(_whole(parts, up), tiles, side, layer, thresholds, levels, residual)
+        return packed_reference(whole(parts, up), tiles, side, layer, thresholds, levels, residual)
     residual = None if residual is None else tokens(residual)
     y = packed_reference(tokens(parts[0]), tiles, side, layer, thresholds, levels, residual)
     return from_tokens(y, parts[0])
@@ -193,7 +172,7 @@ def _run(
         y = _run_again(key, parts[0], tiles, side)
         if y is not None:
             return y
-    layer = _spec(spec)
+    layer = _spec_of(spec)
     _check_parts(parts, up, layer)
     x = parts[0]
     if layer.kind == "linear" and not x.numel():
@@ -262,7 +241,7 @@ def _fake(
 ) -> Tensor:
     if _has_inner(spec):
         return _as_images(_fake, parts, up, tiles, side, spec, thresholds, levels, residual)
-    layer, x = _spec(spec), parts[0]
+    layer, x = _spec_of(spec), parts[0]
     if layer.kind == "linear":
         return x.new_empty((*x.shape[:-1], layer.out_channels))
     height, width = layer.output_size(x.shape[2] * up[0], x.shape[3] * up[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from bidensify.deploy.spec import PackedSpec
 from bidensify.exact import Folded, binarize, forward
 from bidensify.nn import Bypass
 
-__all__ = ["convolve", "make_bypass", "packed_reference"]
+__all__ = ["convolve", "from_tokens", "make_bypass", "packed_reference", "tokens", "whole"]
 
 
 @lru_cache(maxsize=4096)
@@ -102,3 +103,24 @@ def packed_reference(
     optional: dict[str, Any] = {name: part.get(name) for name in ("offset", "rise", "slope", "clamp", "post")}
     after = Folded(part["scale"], part["bias"], **optional)
     return forward(bits, dot, sums, after, signal, signal_last=spec.bypass_last, dtype=x.dtype, kernels=False)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(N, ..., C) as the image (N, C, T, 1) that it is to a 1x1 convolution."""
+    return x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def from_tokens(y: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``tokens``: (N, C', T, 1) -> (N, ..., C') with the sizes of ``like`` between."""
+    return y.permute(0, 2, 3, 1).reshape(*like.shape[:-1], y.shape[1])
+
+
+def whole(parts: Sequence[Tensor], up: Sequence[int]) -> Tensor:
+    """The input that lies in parts."""
+    made = []
+    for x, times in zip(parts, up, strict=True):
+        if times != 1:
+            n, c, h, w = x.shape
+            x = x[:, :, :, None, :, None].expand(n, c, h, times, w, times).reshape(n, c, h * times, w * times)
+        made.append(x)
+    return made[0] if len(made) == 1 else torch.cat(made, 1)
