@@ -156,7 +156,7 @@ def edited(exported: Path, place: Path, pattern: str, replacement: str) -> Path:
 @pytest.mark.parametrize(
     ("pattern", "replacement", "message"),
     [
-        (r'spec="1, ', 'spec="2, ', "a layer of version 2; this runtime runs 1 to 1: build a newer one"),
+        (r'spec="1, ', 'spec="3, ', "a layer of version 3; this runtime runs 1 to 2: build a newer one"),
         (r'spec="1, 0, 16, 32', 'spec="1, 0, 17, 32', "17 channels|the layer takes 17|must be"),
         (r'spec="1, 0, 16, 32', 'spec="1, 0, 0, 32', "a channel count or groups of 0"),
         (r'spec="1, 0, 16, 32, 3', 'spec="1, 0, 16, 32', "has 33 integers, got 32"),
