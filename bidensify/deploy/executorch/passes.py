@@ -82,8 +82,11 @@ def layout_pass() -> Any:
                 if (last and tensor.dim() != 4) or tensor.is_contiguous(memory_format=order):
                     return value
                 wanted = _LAST if last else list(range(tensor.dim()))
-                # Not a clone, which XNNPACK leaves to ExecuTorch where it moves anything.
-                return super(Layout, self).call_operator(move, (value,), {"dim_order": wanted}, meta)
+                # XNNPACK leaves a clone that moves anything to ExecuTorch. Of an input or a copy it would hand its own copy
+                # through, and refuse to.
+                computed = value.node.op == "call_function" and value.node.target not in (clone, move)
+                copy = move if last and computed else clone
+                return super(Layout, self).call_operator(copy, (value,), {"dim_order": wanted}, meta)
 
             if op is expand and isinstance(args[0].data, Tensor) and _same_size(args[0].data, meta.data.get("val")):
                 # A matrix product's operands are expanded to what they are: a copy that parts one delegate from the next.
