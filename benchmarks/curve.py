@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
-from bidensify.bench.int8 import openvino_call, quantize_int8
+from bidensify.bench.int8 import open_int8, openvino_call, quantize_int8
 from bidensify.bench.timing import interleave, machine
 from bidensify.bench.timing import threads as torch_threads
 from bidensify.compare.plots import Mark, Scatter, scatters
@@ -84,16 +84,18 @@ def teachers(folder: Path, model: nn.Module, x: Tensor, samples: list[Tensor], t
         ov.save_model(ov.Core().read_model(file), half, compress_to_fp16=True)
 
     def opened(path: Path, precision: str, x: Tensor) -> Callable[[], Any]:
-        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        hint = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
-        return openvino_call(ov.Core().compile_model(str(path), "CPU", {**options, **hint}), x)
+        options = {
+            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+        }  # fmt: skip
+        return openvino_call(ov.Core().compile_model(str(path), "CPU", options), x)
 
     int8 = quantize_int8("openvino int8", model, x, folder, samples)
     return [
         Deployed("float", file, weight(file), partial(opened, file, "f32")),
         # The file in which OpenVINO keeps a network for 16 bits; what computes is bfloat16 where the processor has it.
         Deployed("bf16", half, weight(half), partial(opened, half, "bf16")),
-        Deployed("int8", int8, weight(int8), partial(opened, int8, "")),
+        Deployed("int8", int8, weight(int8), lambda x: open_int8("openvino int8", int8, x, threads)),
     ]
 
 

@@ -73,18 +73,9 @@ def _has_inner(ints: Sequence[int]) -> bool:
     return len(ints) > 0 and ints[0] == 2
 
 
-def _as_images(
-    run: Callable[..., Tensor],
-    parts: Sequence[Tensor],
-    up: Sequence[int],
-    tiles: Tensor,
-    side: Tensor,
-    spec: Sequence[int],
-    thresholds: Tensor | None,
-    levels: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _as_images(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """A call of version 2 as one of version 1: turned images are views."""
+    parts, up, tiles, side, spec, thresholds, levels, residual = arguments
     layer, inner = _spec_of(spec), spec[1] if len(spec) > 1 else -1
     if not 0 <= inner <= (PARTS_INNER | RESULT_INNER) or layer.kind == "linear":
         raise FormatError(f"packed_layer: {inner} does not say where the channels of a layer of kind {layer.kind} are")
