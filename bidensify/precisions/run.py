@@ -121,9 +121,10 @@ def sensitivity(
         if target is not None and target.is_file() and (found := Sensitivity.load(target)).key == key:
             # What was measured does not depend on a table of milliseconds, which may be another one now.
             rows = tuple(row.model_copy(update={"costs": costs.of(row.layers)}) for row in found.rows)
-            found = found.model_copy(update={"rest": costs.rest, "full": costs.full, "rows": rows})
-            found.save(target)
-            return found
+            now = found.model_copy(update={"rest": costs.rest, "full": costs.full, "rows": rows})
+            if now != found:
+                now.save(target)
+            return now
         changes = _changes(replay, made, units, chosen, images)
         bar = stack.enter_context(Bar((len(images) + len(batches)) * len(changes), quiet))
         for x in images:
