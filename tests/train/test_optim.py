@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,6 +65,28 @@ def test_lr_scale(tiny: ModuleType) -> None:
     assert rates[id(model[4].weight)] == pytest.approx(0.5)
     with pytest.raises(ConfigError, match=r"'encoder\.\*' matches no parameter"):
         parameter_groups(model, OptimizerSection(lr_scale={"encoder.*": 0.1}), stage())
+
+
+def test_steps_on_a_cpu_are_adamws(tiny: ModuleType) -> None:
+    """In one pass, and the values of Loshchilov and Hutter's equations (arXiv 1711.05101, algorithm 2)."""
+    model = tiny.network().double()
+    optimizer = build_optimizer(model, OptimizerSection(weight_decay=0.1, betas=(0.8, 0.9)), stage(lr=0.01))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    decays = decay_of(model, optimizer.param_groups)
+    wanted = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    first = {name: np.zeros_like(value) for name, value in wanted.items()}
+    second = {name: np.zeros_like(value) for name, value in wanted.items()}
+    for step in range(1, 4):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            grad = parameter.grad.numpy()
+            first[name] = 0.8 * first[name] + 0.2 * grad
+            second[name] = 0.9 * second[name] + 0.1 * grad**2
+            moved = first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + optimizer.defaults["eps"])
+            wanted[name] = wanted[name] * (1 - 0.01 * decays[name]) - 0.01 * moved
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), wanted[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "linear", "constant"])
