@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import bidensify as bd
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
-from bidensify.bench.int8 import open_int8, openvino_call, quantize_int8
+from bidensify.bench.int8 import OneByOne, open_int8, open_openvino, openvino_call, quantize_int8
 from bidensify.bench.timing import interleave, machine
 from bidensify.bench.timing import threads as torch_threads
 from bidensify.compare.plots import Mark, Scatter, scatters
@@ -50,22 +50,6 @@ class Deployed:
     opened: Callable[[Tensor], Callable[[], Any]]
 
 
-class OneByOne(nn.Module):
-    """A deployed network as a module: images (N, C, H, W) to its first output."""
-
-    def __init__(self, deployed: Deployed, x: Tensor) -> None:
-        super().__init__()
-        self._image = torch.zeros_like(x)
-        self._call = deployed.opened(self._image)
-
-    def forward(self, x: Tensor) -> Tensor:
-        results = []
-        for image in x[:, None]:
-            self._image.copy_(image)
-            results.append(torch.as_tensor(self._call()).clone())
-        return torch.cat(results)
-
-
 def weight(file: Path) -> int:
     """Bytes of an .xml with its .bin."""
     return file.stat().st_size + file.with_suffix(".bin").stat().st_size
@@ -83,18 +67,11 @@ def teachers(folder: Path, model: nn.Module, x: Tensor, samples: list[Tensor], t
     if not half.exists():
         ov.save_model(ov.Core().read_model(file), half, compress_to_fp16=True)
 
-    def opened(path: Path, precision: str, x: Tensor) -> Callable[[], Any]:
-        options = {
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": precision,
-        }  # fmt: skip
-        return openvino_call(ov.Core().compile_model(str(path), "CPU", options), x)
-
     int8 = quantize_int8("openvino int8", model, x, folder, samples)
     return [
-        Deployed("float", file, weight(file), partial(opened, file, "f32")),
+        Deployed("float", file, weight(file), lambda x: open_openvino(file, x, threads, "f32")),
         # The file in which OpenVINO keeps a network for 16 bits; what computes is bfloat16 where the processor has it.
-        Deployed("bf16", half, weight(half), partial(opened, half, "bf16")),
+        Deployed("bf16", half, weight(half), lambda x: open_openvino(half, x, threads, "bf16")),
         Deployed("int8", int8, weight(int8), lambda x: open_int8("openvino int8", int8, x, threads)),
     ]
 
@@ -130,7 +107,7 @@ def accuracy(folder: Path, one: Deployed, x: Tensor, task: Task, data: Any, mark
     kept = folder / f"metrics_{key}.json"
     if not kept.exists():
         with torch.inference_mode():
-            found = evaluate(OneByOne(one, x), task, data, batch_size=8)
+            found = evaluate(OneByOne(one.opened, x.shape), task, data, batch_size=8)
         with atomic_write(kept) as temporary:
             temporary.write_text(json.dumps(found), encoding="utf-8")
     return dict(json.loads(kept.read_text(encoding="utf-8")))

@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidensify.bench.int8 import installed_runtimes, open_int8, openvino_call, quantize_int8
+from bidensify.bench.int8 import installed_runtimes, open_int8, open_openvino, openvino_call, quantize_int8
 from bidensify.bench.timing import interleave, machine, threads
 from bidensify.models import build_model
 
@@ -82,19 +82,15 @@ class First(nn.Module):
 
 def open_float(folder: Path, module: nn.Module, x: Tensor, number: int) -> Callable[[], Any]:
     """OpenVINO in float32."""
-    ov: Any = importlib.import_module("openvino")
     file = folder / "openvino_float.xml"
     if not file.exists():
+        ov: Any = importlib.import_module("openvino")
         folder.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
             made = ov.convert_model(module, example_input=x.contiguous().clone(), input=[list(x.shape)])
         ov.save_model(made, file, compress_to_fp16=False)
-    core = ov.Core()
     # Where a processor has bfloat16, OpenVINO would compute in it.
-    options = {
-        "INFERENCE_NUM_THREADS": number, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"
-    }  # fmt: skip
-    return openvino_call(core.compile_model(core.read_model(file), "CPU", options), x)
+    return open_openvino(file, x, number, "f32")
 
 
 def open_packed(folder: Path, student: nn.Module, x: Tensor, number: int, int8: bool) -> Callable[[], Any]:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
 
-__all__ = ["Int8Network", "installed_runtimes", "int8_file", "open_int8", "openvino_call", "quantize_int8"]
+__all__ = [
+    "OneByOne",
+    "installed_runtimes",
+    "int8_file",
+    "open_int8",
+    "open_openvino",
+    "openvino_call",
+    "quantize_int8",
+]
 
 _SAMPLES = 8
 _NEEDS = {
@@ -74,6 +82,22 @@ def _key(module: nn.Module, x: Tensor, samples: Sequence[Tensor] | None) -> str:
     return digest.hexdigest()
 
 
+def open_openvino(file: str | Path, x: Tensor, threads: int, precision: str | None = None) -> Callable[[], Any]:
+    """A call that runs an OpenVINO file on what ``x`` then holds, one image at a time; it returns the first output.
+
+    Args:
+        file: an .xml of one input.
+        x: an input; a copy in the usual memory format is read where it has another.
+        threads: of the runtime.
+        precision: "f32" or "bf16" for what is no int8; by default bfloat16 where the processor has it.
+    """
+    ov: Any = importlib.import_module("openvino")
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        options["INFERENCE_PRECISION_HINT"] = precision
+    return openvino_call(ov.Core().compile_model(str(file), "CPU", options), x)
+
+
 def openvino_call(network: Any, x: Tensor) -> Callable[[], Any]:
     """A call that runs OpenVINO's compiled network on what ``x`` then holds; it returns the first output.
 
@@ -103,10 +127,7 @@ def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], An
     """
     x = x.contiguous()
     if name == "openvino int8":
-        ov: Any = importlib.import_module("openvino")
-        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        core = ov.Core()
-        return openvino_call(core.compile_model(core.read_model(file), "CPU", options), x)
+        return open_openvino(file, x, threads)
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -116,26 +137,26 @@ def open_int8(name: str, file: Path, x: Tensor, threads: int) -> Callable[[], An
     return lambda: session.run(None, feed)[0]
 
 
-class Int8Network(nn.Module):
-    """A quantized network as a module: images (N, C, H, W) of the quantized size, one by one, to its first output.
+class OneByOne(nn.Module):
+    """A network that another runtime runs, as a module: images (N, C, H, W), one after the other, to its first output.
 
     Args:
-        name, file: as ``quantize_int8`` took and gave them.
+        opened: of an image's tensor, a call that runs the network on what the tensor then holds.
         shape: of one image, (1, C, H, W).
-        threads: of the runtime.
     """
 
-    def __init__(self, name: str, file: Path, shape: Sequence[int], threads: int) -> None:
+    def __init__(self, opened: Callable[[Tensor], Callable[[], Any]], shape: Sequence[int]) -> None:
         super().__init__()
-        self._buffer = torch.zeros(tuple(shape))
-        self.call = open_int8(name, file, self._buffer, threads)
+        self._image = torch.zeros(tuple(shape))
+        self.call = opened(self._image)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the images of a batch one after the other."""
         results = []
         for image in x[:, None]:
-            self._buffer.copy_(image)
-            results.append(torch.from_numpy(self.call().copy()))
+            self._image.copy_(image)
+            # The next call writes where this one's output lies.
+            results.append(torch.as_tensor(self.call()).clone())
         return torch.cat(results)
 
 

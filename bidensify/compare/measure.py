@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bidensify.bench.int8 import Int8Network, installed_runtimes, quantize_int8
+from bidensify.bench.int8 import OneByOne, installed_runtimes, open_int8, quantize_int8
 from bidensify.bench.timing import interleave
 from bidensify.bench.timing import threads as torch_threads
 from bidensify.compare.matrix import Matrix
@@ -105,7 +105,7 @@ def _int8(matrix: Matrix, model: nn.Module, x: Tensor, threads: int) -> Network:
     folder: Path = matrix.out / "int8"
     samples = matrix.recipe.calibration_images((x.shape[-2], x.shape[-1]), _CALIBRATION)
     file = quantize_int8(_INT8, copy.deepcopy(model).to(memory_format=torch.contiguous_format), x, folder, samples)
-    network = Int8Network(_INT8, file, x.shape, threads)
+    network = OneByOne(lambda image: open_int8(_INT8, file, image, threads), x.shape)
     size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.is_file())
     note = "OpenVINO post-training quantization"
     return Network(Point(name="int8", kind="float", bytes=size, note=note), network, call=lambda _: network.call())

@@ -75,7 +75,9 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerSection, stage: StageS
     groups = parameter_groups(model, optimizer, stage)
     # torch takes its one-pass step on a CPU only where it is asked to: 28 ms in place of 101 for U-Net ResNet-34 on one core.
     # A shared parameter (DTensor) is of another type.
-    whole = all(type(parameter) is nn.Parameter and parameter.is_cpu for group in groups for parameter in group["params"])
+    whole = all(
+        type(parameter) is nn.Parameter and parameter.is_cpu for group in groups for parameter in group["params"]
+    )
     return torch.optim.AdamW(groups, lr=stage.lr, betas=optimizer.betas, eps=optimizer.eps, fused=whole or None)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bidensify.bench import int8
-from bidensify.bench.int8 import int8_file, openvino_call, quantize_int8
+from bidensify.bench.int8 import OneByOne, int8_file, openvino_call, quantize_int8
 
 
 class Tensor:
@@ -56,6 +56,23 @@ def test_the_input_lives_as_long_as_the_call(order: torch.memory_format, monkeyp
     if order == torch.contiguous_format:
         x.neg_()
         assert torch.equal(torch.from_numpy(call()), x.relu()), "it reads what the input holds then"
+
+
+def test_images_of_a_batch_one_by_one() -> None:
+    """Each has its own output, though the runtime writes all of them to one place."""
+    place = np.zeros((1, 3, 4, 5), np.float32)
+
+    def opened(x: torch.Tensor) -> Any:
+        def call() -> Any:
+            np.maximum(x.numpy(), 0, out=place)
+            return place
+
+        return call
+
+    images = torch.randn(3, 3, 4, 5)
+    network = OneByOne(opened, (1, 3, 4, 5))
+    assert torch.equal(network(images), images.relu())
+    assert torch.equal(network(images[:1]), images[:1].relu())
 
 
 def test_a_file_of_another_network_shape_or_samples_is_not_taken(

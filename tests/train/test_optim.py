@@ -82,7 +82,9 @@ def test_steps_on_a_cpu_are_adamws(tiny: ModuleType) -> None:
             grad = parameter.grad.numpy()
             first[name] = 0.8 * first[name] + 0.2 * grad
             second[name] = 0.9 * second[name] + 0.1 * grad**2
-            moved = first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + optimizer.defaults["eps"])
+            moved = (
+                first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + optimizer.defaults["eps"])
+            )
             wanted[name] = wanted[name] * (1 - 0.01 * decays[name]) - 0.01 * moved
         optimizer.step()
     for name, parameter in model.named_parameters():
