@@ -14,6 +14,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test never reaches for a model hub; read when its package is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Processes of pytest-xdist are told a terminal's width, to which tables would be folded.
 os.environ.pop("COLUMNS", None)
 # Where a change is judged the examples are the same for the same code; elsewhere every run draws new ones.
