@@ -13,6 +13,7 @@ import bidensify as bd
 from bidensify.methods import LayerParts, LayerSpec, get_method
 from bidensify.methods.around import rprelu
 from bidensify.nn import Bypass, DistributionAdaptiveBinarizer, RPReLU, binary_layers, sign
+from bidensify.rewrite.apply.norms import centre
 
 Sample = dict[str, Tensor]
 
@@ -50,6 +51,22 @@ def rectified(slope: float) -> Callable[[nn.Module], None]:
             if isinstance(module, RPReLU):
                 module.slope.fill_(slope)
                 module.bias_out.zero_()
+
+    return start
+
+
+def leaky(slope: float) -> Callable[[nn.Module], None]:
+    """RPReLU from another slope, each layer's with the shift that centres it."""
+
+    @torch.no_grad()
+    def start(student: nn.Module) -> None:
+        for module in student.modules():
+            if isinstance(module, RPReLU):
+                module.slope.fill_(slope)
+        for _, layer in binary_layers(student):
+            if isinstance(layer.activation, RPReLU) and layer.norm is not None:
+                layer.activation.bias_out.zero_()
+                centre(layer.activation, layer.norm, bypass=layer.bypass is not None)
 
     return start
 
@@ -213,7 +230,9 @@ class Mixed(Dataset[Sample]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Sample:
-        sample: Sample = self.data[index]
+        # Labels that are not mixed (depth) would be wrong.
+        whole: Sample = self.data[index]
+        sample = {key: whole[key] for key in ("image", "mask")}
         if torch.rand(()) < 0.5:
             return sample
         other: Sample = self.data[int(torch.randint(len(self.data), ()))]
@@ -229,9 +248,7 @@ class Mixed(Dataset[Sample]):
             rows, columns = int(height * share * 0.7), int(width * share * 0.7)
             top, left = int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ()))
             inside[top : top + rows, left : left + columns] = True
-        return {
-            key: torch.where(inside, other[key], value) for key, value in sample.items() if key in ("image", "mask")
-        }
+        return {key: torch.where(inside, other[key], value) for key, value in sample.items()}
 
 
 # --- parts
