@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
+from bidensify.deploy.executorch.simpler import for_xnnpack
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
@@ -86,6 +87,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
         from executorch.exir.passes import MemoryPlanningPass
     read_in_parts(program.graph)
     read_tokens(program.graph)
+    for_xnnpack(program.graph)
     program.graph_module.recompile()
     try:
         with quiet(), pointers_in_workspace():

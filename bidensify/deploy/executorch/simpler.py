@@ -1,0 +1,85 @@
+"""What ExecuTorch's own kernels would compute one element at a time, written as operators that XNNPACK has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["for_xnnpack"]
+
+_aten = torch.ops.aten
+# As many as XNNPACK joins at once.
+_MOST = 5
+
+
+def for_xnnpack(graph: fx.Graph) -> None:
+    """Sums of stacked tensors become additions in their order; nearest enlargements by whole factors, where sizes are fixed,
+    repeat each pixel's channels, then each row. The values stay the same, but for the sum of an order that no runtime promises.
+    """
+    for node in list(graph.nodes):
+        if node.target is _aten.sum.dim_IntList:
+            _sum(graph, node)
+        elif node.target in (_aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default):
+            _enlargement(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _sum(graph: fx.Graph, node: fx.Node) -> None:
+    stack, axes = node.args[:2]
+    whole = (
+        isinstance(stack, fx.Node) and stack.target is _aten.stack.default and len(node.args) == 2 and not node.kwargs
+    )
+    if not whole or not isinstance(stack, fx.Node) or len(stack.users) > 1:
+        return
+    parts: Any = stack.args[0]
+    axis: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    value = stack.meta["val"]
+    # Integers are summed in another type than theirs.
+    if not value.is_floating_point():
+        return
+    if [each % value.dim() for each in axes] != [axis % value.dim()] or len(parts) < 2:  # type: ignore[union-attr]
+        return
+    # What is written into a part behind the stack is not in the sum.
+    with graph.inserting_before(stack):
+        total = parts[0]
+        for part in parts[1:]:
+            total = _call(graph, _aten.add.Tensor, total, part)
+    node.replace_all_uses_with(total)
+
+
+def _enlargement(graph: fx.Graph, node: fx.Node) -> None:
+    given: Any = node.args[0]
+    before, after = given.meta["val"], node.meta["val"]
+    sizes = [*before.shape, *after.shape[2:]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    n, c, h, w, rows, columns = sizes
+    down, across = rows // h, columns // w
+    if (down * h, across * w) != (rows, columns) or not 1 < max(down, across) <= _MOST:
+        return
+    with graph.inserting_before(node):
+        x = _call(graph, _aten.permute.default, given, [0, 2, 3, 1])
+        if across > 1:
+            x = _call(graph, _aten.cat.default, [x] * across, 3)
+        x = _call(graph, _aten.reshape.default, x, [n, h, columns * c])
+        if down > 1:
+            x = _call(graph, _aten.cat.default, [x] * down, 2)
+        x = _call(graph, _aten.reshape.default, x, [n, rows, columns, c])
+        made = _call(graph, _aten.permute.default, x, [0, 3, 1, 2])
+    node.replace_all_uses_with(made)
+
+
+def _call(graph: fx.Graph, target: Any, first: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, (first, *args))
+
+    def value(given: Any) -> Any:
+        return given.meta["val"] if isinstance(given, fx.Node) else given
+
+    values = [[value(each) for each in given] if isinstance(given, list) else value(given) for given in node.args]
+    one: Any = values[0][0] if isinstance(values[0], list) else values[0]
+    assert isinstance(one, Tensor)
+    with one.fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = target(*values)
+    return node
