@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from bidensify.deploy.runtimes.nodes import valued
 
 __all__ = ["for_xnnpack"]
 
@@ -71,15 +73,5 @@ def _enlargement(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _call(graph: fx.Graph, target: Any, first: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, (first, *args))
-
-    def value(given: Any) -> Any:
-        return given.meta["val"] if isinstance(given, fx.Node) else given
-
-    values = [[value(each) for each in given] if isinstance(given, list) else value(given) for given in node.args]
-    one: Any = values[0][0] if isinstance(values[0], list) else values[0]
-    assert isinstance(one, Tensor)
-    with one.fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*values)
-    return node
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    return valued(graph.call_function(target, args))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER
+from bidensify.deploy.runtimes.nodes import valued
 from bidensify.deploy.runtimes.prepare import LINEAR
 from bidensify.deploy.runtimes.writes import Writes
 
@@ -106,12 +107,7 @@ class _Turned:
         self, after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
     ) -> fx.Node:
         with self._graph.inserting_after(after):
-            node = self._graph.call_function(target, args, dict(kwargs or {}))
-        values = tree_map_only(fx.Node, lambda each: each.meta["val"], args)
-        one: Any = next(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-        with one.fake_mode:
-            node.meta["val"] = target(*values, **node.kwargs)
-        return node
+            return valued(self._graph.call_function(target, args, dict(kwargs or {})))
 
 
 def _pointwise(node: Any) -> bool:
