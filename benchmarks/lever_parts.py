@@ -59,16 +59,12 @@ def leaky(slope: float) -> Callable[[nn.Module], None]:
     """RPReLU from another slope, each layer's with the shift that centres it."""
 
     @torch.no_grad()
-    def start(student: nn.Module) -> None:
-        for module in student.modules():
-            if isinstance(module, RPReLU):
-                module.slope.fill_(slope)
+    def centred(student: nn.Module) -> None:
         for _, layer in binary_layers(student):
             if isinstance(layer.activation, RPReLU) and layer.norm is not None:
-                layer.activation.bias_out.zero_()
                 centre(layer.activation, layer.norm, bypass=layer.bypass is not None)
 
-    return start
+    return both([rectified(slope), centred])
 
 
 class Gained(Bypass):

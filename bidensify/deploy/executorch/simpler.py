@@ -1,4 +1,5 @@
-"""What ExecuTorch's own kernels would compute one element at a time, written as operators that XNNPACK has."""
+"""What ExecuTorch's own kernels would compute one element at a time, written as additions, which XNNPACK takes, and as joins, in
+which whole runs are copied."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from bidensify.deploy.runtimes.nodes import valued
 __all__ = ["for_xnnpack"]
 
 _aten = torch.ops.aten
-# As many as XNNPACK joins at once.
+# The largest factor of an enlargement that is written so; XNNPACK joins no more tensors at once.
 _MOST = 5
 
 
@@ -29,19 +30,16 @@ def for_xnnpack(graph: fx.Graph) -> None:
 
 
 def _sum(graph: fx.Graph, node: fx.Node) -> None:
-    stack, axes = node.args[:2]
-    whole = (
-        isinstance(stack, fx.Node) and stack.target is _aten.stack.default and len(node.args) == 2 and not node.kwargs
-    )
-    if not whole or not isinstance(stack, fx.Node) or len(stack.users) > 1:
+    stack: Any = node.args[0]
+    if stack.target is not _aten.stack.default or len(stack.users) > 1 or len(node.args) > 2 or node.kwargs:
         return
-    parts: Any = stack.args[0]
-    axis: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
-    value = stack.meta["val"]
+    parts, value = stack.args[0], stack.meta["val"]
+    axis = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    axes: Any = node.args[1] or []
     # Integers are summed in another type than theirs.
-    if not value.is_floating_point():
+    if not value.is_floating_point() or len(parts) < 2:
         return
-    if [each % value.dim() for each in axes] != [axis % value.dim()] or len(parts) < 2:  # type: ignore[union-attr]
+    if [each % value.dim() for each in axes] != [axis % value.dim()]:
         return
     # What is written into a part behind the stack is not in the sum.
     with graph.inserting_before(stack):

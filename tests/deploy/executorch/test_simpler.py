@@ -77,7 +77,14 @@ def test_sums_of_stacks_are_additions(module: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [Summed(0, 1), Summed(0, [0, 1]), Summed(0, 0, keepdim=True), Summed(0, 0, dtype=torch.float64), Summed(0)],
+    [
+        Summed(0, 1),
+        Summed(0, None),
+        Summed(0, [0, 1]),
+        Summed(0, 0, keepdim=True),
+        Summed(0, 0, dtype=torch.float64),
+        Summed(0),
+    ],
 )
 def test_other_sums_stay(module: nn.Module) -> None:
     operators, found, wanted = both(module, torch.randn(2, 3, 4, 5))
