@@ -71,3 +71,27 @@ def test_what_is_written_in_place_is_read_as_it_was(how: str, changed: int) -> N
         assert read_in_parts(program.graph) == changed
         program.graph_module.recompile()
         assert torch.equal(program.module()(x), net(x))
+
+
+class Enlarging(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.layer = BiDenseConv2d(16, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+
+
+@pytest.mark.parametrize(("factor", "changed"), [(4.0, 1), (4.1, 0), (3.0, 0)])
+def test_an_enlargement_is_of_the_factor_that_was_asked_for(factor: float, changed: int) -> None:
+    """5 pixels times 4.1 are 20 as well, and others of them are repeated."""
+    torch.manual_seed(0)
+    layer, x = Enlarging(factor).eval(), torch.randn(2, 16, 5, 5)
+    bd.calibrate(layer, [x])
+    net = bd.pack(layer)
+    with torch.no_grad():
+        program = capture(prepared(net), (x[:1],), {}, None)
+        assert read_in_parts(program.graph) == changed
+        program.graph_module.recompile()
+        assert torch.equal(program.module()(x[:1]), net(x[:1]))

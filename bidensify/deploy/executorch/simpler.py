@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bidensify.deploy.runtimes.nodes import valued
+from bidensify.deploy.runtimes.nodes import enlarged, valued
 
 __all__ = ["for_xnnpack"]
 
@@ -24,7 +24,7 @@ def for_xnnpack(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _aten.sum.dim_IntList:
             _sum(graph, node)
-        elif node.target in (_aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default):
+        elif node.target is _aten.upsample_nearest2d.vec:
             _enlargement(graph, node)
     graph.eliminate_dead_code()
 
@@ -55,10 +55,11 @@ def _enlargement(graph: fx.Graph, node: fx.Node) -> None:
     sizes = [*before.shape, *after.shape[2:]]
     if not all(isinstance(size, int) for size in sizes):
         return
-    n, c, h, w, rows, columns = sizes
-    down, across = rows // h, columns // w
-    if (down * h, across * w) != (rows, columns) or not 1 < max(down, across) <= _MOST:
+    factors = enlarged(node, _MOST)
+    if factors is None or factors == (1, 1):
         return
+    n, c, h, _, rows, columns = sizes
+    down, across = factors
     with graph.inserting_before(node):
         x = _call(graph, _aten.permute.default, given, [0, 2, 3, 1])
         if across > 1:

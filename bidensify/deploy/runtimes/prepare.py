@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.layers import PackedLayer
+from bidensify.deploy.runtimes.nodes import enlarged
 from bidensify.deploy.runtimes.writes import Writes
 from bidensify.errors import ConfigError
 from bidensify.nn import BinaryLayer, Int8, int8_layers
@@ -157,19 +158,13 @@ def _parts(node: Any, up: int, reader: fx.Node, writes: Writes) -> list[tuple[An
     if node.target is _aten.cat.default and len(node.args) > 1 and node.args[1] in (1, -3):
         inputs = node.args[0]
     elif node.target is _aten.upsample_nearest2d.vec:
-        factor = _factor(node.args[0].meta["val"], value)
-        inputs, times = ([], 1) if factor is None else ([node.args[0]], factor)
+        factors = enlarged(node, 32)
+        # Of a power of two alone is every rounding of indices exact.
+        if factors in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
+            inputs, times = [node.args[0]], factors[0]
     # In evaluation it does nothing.
     elif node.target is _aten.dropout.default and node.args[2] is False:
         inputs = [node.args[0]]
     if not inputs or writes.between([node, *inputs], node, reader):
         return [(node, up)]
     return [each for part in inputs for each in _parts(part, up * times, reader, writes)]
-
-
-def _factor(x: Tensor, y: Tensor) -> int | None:
-    """The power of two by which height and width grow; there alone is every rounding of indices exact."""
-    for times in (2, 4, 8, 16, 32):
-        if all(statically_known_true(y.shape[axis] == times * x.shape[axis]) for axis in (2, 3)):
-            return times
-    return None

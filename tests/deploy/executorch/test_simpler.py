@@ -53,7 +53,8 @@ def test_enlargements_repeat_pixels_and_rows(options: dict[str, Any], order: tor
 
 
 @pytest.mark.parametrize(
-    "options", [{"scale_factor": 1.5}, {"size": (5, 10)}, {"scale_factor": 6}, {"scale_factor": 1}]
+    "options",
+    [{"scale_factor": 1.5}, {"size": (5, 10)}, {"scale_factor": 6}, {"scale_factor": 1}, {"scale_factor": 3.1}],
 )
 def test_enlargements_of_other_factors_stay(options: dict[str, Any]) -> None:
     operators, found, wanted = both(Enlarged(**options), torch.randn(1, 3, 5, 7))
