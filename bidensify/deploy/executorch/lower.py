@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
 from bidensify.deploy.executorch.simpler import for_xnnpack
+from bidensify.deploy.executorch.views import planning
 from bidensify.deploy.runtimes.build import EXECUTORCH
 from bidensify.deploy.runtimes.prepare import read_in_parts
 from bidensify.deploy.runtimes.quiet import quiet
@@ -83,12 +84,10 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
     with _imports():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-        from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy
-        from executorch.exir.passes import MemoryPlanningPass
+        from executorch.exir.memory_planning import greedy
     read_in_parts(program.graph)
     read_tokens(program.graph)
-    for_xnnpack(program.graph)
-    program.graph_module.recompile()
+    for_xnnpack(program)
     try:
         with quiet(), pointers_in_workspace():
             edge = to_edge_transform_and_lower(
@@ -100,7 +99,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
             )
             config = ExecutorchBackendConfig(
                 passes=[kernels_pass(), turns_pass()],
-                memory_planning_pass=MemoryPlanningPass(MemoryPlanningAlgorithmSuite([greedy, tight])),
+                memory_planning_pass=planning(greedy, tight),
             )
             return seal(bytes(edge.to_executorch(config).buffer))
     except Exception as error:

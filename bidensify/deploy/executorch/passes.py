@@ -3,8 +3,9 @@
 ExecuTorch fixes the order in which a tensor lies (its dim order) when a program is written, and no kernel changes it. Three kinds
 of readers are to be served, and each is by one pass:
 
-- a packed layer reads and writes channels_last (a linear one: contiguous). ``layout_pass`` copies where its input lies otherwise,
-  before XNNPACK takes its share, so that XNNPACK makes most of the copies itself.
+- a packed layer reads and writes channels_last (a linear one: contiguous), and what is renamed (``views``) is read as it says.
+  ``layout_pass`` copies where its input lies otherwise, before XNNPACK takes its share, so that XNNPACK makes most of the copies
+  itself.
 - a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that a
   packed layer's result is called so before the partition (``layout_pass``), and what delegates read and give behind it.
 - of ExecuTorch's own kernels, pointwise ones on tensors of one shape and order take any, since they go through memory; the others
@@ -71,6 +72,7 @@ def layout_pass() -> Any:
     packed = edge.bidensify.packed_layer.default
     expand = edge.aten.expand_copy.default
     plain = {edge.aten.native_group_norm.default}
+    renamed = edge.bidensify.renamed.default
 
     class Layout(ExportPass):  # type: ignore[misc]
         def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
@@ -96,11 +98,13 @@ def layout_pass() -> Any:
                 parts = [lies(part, given_last) for part in args[0]]
                 tail = [lies(args[5], False), lies(args[6], False), lies(args[7], last)]
                 args = (parts, *args[1:5], *tail)
+            elif op is renamed:
+                args = (lies(args[0], args[1]), *args[1:])
             elif op in plain or _order(meta.data.get("val")) not in (None, *_orders(meta.data.get("val"))):
                 args, kwargs = tree_map(lambda value: lies(value, False), (args, kwargs))
             made = super().call_operator(op, args, kwargs, meta)
             # A delegate's own results cannot be renamed: a copy behind one would only make it end there.
-            return self._sure(made, meta) if op is packed else made
+            return self._sure(made, meta) if op in (packed, renamed) else made
 
         def _sure(self, value: Any, meta: Any) -> Any:
             """One pixel or one channel lies in both orders: XNNPACK takes it for contiguous, whatever its order is called."""
@@ -130,6 +134,7 @@ def kernels_pass() -> Any:
         edge.dim_order_ops._empty_dim_order.default,
         edge.aten.as_strided_copy.default,
         edge.bidensify.packed_layer.default,
+        edge.bidensify.renamed.default,
     }
 
     class Kernels(ExportPass):  # type: ignore[misc]

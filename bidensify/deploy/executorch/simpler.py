@@ -1,13 +1,15 @@
-"""What ExecuTorch's own kernels would compute one element at a time, written as additions, which XNNPACK takes, and as joins, in
-which whole runs are copied."""
+"""What ExecuTorch's own kernels would compute one element at a time, written with what XNNPACK has, and as joins, in which whole
+runs are copied."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
 
+from bidensify.deploy.executorch.views import RENAMED
 from bidensify.deploy.runtimes.nodes import enlarged, valued
 
 __all__ = ["for_xnnpack"]
@@ -15,18 +17,27 @@ __all__ = ["for_xnnpack"]
 _aten = torch.ops.aten
 # The largest factor of an enlargement that is written so; XNNPACK joins no more tensors at once.
 _MOST = 5
+_VIEWS = (_aten.view.default, _aten.reshape.default)
+_BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 
 
-def for_xnnpack(graph: fx.Graph) -> None:
+def for_xnnpack(program: torch.export.ExportedProgram) -> None:
     """Sums of stacked tensors become additions in their order; nearest enlargements by whole factors, where sizes are fixed,
-    repeat each pixel's channels, then each row. The values stay the same, but for the sum of an order that no runtime promises.
+    repeat each pixel's channels, then each row; group norms of images are means and products; a value per channel has four
+    dimensions where an image is read with it. Values stay the same to the rounding of sums, whose order no runtime promises.
     """
+    graph = program.graph
     for node in list(graph.nodes):
         if node.target is _aten.sum.dim_IntList:
             _sum(graph, node)
         elif node.target is _aten.upsample_nearest2d.vec:
             _enlargement(graph, node)
+        elif node.target is _aten.group_norm.default:
+            _group_norm(program, node)
+        elif node.target in _BINARY:
+            _per_channel(program, node)
     graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def _sum(graph: fx.Graph, node: fx.Node) -> None:
@@ -58,18 +69,83 @@ def _enlargement(graph: fx.Graph, node: fx.Node) -> None:
     factors = enlarged(node, _MOST)
     if factors is None or factors == (1, 1):
         return
-    n, c, h, _, rows, columns = sizes
+    n, c, h, w, rows, columns = sizes
     down, across = factors
     with graph.inserting_before(node):
-        x = _call(graph, _aten.permute.default, given, [0, 2, 3, 1])
-        if across > 1:
-            x = _call(graph, _aten.cat.default, [x] * across, 3)
-        x = _call(graph, _aten.reshape.default, x, [n, h, columns * c])
-        if down > 1:
-            x = _call(graph, _aten.cat.default, [x] * down, 2)
-        x = _call(graph, _aten.reshape.default, x, [n, rows, columns, c])
-        made = _call(graph, _aten.permute.default, x, [0, 3, 1, 2])
+        x = _call(graph, RENAMED, given, True, [n, h, w, c], False)
+        x = _call(graph, _aten.cat.default, [x] * across, 3) if across > 1 else x
+        x = _call(graph, RENAMED, x, False, [n, h, columns * c], False)
+        x = _call(graph, _aten.cat.default, [x] * down, 2) if down > 1 else x
+        made = _call(graph, RENAMED, x, False, [n, c, rows, columns], True)
     node.replace_all_uses_with(made)
+
+
+def _group_norm(program: torch.export.ExportedProgram, node: fx.Node) -> None:
+    """ExecuTorch's group norm reads an image's channels one after another: a copy of it into that order and one back. Means of
+    each channel are XNNPACK's; convolutions of one pixel take a group's mean of them and hand it to the group's channels.
+    """
+    x, groups, weight, bias, eps, _ = [*node.args, *(None, None, 1e-5, None)[len(node.args) - 2 :]]
+    value = x.meta["val"]  # type: ignore[union-attr]
+    if value.dim() != 4 or value.dtype != torch.float32:
+        return
+    graph, channels = program.graph, value.shape[1]
+    scale = torch.ones(channels) if weight is None else _known(program, weight)
+    shift = torch.zeros(channels) if bias is None else _known(program, bias)
+    if scale is None or shift is None:
+        return
+
+    def constant(name: str, tensor: Tensor) -> fx.Node:
+        return _constant(program, f"{node.name}_{name}", tensor)
+
+    each = constant("mean", torch.full((groups, channels // groups, 1, 1), groups / channels))
+    hand_on = constant("ones", torch.ones(channels, 1, 1, 1))
+    scaled = constant("scale", scale.view(channels, 1, 1, 1))
+    shifted = constant("shift", shift.view(1, channels, 1, 1))
+    above_zero = constant("eps", torch.full((groups,), eps))
+    with graph.inserting_before(node):
+
+        def convolution(image: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+            return _call(graph, _aten.conv2d.default, image, weight, bias, [1, 1], [0, 0], [1, 1], groups)
+
+        def mean(image: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+            return convolution(_call(graph, _aten.mean.dim, image, [2, 3], True), each, bias)
+
+        # Not the mean of squares less the square of the mean, which cancels where the mean is large.
+        difference = _call(graph, _aten.sub.Tensor, x, convolution(mean(x), hand_on))
+        variance = mean(_call(graph, _aten.mul.Tensor, difference, difference), above_zero)
+        factor = convolution(_call(graph, _aten.rsqrt.default, variance), scaled)
+        made = _call(graph, _aten.add.Tensor, _call(graph, _aten.mul.Tensor, difference, factor), shifted)
+    node.replace_all_uses_with(made)
+
+
+def _per_channel(program: torch.export.ExportedProgram, node: fx.Node) -> None:
+    """XNNPACK reads a constant of four dimensions in an image's own order; to add one of (C, 1, 1) it turns the image there and
+    back.
+    """
+    for given in [each for each in node.args[:2] if isinstance(each, fx.Node)]:
+        value, source = given.meta["val"], given
+        if node.meta["val"].dim() != 4 or value.dim() != 3 or value.shape[1:] != (1, 1):
+            continue
+        while source.target in _VIEWS or source.target is _aten.to.dtype:
+            source = source.args[0]  # type: ignore[assignment]
+        known = _known(program, source)
+        if known is not None and known.dtype == value.dtype and known.numel() == value.numel():
+            node.replace_input_with(given, _constant(program, given.name, known.reshape(1, *value.shape)))
+
+
+def _known(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
+    """The values of a parameter or a constant."""
+    from executorch.backends.transforms.utils import get_param_tensor, is_param_node
+
+    return get_param_tensor(program, node) if is_param_node(program, node) else None
+
+
+def _constant(program: torch.export.ExportedProgram, name: str, values: Tensor) -> fx.Node:
+    from executorch.backends.transforms.utils import create_constant_placeholder
+
+    with program.graph.inserting_before(next(iter(program.graph.nodes))):
+        data = values.detach().contiguous()
+        return create_constant_placeholder(program, program.graph, f"{name}_constant", InputKind.CONSTANT_TENSOR, data)
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:

@@ -34,8 +34,7 @@ class Summed(nn.Module):
 def both(module: nn.Module, x: Tensor, **options: Any) -> tuple[set[Any], Tensor, Tensor]:
     """The operators that are left, what the program gives then, and what the module does."""
     program = torch.export.export(module.eval(), (x,), **options)
-    for_xnnpack(program.graph)
-    program.graph_module.recompile()
+    for_xnnpack(program)
     program.graph.lint()
     return {node.target for node in program.graph.nodes}, program.module()(x), module(x)
 
@@ -115,3 +114,48 @@ def test_integers_stay() -> None:
     operators, found, wanted = both(Summed(0, 0), torch.arange(24).view(2, 3, 4))
     assert torch.equal(found, wanted)
     assert aten.stack.default in operators
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("groups", "channels", "affine"), [(4, 16, True), (1, 6, True), (5, 5, True), (3, 12, False)])
+def test_group_norms_are_means_and_products(
+    groups: int, channels: int, affine: bool, order: torch.memory_format
+) -> None:
+    norm = nn.GroupNorm(groups, channels, affine=affine, eps=0.1)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    # The mean is a thousand deviations.
+    x = (1000 + torch.randn(2, channels, 7, 5)).contiguous(memory_format=order)
+    operators, found, _ = both(nn.Sequential(norm, nn.ReLU()), x)
+    # Not beside PyTorch's own, which is off by tenths in channels_last.
+    wanted = nn.functional.relu(norm.double()(x.double()))
+    assert (found - wanted).abs().max() < 1e-3
+    assert aten.group_norm.default not in operators
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 9)])
+def test_group_norms_of_what_is_no_image_stay(shape: tuple[int, ...]) -> None:
+    operators, found, wanted = both(nn.GroupNorm(3, 6), torch.randn(shape))
+    assert torch.equal(found, wanted)
+    assert aten.group_norm.default in operators
+
+
+class Shifted(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(6))
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 2 + self.shift.view(self.shape).to(x.dtype)) / self.shift.reshape(self.shape)
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((-1, 1, 1), 4), ((6, 1, 1), 4), ((1, 6, 1), 3)])
+def test_values_per_channel_have_four_dimensions(shape: tuple[int, ...], dims: int) -> None:
+    program = torch.export.export(Shifted(*shape).eval(), (torch.randn((2, 6, 6, 5)),))
+    for_xnnpack(program)
+    program.graph.lint()
+    read = [node.args[1] for node in program.graph.nodes if node.target in (aten.add.Tensor, aten.div.Tensor)]
+    assert [node.meta["val"].dim() for node in read] == [dims, dims]
+    _, found, wanted = both(Shifted(*shape), torch.randn((2, 6, 6, 5)))
+    assert torch.equal(found, wanted)
