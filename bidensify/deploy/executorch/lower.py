@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from bidensify.deploy.executorch.absorb import absorb_sums
+from bidensify.deploy.executorch.constants import drop_unread
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
 from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
 from bidensify.deploy.executorch.simpler import for_xnnpack
@@ -86,8 +88,10 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.memory_planning import greedy
     read_in_parts(program.graph)
+    absorb_sums(program)
     read_tokens(program.graph)
     for_xnnpack(program)
+    drop_unread(program)
     try:
         with quiet(), pointers_in_workspace():
             edge = to_edge_transform_and_lower(

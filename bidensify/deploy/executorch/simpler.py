@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export.graph_signature import InputKind
 
+from bidensify.deploy.executorch.constants import constant, known, per_channel
 from bidensify.deploy.executorch.views import RENAMED
 from bidensify.deploy.runtimes.nodes import enlarged, valued
 
@@ -17,7 +17,6 @@ __all__ = ["for_xnnpack"]
 _aten = torch.ops.aten
 # The largest factor of an enlargement that is written so; XNNPACK joins no more tensors at once.
 _MOST = 5
-_VIEWS = (_aten.view.default, _aten.reshape.default)
 _BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 
 
@@ -84,24 +83,25 @@ def _group_norm(program: torch.export.ExportedProgram, node: fx.Node) -> None:
     """ExecuTorch's group norm reads an image's channels one after another: a copy of it into that order and one back. Means of
     each channel are XNNPACK's; convolutions of one pixel take a group's mean of them and hand it to the group's channels.
     """
-    x, groups, weight, bias, eps, _ = [*node.args, *(None, None, 1e-5, None)[len(node.args) - 2 :]]
-    value = x.meta["val"]  # type: ignore[union-attr]
+    given: list[Any] = [*node.args, *(None, None, 1e-5, None)[len(node.args) - 2 :]]
+    x, groups, weight, bias, eps, _ = given
+    value = x.meta["val"]
     if value.dim() != 4 or value.dtype != torch.float32:
         return
     graph, channels = program.graph, value.shape[1]
-    scale = torch.ones(channels) if weight is None else _known(program, weight)
-    shift = torch.zeros(channels) if bias is None else _known(program, bias)
+    scale = torch.ones(channels) if weight is None else known(program, weight)
+    shift = torch.zeros(channels) if bias is None else known(program, bias)
     if scale is None or shift is None:
         return
 
-    def constant(name: str, tensor: Tensor) -> fx.Node:
-        return _constant(program, f"{node.name}_{name}", tensor)
+    def fixed(name: str, tensor: Tensor) -> fx.Node:
+        return constant(program, f"{node.name}_{name}", tensor)
 
-    each = constant("mean", torch.full((groups, channels // groups, 1, 1), groups / channels))
-    hand_on = constant("ones", torch.ones(channels, 1, 1, 1))
-    scaled = constant("scale", scale.view(channels, 1, 1, 1))
-    shifted = constant("shift", shift.view(1, channels, 1, 1))
-    above_zero = constant("eps", torch.full((groups,), eps))
+    each = fixed("mean", torch.full((groups, channels // groups, 1, 1), groups / channels))
+    hand_on = fixed("ones", torch.ones(channels, 1, 1, 1))
+    scaled = fixed("scale", scale.view(channels, 1, 1, 1))
+    shifted = fixed("shift", shift.view(1, channels, 1, 1))
+    above_zero = fixed("eps", torch.full((groups,), eps))
     with graph.inserting_before(node):
 
         def convolution(image: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
@@ -119,33 +119,13 @@ def _group_norm(program: torch.export.ExportedProgram, node: fx.Node) -> None:
 
 
 def _per_channel(program: torch.export.ExportedProgram, node: fx.Node) -> None:
-    """XNNPACK reads a constant of four dimensions in an image's own order; to add one of (C, 1, 1) it turns the image there and
-    back.
+    """XNNPACK reads a constant of four dimensions in an image's own order; to add one of (C, 1, 1), or a view of one, it turns
+    the image there and back.
     """
     for given in [each for each in node.args[:2] if isinstance(each, fx.Node)]:
-        value, source = given.meta["val"], given
-        if node.meta["val"].dim() != 4 or value.dim() != 3 or value.shape[1:] != (1, 1):
-            continue
-        while source.target in _VIEWS or source.target is _aten.to.dtype:
-            source = source.args[0]  # type: ignore[assignment]
-        known = _known(program, source)
-        if known is not None and known.dtype == value.dtype and known.numel() == value.numel():
-            node.replace_input_with(given, _constant(program, given.name, known.reshape(1, *value.shape)))
-
-
-def _known(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
-    """The values of a parameter or a constant."""
-    from executorch.backends.transforms.utils import get_param_tensor, is_param_node
-
-    return get_param_tensor(program, node) if is_param_node(program, node) else None
-
-
-def _constant(program: torch.export.ExportedProgram, name: str, values: Tensor) -> fx.Node:
-    from executorch.backends.transforms.utils import create_constant_placeholder
-
-    with program.graph.inserting_before(next(iter(program.graph.nodes))):
-        data = values.detach().contiguous()
-        return create_constant_placeholder(program, program.graph, f"{name}_constant", InputKind.CONSTANT_TENSOR, data)
+        values = per_channel(program, given)
+        if values is not None and node.meta["val"].dim() == 4 and known(program, given) is None:
+            node.replace_input_with(given, constant(program, given.name, values.view(1, -1, 1, 1)))
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
