@@ -87,8 +87,8 @@ LEVERS: dict[str, Lever] = {
     "first stage of 10": Lever("10 and 4", {**FAST, **lengths(10, 4)}),
     "ReLU at first": Lever("RPReLU starts with slope 0 and no shift", FAST, rectified(0.0)),
     "ReLU at first, batch 8": Lever("both", {**FAST, "data.batch_size": 8}, rectified(0.0)),
-    "slope 0.1 at first": Lever("RPReLU starts with slope 0.1 (default 0) and the shift that centres it", FAST, leaky(0.1)),
-    "slope 0.25 at first": Lever("the same with 0.25", FAST, leaky(0.25)),
+    "slope 0 at first": Lever("RPReLU starts with slope 0 (default 0.25) and the shift that centres it", FAST, leaky(0.0)),
+    "slope 0.1 at first": Lever("the same with 0.1", FAST, leaky(0.1)),
     "no shift at first": Lever("RPReLU starts with slope 0.25 and no shift", FAST, rectified(0.25)),
     "teacher at first, gain learned": Lever(
         "adds stay; bypasses have a learned gain per channel that starts at 0, RPReLU slope 0: with float layers the student "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from bidensify.methods.registry import LayerSpec, rprelu
+from bidensify.methods.registry import LayerSpec, rectifier, rprelu
 from bidensify.nn import WeightBinarizer
 
-__all__ = ["downsampling_shortcut", "hardtanh", "linear_alone", "rprelu", "scaled_sign"]
+__all__ = ["downsampling_shortcut", "hardtanh", "linear_alone", "rectifier", "rprelu", "scaled_sign"]
 
 
 def hardtanh(channels: int, dim: int) -> nn.Module:

@@ -135,10 +135,16 @@ PartsFunction = Callable[[LayerSpec, BidensifyConfig], LayerParts]
 
 
 def rprelu(channels: int, dim: int) -> RPReLU:
-    """ReActNet's activation, which learns a slope of its negative side, from 0 as ReLU has it.
+    """ReActNet's activation, which learns a slope of its negative side, from 0.25 as there.
 
-    A rewrite starts it from the slope of the PReLU or LeakyReLU that it replaces: a trained network's weights are of that.
+    A rewrite starts it from the slopes that a PReLU which it replaces has learned, and from a LeakyReLU's if that is larger.
+    ReLU's slope of 0 is no such start: with it, and the shift that centres it, deep networks learn less (benchmarks/RESULTS.md).
     """
+    return RPReLU(channels, dim)
+
+
+def rectifier(channels: int, dim: int) -> RPReLU:
+    """The same, from the slope 0 that ReLU has: with float layers a network in its own frame is the network that it was."""
     return RPReLU(channels, dim, slope=0.0)
 
 
@@ -265,10 +271,10 @@ def get_method(name: str) -> Method:
         keeps=_anywhere(found.keeps),
     )
     if name == base + _IN_TEACHER:
-        return replace(framed, activation=rprelu, centred=False)
+        return replace(framed, activation=rectifier, centred=False)
     if name == base + _IN_BIDENSE:
         return replace(framed, activation=rprelu, bypass="all", residual=None)
-    # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, with a slope of 0.25.
+    # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, whatever it replaces.
     framed = found if base.split("-")[0] == "bidense" else framed
     return replace(framed, name=name, activation=RPReLU if found.activation is rprelu else found.activation)
 

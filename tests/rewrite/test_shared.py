@@ -62,8 +62,6 @@ def test_a_shared_activation_is_split_by_width_where_its_block_cannot_be_edited(
     x = torch.randn(1, 4, 1, 1)
     assert torch.equal(act(x), F.silu(x))
     x = torch.randn(2, 24, 3, 3)
-    with torch.no_grad():
-        act.widths["24"].slope.fill_(0.25)
     assert torch.allclose(act(x), torch.where(x >= 0, x, 0.25 * x))
     again = pickle.loads(pickle.dumps(student.cpu()[1].act.widths))
     assert set(again) == {"12", "24"}
@@ -275,7 +273,11 @@ def test_what_training_alone_calls_elsewhere_too_stays_what_it_is_there(shared: 
     plan = student.bidensify_plan
     assert [layer.path for layer in plan.binary] == ["conv"]
     x = torch.randn(2, 3, 12, 12)
-    torch.testing.assert_close(student.train()(x)[1], model.train()(x)[1])
+    wanted = model.train()(x)[1]
+    if (shared, aux) == ("relu", 16):
+        # An RPReLU is beside the layer, and there too.
+        wanted = F.leaky_relu(50 * model.aux(model.stem(x)), 0.25)
+    torch.testing.assert_close(student.train()(x)[1], wanted)
     noted = "bn: stays behind conv and its new BatchNorm, since training calls it elsewhere too" in plan.notes
     assert noted is (shared == "bn")
     student.eval()

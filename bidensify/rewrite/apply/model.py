@@ -12,7 +12,7 @@ from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.methods.around import rprelu
+from bidensify.methods.around import rectifier, rprelu
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, make_binary, make_int8
 from bidensify.rewrite.apply.fit import activation_of, check_fit
 from bidensify.rewrite.apply.norms import taken_norm
@@ -199,6 +199,6 @@ def _slopes(plan: Plan, modules: Mapping[str, nn.Module], original: Set[str]) ->
     keys = {
         slope: next((key for key in (path, inside(path, "weight")) if key in original), None)
         for slope, (method, path) in found.items()
-        if get_method(method).activation is rprelu and slope_value(modules, path) is not None
+        if get_method(method).activation in (rectifier, rprelu) and slope_value(modules, path) is not None
     }
     return {slope: key for slope, key in keys.items() if key is not None}

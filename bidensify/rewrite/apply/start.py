@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bidensify.config import BidensifyConfig
 from bidensify.methods import LayerParts, get_method
-from bidensify.methods.around import rprelu
+from bidensify.methods.around import rectifier, rprelu
 from bidensify.nn import RPReLU
 from bidensify.nn.used_weight import used_weight
 from bidensify.rewrite.apply.norms import centre, new_norm
@@ -49,11 +49,14 @@ def slope_value(modules: Mapping[str, nn.Module], path: str | None) -> Tensor | 
 
 @torch.no_grad()
 def start_slope(activation: nn.Module, method: str, slope: Tensor | float | None) -> None:
-    """Starts an RPReLU from the slope of the activation that it replaces, where its method starts it as the network's own."""
-    if slope is None or not isinstance(activation, RPReLU) or get_method(method).activation is not rprelu:
+    """Starts an RPReLU from the slope of the activation that it replaces, where its method starts it as the network's own: from
+    slopes that were learned as they are, from those of ReLU and LeakyReLU if they are above its own (``rprelu``).
+    """
+    starts = get_method(method).activation
+    if slope is None or not isinstance(activation, RPReLU) or starts not in (rectifier, rprelu):
         return
     if isinstance(slope, float):
-        activation.slope.fill_(slope)
+        activation.slope.clamp_(min=slope) if starts is rprelu else activation.slope.fill_(slope)
     elif slope.numel() in (1, activation.channels):
         activation.slope.copy_(slope.reshape(-1).expand(activation.channels))
 
