@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from bidensify.deploy.executorch.constants import constant, known, per_channel
 from bidensify.deploy.operator import spec_ints
 from bidensify.deploy.runtimes.nodes import valued
-from bidensify.deploy.runtimes.prepare import LINEAR
+from bidensify.deploy.runtimes.prepare import of_images
 from bidensify.deploy.runtimes.writes import Writes
 from bidensify.deploy.spec import PackedSpec
 
@@ -46,7 +46,7 @@ def _absorbed(program: torch.export.ExportedProgram, total: fx.Node, layer: Any,
     arguments: list[Any] = list(layer.args)
     parts, ints, residual = arguments[0], arguments[4], arguments[7]
     side = known(program, arguments[3])
-    if ints[0] != 1 or ints[1] == LINEAR or residual is not None or side is None or len(layer.users) > 1:
+    if not of_images(ints) or residual is not None or side is None or len(layer.users) > 1:
         return False
     if not _alike(layer.meta["val"], other.meta["val"]):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from bidensify.deploy.runtimes.writes import Writes
 from bidensify.errors import ConfigError
 from bidensify.nn import BinaryLayer, Int8, int8_layers
 
-__all__ = ["LINEAR", "flat", "in_floats", "prepared", "read_in_parts"]
+__all__ = ["LINEAR", "flat", "in_floats", "of_images", "prepared", "read_in_parts"]
 
 _aten = torch.ops.aten
 # Of a spec's kinds.
@@ -119,6 +120,11 @@ def flat(args: Any, kwargs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
+def of_images(spec: Sequence[int]) -> bool:
+    """Whether a packed layer, by its integers, reads (N, C, H, W): no linear one, nor one of version 2, which reads tokens."""
+    return spec[0] == 1 and spec[1] != LINEAR
+
+
 def read_in_parts(graph: fx.Graph) -> int:
     """Lets packed layers read the parts of concatenations and nearest-neighbour upsamplings; returns how many do.
 
@@ -135,7 +141,7 @@ def read_in_parts(graph: fx.Graph) -> int:
         if node.target is not torch.ops.bidensify.packed_layer.default:
             continue
         parts, up, spec = node.args[0], node.args[1], node.args[4]
-        if spec[0] != 1 or spec[1] == LINEAR:
+        if not of_images(spec):
             continue
         found = [each for part, times in zip(parts, up) for each in _parts(part, times, node, writes)]
         if [part for part, _ in found] != list(parts) and len(found) <= _MOST_PARTS:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from bidensify.deploy.operator import PARTS_INNER, RESULT_INNER
 from bidensify.deploy.runtimes.nodes import valued
-from bidensify.deploy.runtimes.prepare import LINEAR
+from bidensify.deploy.runtimes.prepare import LINEAR, of_images
 from bidensify.deploy.runtimes.writes import Writes
 
 __all__ = ["lasting", "read_tokens"]
@@ -39,7 +39,7 @@ def read_tokens(graph: fx.Graph) -> int:
     """Lets packed layers read and write tokens; returns how many do. What is turned there and back is not turned at all."""
     turned, changed = _Turned(graph), 0
     for node in list(graph.nodes):
-        if node.target is _PACKED and node.args[4][0] == 1 and node.args[4][1] != LINEAR:
+        if node.target is _PACKED and of_images(node.args[4]):
             changed += turned.packed(node)
         else:
             turned.other(node)
