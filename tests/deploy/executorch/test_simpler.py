@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from runtimes import needs
 from torch import Tensor, nn
 
 from bidensify.deploy.executorch.simpler import for_xnnpack
@@ -116,6 +117,7 @@ def test_integers_stay() -> None:
     assert aten.stack.default in operators
 
 
+@needs("executorch")
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("groups", "channels", "affine"), [(4, 16, True), (1, 6, True), (5, 5, True), (3, 12, False)])
 def test_group_norms_are_means_and_products(
@@ -150,6 +152,7 @@ class Shifted(nn.Module):
         return (x * 2 + self.shift.view(self.shape).to(x.dtype)) / self.shift.reshape(self.shape)
 
 
+@needs("executorch")
 @pytest.mark.parametrize(("shape", "dims"), [((-1, 1, 1), 4), ((6, 1, 1), 4), ((1, 6, 1), 3)])
 def test_values_per_channel_have_four_dimensions(shape: tuple[int, ...], dims: int) -> None:
     program = torch.export.export(Shifted(*shape).eval(), (torch.randn((2, 6, 6, 5)),))
