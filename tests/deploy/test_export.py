@@ -32,6 +32,15 @@ def packed() -> nn.Module:
     return bd.pack(student.eval())
 
 
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """Where what is asked does not depend on how many layers there are."""
+    torch.manual_seed(0)
+    student = bd.bidensify(unet(width=8, levels=1))
+    bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
+    return bd.pack(student.eval())
+
+
 def test_onnx_runs_elsewhere_on_other_sizes_and_stays_small(packed: nn.Module, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -93,7 +102,7 @@ def test_a_latent_network_goes_to_onnx(method: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    student = bd.bidensify(unet(width=8, levels=2), method=method)
+    student = bd.bidensify(unet(width=8, levels=1), method=method)
     bd.calibrate(student, [torch.randn(2, 3, 32, 32)])
     done = export(student.eval(), tmp_path / "net.onnx", example_inputs=torch.randn(2, 3, 32, 32))
     assert done.difference is not None
@@ -107,10 +116,10 @@ def test_a_latent_network_goes_to_onnx(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["net.pt2", "net.onnx"])
-def test_files_hold_no_path_of_this_machine(packed: nn.Module, tmp_path: Path, name: str) -> None:
+def test_files_hold_no_path_of_this_machine(small: nn.Module, tmp_path: Path, name: str) -> None:
     if name.endswith("onnx"):
         pytest.importorskip("onnxscript")
-    done = export(packed, tmp_path / name, example_inputs=torch.randn(2, 3, 64, 64))
+    done = export(small, tmp_path / name, example_inputs=torch.randn(2, 3, 64, 64))
     parts = [done.path.read_bytes()]
     if zipfile.is_zipfile(done.path):
         with zipfile.ZipFile(done.path) as file:
@@ -161,11 +170,11 @@ def test_errors_say_what_and_what_to_do(packed: nn.Module, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_command(tmp_path: Path, packed: nn.Module) -> None:
+def test_command(tmp_path: Path) -> None:
     from bidensify.cli.app import app
 
     pytest.importorskip("onnxscript")
-    made = CliRunner().invoke(app, ["convert", "demo:unet", str(tmp_path / "latent"), "-o", "width=8"])
+    made = CliRunner().invoke(app, ["convert", "demo:unet", str(tmp_path / "latent"), "-o", "width=8", "-o", "levels=1"])
     assert made.exit_code == 0, made.output
     arguments = ["export", str(tmp_path / "latent"), str(tmp_path / "net.onnx"), "--input", "2x3x64x64"]
     done = CliRunner().invoke(app, arguments)
