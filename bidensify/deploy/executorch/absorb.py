@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bidensify.deploy.executorch.constants import constant, known, per_channel
+from bidensify.deploy.executorch.constants import behind_views, constant, known, per_channel
 from bidensify.deploy.operator import spec_ints
-from bidensify.deploy.runtimes.nodes import valued
+from bidensify.deploy.runtimes.nodes import same_size, valued
 from bidensify.deploy.runtimes.prepare import of_images
 from bidensify.deploy.runtimes.writes import Writes
 from bidensify.deploy.spec import PackedSpec
@@ -48,7 +47,8 @@ def _absorbed(program: torch.export.ExportedProgram, total: fx.Node, layer: Any,
     side = known(program, arguments[3])
     if not of_images(ints) or residual is not None or side is None or len(layer.users) > 1:
         return False
-    if not _alike(layer.meta["val"], other.meta["val"]):
+    value, beside = layer.meta["val"], other.meta["val"]
+    if not same_size(value, beside) or not value.dtype == beside.dtype == torch.float32:
         return False
     spec = PackedSpec.from_ints(ints[1:])
     if spec.slope or spec.rise or spec.clamp or spec.post or spec.bypass_last:
@@ -66,11 +66,6 @@ def _absorbed(program: torch.export.ExportedProgram, total: fx.Node, layer: Any,
     for each in reversed(taken):
         program.graph.erase_node(each)
     return True
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    same = a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
-    return same and a.dtype == b.dtype == torch.float32
 
 
 def _activated(
@@ -106,9 +101,7 @@ def _shifted(program: torch.export.ExportedProgram, nodes: list[fx.Node]) -> tup
 
 
 def _slope(program: torch.export.ExportedProgram, node: Any, channels: int) -> Tensor | None:
-    while node.target is _aten.to.dtype:
-        node = node.args[0]
-    values = known(program, node)
+    values = behind_views(program, node)
     return None if values is None or values.dtype != torch.float32 else values.expand(channels)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-__all__ = ["constant", "drop_unread", "known", "per_channel"]
+__all__ = ["behind_views", "constant", "drop_unread", "known", "per_channel"]
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten.to.dtype)
@@ -21,14 +21,19 @@ def known(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
     return cast(Tensor, get_param_tensor(program, node)) if is_param_node(program, node) else None
 
 
+def behind_views(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
+    """The values of the parameter or constant that a node is a view of, in its own shape; None: it is of none."""
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return known(program, node)
+
+
 def per_channel(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
     """The values (C,) of a view (C, 1, 1) or (1, C, 1, 1) of a parameter, to which an image is added; None: it is none."""
-    value, source = node.meta["val"], node
+    value = node.meta["val"]
     if value.dim() not in (3, 4) or value.shape[-3:] != (value.numel(), 1, 1):
         return None
-    while source.target in _VIEWS:
-        source = source.args[0]
-    values = known(program, source)
+    values = behind_views(program, node)
     return values.reshape(-1) if values is not None and values.dtype == value.dtype else None
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from bidensify.deploy.runtimes.nodes import same_size
 from bidensify.deploy.runtimes.tokens import lasting
 
 __all__ = ["kernels_pass", "layout_pass", "turns_pass"]
@@ -46,16 +46,7 @@ def _orders(value: Any) -> list[list[int]]:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one shape, for certain where sizes vary, and one order."""
-    return _order(a) == _order(b) and _same_size(a, b)
-
-
-def _same_size(a: Tensor, b: Any) -> bool:
-    """For certain where sizes vary."""
-    return (
-        isinstance(b, Tensor)
-        and a.dim() == b.dim()
-        and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
-    )
+    return _order(a) == _order(b) and same_size(a, b)
 
 
 def layout_pass() -> Any:
@@ -90,7 +81,7 @@ def layout_pass() -> Any:
                 copy = move if last and computed else clone
                 return super(Layout, self).call_operator(copy, (value,), {"dim_order": wanted}, meta)
 
-            if op is expand and isinstance(args[0].data, Tensor) and _same_size(args[0].data, meta.data.get("val")):
+            if op is expand and isinstance(args[0].data, Tensor) and same_size(args[0].data, meta.data.get("val")):
                 # A matrix product's operands are expanded to what they are: a copy that parts one delegate from the next.
                 return args[0]
             if op is packed:

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["enlarged", "valued"]
+__all__ = ["enlarged", "same_size", "valued"]
 
 
 def valued(node: fx.Node) -> fx.Node:
@@ -19,6 +19,15 @@ def valued(node: fx.Node) -> fx.Node:
     with one.fake_mode:
         node.meta["val"] = target(*args, **kwargs)
     return node
+
+
+def same_size(a: Tensor, b: Any) -> bool:
+    """Whether ``b`` is a tensor of the same size, for certain where sizes vary."""
+    return (
+        isinstance(b, Tensor)
+        and a.dim() == b.dim()
+        and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
+    )
 
 
 def enlarged(node: fx.Node, most: int) -> tuple[int, int] | None:
