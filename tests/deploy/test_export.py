@@ -174,7 +174,9 @@ def test_command(tmp_path: Path) -> None:
     from bidensify.cli.app import app
 
     pytest.importorskip("onnxscript")
-    made = CliRunner().invoke(app, ["convert", "demo:unet", str(tmp_path / "latent"), "-o", "width=8", "-o", "levels=1"])
+    made = CliRunner().invoke(
+        app, ["convert", "demo:unet", str(tmp_path / "latent"), "-o", "width=8", "-o", "levels=1"]
+    )
     assert made.exit_code == 0, made.output
     arguments = ["export", str(tmp_path / "latent"), str(tmp_path / "net.onnx"), "--input", "2x3x64x64"]
     done = CliRunner().invoke(app, arguments)
