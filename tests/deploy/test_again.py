@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
-from bidensify.deploy.runtimes.again import run_program
+from bidensify.deploy.runtimes.again import run_again, run_program
+from bidensify.errors import CheckError
 
 
 def test_a_program_has_the_packages_of_its_parent_and_its_own_arguments(
@@ -35,3 +39,11 @@ def test_a_program_has_the_packages_of_its_parent_and_its_own_arguments(
         "print('I 00:00:00.000719 executorch:cpuinfo_utils.cpp:71] Reading'); print('E why'); raise SystemExit(3)"
     )
     assert run_program(str(program)) == "exit 3): E why"
+
+
+def test_what_does_not_run_is_named_as_it_will_be_called(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("print('no magic'); raise SystemExit(1)")
+    runtime = cast(Any, SimpleNamespace(find=lambda: tmp_path / "lib.so", folder=lambda: tmp_path / "package"))
+    with pytest.raises(CheckError, match=r"^net\.pte does not run \(exit 1\): no magic"):
+        run_again(runtime, str(program), tmp_path / ".net.pte.x1.tmp", "net.pte", [[torch.zeros(2)]])

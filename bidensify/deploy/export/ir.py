@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bidensify._util.modes import evaluation_flags
-from bidensify.deploy.export.capture import Exported, any_shapes, capture, run, tensors
+from bidensify.deploy.export.capture import Exported, any_shapes, capture, run
 from bidensify.deploy.export.checks import check_floats
-from bidensify.deploy.export.several import calibration, judge, rounded, several
+from bidensify.deploy.export.several import calibration, exported, rerun, several
 from bidensify.deploy.openvino import convert, program
-from bidensify.deploy.runtimes.again import run_again
 from bidensify.deploy.runtimes.build import OPENVINO
-from bidensify.deploy.runtimes.prepare import flat, in_floats, prepared
+from bidensify.deploy.runtimes.prepare import flat, prepared
 from bidensify.errors import ConfigError
 
 __all__ = ["export_ir"]
@@ -51,24 +50,13 @@ def export_ir(
         if int8_rest is not None:
             network = convert.with_int8_rest(network, int8_rest, library)
         runs = several(args, kwargs)
-        expected = [tensors(made(*each, **named)) for each, named in runs]
-
-        def own() -> list[list[Tensor]]:
-            return [tensors(made(*each, **named)) for each, named in rounded(runs)]
-
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
             written = Path(place) / target.name
             convert.save(network, written, constants or {})
-            outputs = run_again(OPENVINO, program.__file__, written, [flat(*each) for each in runs])
-            found = (
-                None if isinstance(outputs, str) else judge(target.name, expected, outputs, None if int8_rest else own)
-            )
+            found = rerun(OPENVINO, program.__file__, written, target.name, made, runs, rounding=int8_rest is None)
             # The .xml last: without it there is no network.
             for suffix in (".bin", ".xml"):
                 os.replace(written.with_suffix(suffix), target.with_suffix(suffix))
     size = sum(target.with_suffix(suffix).stat().st_size for suffix in (".bin", ".xml"))
-    if isinstance(outputs, str) or found is None:
-        return Exported(target, size, None, None, str(outputs), note=in_floats(model))
-    note = "; ".join(each for each in (in_floats(model), found.note) if each)
-    return Exported(target, size, "openvino", found.median, largest=found.largest, note=note)
+    return exported(target, size, "openvino", found, model)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bidensify._util.files import atomic_write
 from bidensify._util.modes import evaluation_flags
 from bidensify.deploy.executorch import lower, program
 from bidensify.deploy.executorch.lower import Sizes
-from bidensify.deploy.export.capture import Exported, argument_names, capture, run, tensors
+from bidensify.deploy.export.capture import Exported, argument_names, capture, run
 from bidensify.deploy.export.checks import check_floats
-from bidensify.deploy.export.several import calibration, judge, rounded, several, sizes_of
-from bidensify.deploy.runtimes.again import run_again
+from bidensify.deploy.export.several import calibration, exported, rerun, several, sizes_of
 from bidensify.deploy.runtimes.build import EXECUTORCH
-from bidensify.deploy.runtimes.prepare import flat, in_floats, prepared
+from bidensify.deploy.runtimes.prepare import flat, prepared
 from bidensify.errors import ConfigError
 
 __all__ = ["export_pte"]
@@ -53,19 +52,7 @@ def export_pte(
         bounds = {f"input{i}_least": sizes_of(x, least) for i, x in enumerate(flat(args, kwargs))}
         data = lower.lower(captured, {**(constants or {}), **bounds})
         runs = several(args, kwargs, least)
-        expected = [tensors(made(*each, **named)) for each, named in runs]
-
-        def own() -> list[list[Tensor]]:
-            return [tensors(made(*each, **named)) for each, named in rounded(runs)]
-
         with atomic_write(target) as temporary:
             temporary.write_bytes(data)
-            outputs = run_again(EXECUTORCH, program.__file__, temporary, [flat(*each) for each in runs])
-            found = (
-                None if isinstance(outputs, str) else judge(target.name, expected, outputs, None if int8_rest else own)
-            )
-    size = target.stat().st_size
-    if isinstance(outputs, str) or found is None:
-        return Exported(target, size, None, None, str(outputs), note=in_floats(model))
-    note = "; ".join(each for each in (in_floats(model), found.note) if each)
-    return Exported(target, size, "executorch", found.median, largest=found.largest, note=note)
+            found = rerun(EXECUTORCH, program.__file__, temporary, target.name, made, runs, rounding=int8_rest is None)
+    return exported(target, target.stat().st_size, "executorch", found, model)

@@ -1,21 +1,24 @@
-"""Several inputs of one network, and what its file gives for them against what it gives itself."""
+"""Several inputs of one network, and its file run again on them without torch and held against the network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidensify.deploy.executorch.lower import AXES
-from bidensify.deploy.export.capture import compare
-from bidensify.deploy.runtimes.prepare import flat
+from bidensify.deploy.export.capture import Exported, compare, tensors
+from bidensify.deploy.runtimes.again import run_again
+from bidensify.deploy.runtimes.build import Runtime
+from bidensify.deploy.runtimes.prepare import flat, in_floats
 from bidensify.errors import CheckError, ConfigError
 
-__all__ = ["Judged", "calibration", "judge", "rounded", "several", "sizes_of"]
+__all__ = ["Judged", "calibration", "exported", "judge", "rerun", "rounded", "several", "sizes_of"]
 
 # A runtime runs the same kernels, and its float rest rounds a little otherwise. On some inputs that turns a sign, and of an
 # untrained network one sign may turn everything behind it: a wrong file differs on all of them. A large network of that kind does
@@ -89,6 +92,51 @@ def rounded(runs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         return (value.double() * (1 + _ROUNDING * moved)).to(value.dtype)
 
     return torch.utils._pytree.tree_map(one, list(runs))  # type: ignore[no-any-return]
+
+
+def rerun(
+    runtime: Runtime,
+    program: str,
+    path: Path,
+    name: str,
+    made: nn.Module,
+    runs: Sequence[tuple[Any, Any]],
+    *,
+    rounding: bool,
+) -> Judged | str:
+    """Runs the file in a process without torch (``run_again``) and holds it against the network that it was made of.
+
+    Args:
+        runtime: what runs it.
+        program: the Python file of that process.
+        path: the file.
+        name: what it will be called.
+        made: the network that was captured, with the operator in it.
+        runs: inputs of each run.
+        rounding: whether its outputs may differ by rounding alone; False (int8): by anything.
+
+    Returns:
+        How far it is off; or why nothing ran it.
+
+    Raises:
+        CheckError: it does not run, or see ``judge``.
+    """
+
+    def of_network(inputs: Sequence[tuple[Any, Any]]) -> list[list[Tensor]]:
+        return [tensors(made(*args, **kwargs)) for args, kwargs in inputs]
+
+    outputs = run_again(runtime, program, path, name, [flat(*each) for each in runs])
+    if isinstance(outputs, str):
+        return outputs
+    return judge(name, of_network(runs), outputs, (lambda: of_network(rounded(runs))) if rounding else None)
+
+
+def exported(target: Path, size: int, runtime: str, found: Judged | str, model: nn.Module) -> Exported:
+    """What is said of a file that was written, of what ``rerun`` found."""
+    if isinstance(found, str):
+        return Exported(target, size, None, None, found, note=in_floats(model))
+    note = "; ".join(each for each in (in_floats(model), found.note) if each)
+    return Exported(target, size, runtime, found.median, largest=found.largest, note=note)
 
 
 def judge(

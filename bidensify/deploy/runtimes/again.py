@@ -20,14 +20,17 @@ from bidensify.errors import CheckError, ConfigError, MissingExtraError
 __all__ = ["run_again", "run_program", "save_arrays"]
 
 
-def run_again(runtime: Runtime, program: str, path: Path, runs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | str:
+def run_again(
+    runtime: Runtime, program: str, path: Path, name: str, runs: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]] | str:
     """Outputs of the file in a process without torch; or why it was not run.
 
     Args:
         runtime: what runs it.
         program: the Python file of that process: ``program LIBRARY FILE INPUTS.npz OUTPUTS.npz PACKAGES``, arrays named run_input
             and run_output; PACKAGES is the folder that the runtime's package was installed into.
-        path: the file.
+        path: the file, under its temporary name.
+        name: what it will be called.
         runs: input tensors of each run.
 
     Raises:
@@ -42,7 +45,7 @@ def run_again(runtime: Runtime, program: str, path: Path, runs: Sequence[Sequenc
         save_arrays(given, runs)
         ended = run_program(program, library, path, given, results, packages)
         if ended:
-            raise CheckError(f"{path.name} does not run ({ended}")
+            raise CheckError(f"{name} does not run ({ended}")
         with np.load(results, allow_pickle=False) as file:
             count = {run: sum(name.startswith(f"{run}_") for name in file.files) for run in range(len(runs))}
             return [[torch.from_numpy(file[f"{run}_{i}"]) for i in range(count[run])] for run in count]

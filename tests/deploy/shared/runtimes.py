@@ -43,6 +43,6 @@ def outputs(path: Path, inputs: list[Tensor]) -> list[Tensor]:
     from bidensify.deploy.runtimes.build import EXECUTORCH, OPENVINO
 
     runtime, program = (EXECUTORCH, pte) if path.suffix == ".pte" else (OPENVINO, ir)
-    found = run_again(runtime, program.__file__, path, [inputs])
+    found = run_again(runtime, program.__file__, path, path.name, [inputs])
     assert not isinstance(found, str), found
     return found[0]
