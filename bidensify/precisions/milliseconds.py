@@ -55,20 +55,6 @@ class LayerTimes(BaseModel):
             named.setdefault(row.layer, {}).update(found)
         return cls(rest=0.0, layers=named)
 
-    @staticmethod
-    def text(path: str | os.PathLike[str]) -> str:
-        """What the file holds.
-
-        Raises:
-            ConfigError: there is no such file.
-        """
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(
-                f"there is no table of milliseconds {str(file)!r}; measure one on the machine that will run it"
-            )
-        return file.read_text(encoding="utf-8", errors="replace")
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], paths: Sequence[str]) -> LayerTimes:
         """Reads a table, its own or one of ``bench --layers``, and checks that it knows every layer of ``paths``.
@@ -80,8 +66,12 @@ class LayerTimes(BaseModel):
             FormatError: it is no such table.
         """
         file = Path(path)
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no table of milliseconds {str(file)!r}; measure one on the machine that will run it"
+            )
         try:
-            text = cls.text(file)
+            text = file.read_text(encoding="utf-8", errors="replace")
             found = cls._of_bench(text) if text.lstrip().startswith("[") else cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]

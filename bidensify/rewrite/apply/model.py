@@ -12,11 +12,10 @@ from bidensify._util.seeding import seeded
 from bidensify.config import BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.methods import get_method
-from bidensify.methods.around import rectifier, rprelu
 from bidensify.nn import BinaryLayer, Bypass, ByWidth, Int8Layer, make_binary, make_int8
 from bidensify.rewrite.apply.fit import activation_of, check_fit
 from bidensify.rewrite.apply.norms import taken_norm
-from bidensify.rewrite.apply.start import slope_value, start, start_slope
+from bidensify.rewrite.apply.start import slope_value, start, start_slope, takes_slope
 from bidensify.rewrite.apply.state_dict import StateDictAdapter, inside
 from bidensify.rewrite.blocks.edit import EditedBlock, edited
 from bidensify.rewrite.blocks.generated import become, without_hooks
@@ -199,6 +198,6 @@ def _slopes(plan: Plan, modules: Mapping[str, nn.Module], original: Set[str]) ->
     keys = {
         slope: next((key for key in (path, inside(path, "weight")) if key in original), None)
         for slope, (method, path) in found.items()
-        if get_method(method).activation in (rectifier, rprelu) and slope_value(modules, path) is not None
+        if takes_slope(method) and slope_value(modules, path) is not None
     }
     return {slope: key for slope, key in keys.items() if key is not None}

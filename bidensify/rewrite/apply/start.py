@@ -18,7 +18,7 @@ from bidensify.rewrite.apply.norms import centre, new_norm
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.weights import draw_zeros
 
-__all__ = ["Start", "slope_value", "start", "start_slope"]
+__all__ = ["Start", "slope_value", "start", "start_slope", "takes_slope"]
 
 
 class Start(NamedTuple):
@@ -47,16 +47,21 @@ def slope_value(modules: Mapping[str, nn.Module], path: str | None) -> Tensor | 
     return modules[holder]._parameters.get(name) if holder in modules else None
 
 
+def takes_slope(method: str) -> bool:
+    """Whether the activation of a method starts as the network's own, so with its slope."""
+    return get_method(method).activation in (rectifier, rprelu)
+
+
 @torch.no_grad()
 def start_slope(activation: nn.Module, method: str, slope: Tensor | float | None) -> None:
     """Starts an RPReLU from the slope of the activation that it replaces, where its method starts it as the network's own: from
     slopes that were learned as they are, from those of ReLU and LeakyReLU if they are above its own (``rprelu``).
     """
-    starts = get_method(method).activation
-    if slope is None or not isinstance(activation, RPReLU) or starts not in (rectifier, rprelu):
+    if slope is None or not isinstance(activation, RPReLU) or not takes_slope(method):
         return
     if isinstance(slope, float):
-        activation.slope.clamp_(min=slope) if starts is rprelu else activation.slope.fill_(slope)
+        own = get_method(method).activation is rprelu
+        activation.slope.clamp_(min=slope) if own else activation.slope.fill_(slope)
     elif slope.numel() in (1, activation.channels):
         activation.slope.copy_(slope.reshape(-1).expand(activation.channels))
 
