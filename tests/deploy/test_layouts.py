@@ -135,6 +135,52 @@ def test_a_map_of_one_channel_leaves_and_is_read_again(channels: int, suffix: st
         assert relative(got, want) < 1e-5, i
 
 
+@pytest.mark.parametrize("suffix", RUNTIMES)
+def test_a_map_of_one_channel_lies_in_both_orders(suffix: str, tmp_path: Path) -> None:
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.packed, self.head = nn.Conv2d(3, 16, 3, 2, 1), BiDenseConv2d(16, 16, 1), nn.Conv2d(16, 1, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.head(self.packed(self.stem(x)))
+            pixel = F.adaptive_avg_pool2d(y, 1)
+            gated = torch.where(pixel > 0, 1.0, y), (y.mean((2, 3), keepdim=True) > 0) * y
+            return F.softplus(y), torch.where(y > 0.1, y, y * 2), (y > 0).float() * 2, *gated, F.softplus(pixel) + y
+
+    torch.manual_seed(0)
+    model, x = bd.pack(settle(Depth())), torch.randn(2, 3, 24, 32)
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
+        assert relative(got, want) < 1e-5, i
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_is_read_by_what_xnnpack_has_not(channels: int, suffix: str, tmp_path: Path) -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(channels, 16, 3, 2, 1), nn.Conv2d(16, channels, 1)
+            self.packed = BiDenseConv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            # The least value is no operator of XNNPACK's, what stands before it and behind it is.
+            above = x - x.reshape(len(x), -1).amin(1)[:, None, None, None]
+            y = F.interpolate(self.head(self.packed(self.stem(above))), x.shape[2:], mode="bilinear")
+            return y + x, above.to(x.dtype).contiguous()
+
+    torch.manual_seed(0)
+    model, x = bd.pack(settle(Prompted())), torch.randn(2, channels, 24, 32)
+    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
+        assert relative(got, want) < 1e-5, i
+
+
 class Hollow(nn.Module):
     """Concatenations with levels that have no channels, as encoders of transformers hand on for the first ones."""
 

@@ -40,7 +40,12 @@ def absorb_sums(program: torch.export.ExportedProgram) -> int:
 
 
 def _absorbed(program: torch.export.ExportedProgram, total: fx.Node, layer: Any, other: Any) -> bool:
-    if not isinstance(layer, fx.Node) or not isinstance(other, fx.Node) or layer.target is not _PACKED:
+    if (
+        not isinstance(layer, fx.Node)
+        or not isinstance(other, fx.Node)
+        or layer.target is not _PACKED
+        or other is layer
+    ):
         return False
     arguments: list[Any] = list(layer.args)
     parts, ints, residual = arguments[0], arguments[4], arguments[7]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from bidensify.deploy.executorch.absorb import absorb_sums
 from bidensify.deploy.executorch.constants import drop_unread
 from bidensify.deploy.executorch.memory import pointers_in_workspace, tight
-from bidensify.deploy.executorch.passes import kernels_pass, layout_pass, turns_pass
+from bidensify.deploy.executorch.passes import copies_pass, kernels_pass, layout_pass, turns_pass
 from bidensify.deploy.executorch.simpler import for_xnnpack
 from bidensify.deploy.executorch.views import planning
 from bidensify.deploy.runtimes.build import EXECUTORCH
@@ -96,7 +96,7 @@ def lower(program: torch.export.ExportedProgram, constants: Mapping[str, Sequenc
         with quiet(), pointers_in_workspace():
             edge = to_edge_transform_and_lower(
                 program,
-                transform_passes=[layout_pass()],
+                transform_passes=[copies_pass(), layout_pass()],
                 partitioner=[XnnpackPartitioner()],
                 constant_methods={name: [float(v) for v in values] for name, values in (constants or {}).items()},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),

@@ -6,8 +6,8 @@ of readers are to be served, and each is by one pass:
 - a packed layer reads and writes channels_last (a linear one: contiguous), and what is renamed (``views``) is read as it says.
   ``layout_pass`` copies where its input lies otherwise, before XNNPACK takes its share, so that XNNPACK makes most of the copies
   itself.
-- a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous, so that a
-  packed layer's result is called so before the partition (``layout_pass``), and what delegates read and give behind it.
+- a delegate reads and writes the orders that it was made for. What lies in both orders XNNPACK takes for contiguous; all of it is
+  called so when memory is planned (``views``).
 - of ExecuTorch's own kernels, pointwise ones on tensors of one shape and order take any, since they go through memory; the others
   are written for contiguous tensors: some refuse others, some misread them. ``kernels_pass`` runs on what XNNPACK left: it gives
   them contiguous tensors and puts what they give into the order in which it lay before, so that it changes nothing for whoever
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.runtimes.nodes import same_size
 from bidensify.deploy.runtimes.tokens import lasting
 
-__all__ = ["kernels_pass", "layout_pass", "turns_pass"]
+__all__ = ["copies_pass", "kernels_pass", "layout_pass", "turns_pass"]
 
 _LAST = [0, 2, 3, 1]
 
@@ -47,6 +47,44 @@ def _orders(value: Any) -> list[list[int]]:
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one shape, for certain where sizes vary, and one order."""
     return _order(a) == _order(b) and same_size(a, b)
+
+
+def copies_pass() -> Any:
+    """A pass over the edge dialect, where nothing is written in place: what reads a copy that moves nothing reads the original.
+    XNNPACK leaves such copies out itself, and then refuses a share whose result is its input.
+
+    One of an image of one channel into channels_last stays for convolutions, where it decides how what follows them lies, and
+    for further copies, whose orders are those of what they were made of.
+    """
+    from executorch.exir.dialects._ops import ops
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    edge = ops.edge
+    copies = (edge.dim_order_ops._clone_dim_order.default, edge.dim_order_ops._to_dim_order_copy.default)
+    orders = (edge.aten.convolution.default, *copies)
+
+    def run(module: torch.fx.GraphModule) -> Any:
+        changed = False
+        for node in module.graph.nodes:
+            if node.op != "call_function" or node.target not in copies:
+                continue
+            before, after = node.args[0].meta.get("val"), node.meta.get("val")
+            if _order(before) is None or before.dtype != after.dtype or not same_size(before, after):
+                continue
+            turned = _order(before) != _order(after)
+            if turned and not (before.is_contiguous() and after.is_contiguous()):
+                continue
+            for reader in list(node.users):
+                # What a network returns is a tensor of its own.
+                if reader.op != "output" and not (turned and reader.target in orders):
+                    reader.replace_input_with(node, node.args[0])
+                    changed = True
+        if changed:
+            module.graph.eliminate_dead_code()
+            module.recompile()
+        return PassResult(module, changed)
+
+    return run
 
 
 def layout_pass() -> Any:
@@ -93,17 +131,7 @@ def layout_pass() -> Any:
                 args = (lies(args[0], args[1]), *args[1:])
             elif op in plain or _order(meta.data.get("val")) not in (None, *_orders(meta.data.get("val"))):
                 args, kwargs = tree_map(lambda value: lies(value, False), (args, kwargs))
-            made = super().call_operator(op, args, kwargs, meta)
-            # A delegate's own results cannot be renamed: a copy behind one would only make it end there.
-            return self._sure(made, meta) if op in (packed, renamed) else made
-
-        def _sure(self, value: Any, meta: Any) -> Any:
-            """One pixel or one channel lies in both orders: XNNPACK takes it for contiguous, whatever its order is called."""
-            one: Any = getattr(value, "data", None)
-            order = _order(one)
-            if order is None or order == sorted(order) or not one.is_contiguous():
-                return value
-            return super().call_operator(clone, (value,), {"dim_order": sorted(order)}, meta)
+            return super().call_operator(op, args, kwargs, meta)
 
     return Layout()
 
@@ -114,7 +142,6 @@ def kernels_pass() -> Any:
     """
     from executorch.exir.dialects._ops import ops
     from executorch.exir.pass_base import ExportPass
-    from executorch.exir.tensor import TensorSpec
 
     edge = ops.edge
     move = edge.dim_order_ops._to_dim_order_copy.default
@@ -133,9 +160,18 @@ def kernels_pass() -> Any:
             return super().call_operator(move, (value,), {"dim_order": order}, meta)
 
         def _like(self, value: Any, meta: Any) -> Any:
-            """The result in the order that it had when delegates were made."""
-            wanted, found = _order(meta.data.get("val")), _order(getattr(value, "data", None))
-            return value if wanted is None or found is None or wanted == found else self._moved(value, wanted, meta)
+            """The result in the order that it had when delegates were made, but for one that lies in both orders."""
+            before, now = meta.data.get("val"), getattr(value, "data", None)
+            wanted, found = _order(before), _order(now)
+            if wanted is None or found is None or wanted == found:
+                return value
+            both = (
+                isinstance(before, Tensor)
+                and isinstance(now, Tensor)
+                and before.is_contiguous()
+                and now.is_contiguous()
+            )
+            return value if both else self._moved(value, wanted, meta)
 
         def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
             given = [value for value in tree_leaves((args, kwargs)) if _order(getattr(value, "data", None)) is not None]
@@ -153,21 +189,6 @@ def kernels_pass() -> Any:
 
             args, kwargs = tree_map(contiguous, (args, kwargs))
             return self._like(super().call_operator(op, args, kwargs, meta), meta)
-
-        def call_delegate(self, lowered: Any, args: Any, kwargs: Any, meta: Any) -> Any:
-            def read(value: Any) -> Any:
-                one: Any = getattr(value, "data", None)
-                order = _order(one)
-                both = order is not None and order != sorted(order) and one.is_contiguous()
-                return self._moved(value, sorted(order or ()), meta) if both else value
-
-            def spec(one: Any) -> Any:
-                # Without a spec it would get one of the order that torch names.
-                return TensorSpec.from_tensor(one.new_empty(one.shape) if one.is_contiguous() else one)
-
-            made = super().call_delegate(lowered, tuple(map(read, args)), kwargs, meta)
-            made.node.meta["spec"] = tree_map_only(Tensor, spec, meta.data["val"])
-            return made
 
         def call_getitem(self, value: Any, key: int, meta: Any) -> Any:
             return self._like(super().call_getitem(value, key, meta), meta)
