@@ -47,9 +47,20 @@ def test_what_goes_beyond_that_is_refused(file: float, own: float) -> None:
         judge("net", outputs(0), outputs(file), lambda: outputs(own))
 
 
-def test_a_file_of_nan_is_refused_whatever_rounding_does() -> None:
-    with pytest.raises(CheckError, match="by nan of their mean size"):
-        judge("net", outputs(0), outputs(math.nan), lambda: outputs(1.0))
+@pytest.mark.parametrize("network", [0.0, math.nan])
+def test_a_file_of_nan_is_refused_whatever_rounding_does(network: float) -> None:
+    own = f"the network's {0 if network == 0 else 6}"
+    with pytest.raises(CheckError, match=f"output 0 holds 6 NaN of 6 values, {own}; nothing was written"):
+        judge("net", outputs(network), outputs(math.nan), lambda: outputs(1.0))
+
+
+def test_values_that_are_no_numbers_agree_with_the_same() -> None:
+    odd = [math.inf, -math.inf, math.nan]
+    wanted = [[torch.tensor([*odd, 1.0, 2.0])]] * 3
+    assert judge("net", wanted, [[torch.tensor([*odd, 1.0, 2.003])]] * 3, None).median == pytest.approx(1e-3, rel=1e-2)
+    assert judge("net", wanted, [[torch.tensor([-math.inf, *odd[1:], 1.0, 2.0])]] * 3, None).median == math.inf
+    with pytest.raises(CheckError, match="output 0 holds 2 NaN of 5 values, the network's 1"):
+        judge("net", wanted, [[torch.tensor([math.nan, *odd[1:], 1.0, 2.0])]] * 3, None)
 
 
 def test_an_int8_file_is_the_users_to_judge() -> None:

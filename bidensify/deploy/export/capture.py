@@ -109,20 +109,28 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def compare(expected: list[Tensor], outputs: list[Tensor], name: str, tolerance: float = TOLERANCE) -> float:
-    """Mean |output - expected| over mean |expected|, of the output where it is largest.
+    """Mean |output - expected| over mean |expected|, of the output where it is largest; an infinite value differs by nothing from
+    the same.
 
     Raises:
-        CheckError: other shapes, or more than ``tolerance``.
+        CheckError: other shapes, NaN where the other has a number, or more than ``tolerance``.
     """
     shapes = [tuple(value.shape) for value in expected], [tuple(value.shape) for value in outputs]
     if shapes[0] != shapes[1]:
         raise CheckError(f"{name}: the file's outputs have shapes {shapes[1]}, the network's {shapes[0]}")
     ratios = []
-    for a, b in zip(expected, outputs):
-        error, size = (float(value.abs().sum()) for value in (a.double().cpu() - b.double(), a.double()))
+    for i, (a, b) in enumerate(zip(expected, outputs)):
+        a, b = a.double().cpu(), b.double()
+        # Nothing but NaN agrees with a file that is wrong as well as with one that is right.
+        if not torch.equal(a.isnan(), b.isnan()) or (a.numel() and a.isnan().all()):
+            raise CheckError(
+                f"{name}: output {i} holds {int(b.isnan().sum())} NaN of {b.numel()} values, the network's "
+                f"{int(a.isnan().sum())}; nothing was written"
+            )
+        apart = (a != b) & ~a.isnan()
+        error, size = float((a - b)[apart].abs().sum()), float(a[a.isfinite()].abs().sum())
         ratios.append(error / size if size else error)
-    # Unlike Python's max, torch's keeps a NaN.
-    difference = float(torch.tensor([0.0, *ratios], dtype=torch.float64).max())
+    difference = max([0.0, *ratios])
     if not difference <= tolerance:
         raise CheckError(
             f"{name}: the file's outputs differ from the network's by {difference:.3g} of their mean size, more than "
