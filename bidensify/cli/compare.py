@@ -50,7 +50,12 @@ def compare(
         list[str] | None,
         typer.Option(metavar="METHOD:PATH=VALUE", help="Change the recipe for one method; repeat for more."),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, each in its own process.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", "-j", min=0, help="Runs at a time, each in its own process; 0: measure what is finished."
+        ),
+    ] = 1,
     pictures: Annotated[int, typer.Option(min=0, help="Images in the report's viewer.")] = 6,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing, all networks together; 0: no times.")] = 5.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the timed networks.", show_default="all")] = None,

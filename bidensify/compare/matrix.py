@@ -121,12 +121,21 @@ class Matrix:
         """Runs the cells that are not finished, and yields each as it ends; one that fails does not end the others.
 
         Args:
-            jobs: processes at a time; with one, cells run in this process.
+            jobs: processes at a time; with one, cells run in this process; with none, those that are finished are read.
             say: told what begins and what failed.
             quiet: print nothing while training.
+
+        Raises:
+            ConfigError: without ``jobs``, none is finished.
         """
         places = [(method, seed) for seed in self.seeds for method in self.methods]
-        if jobs == 1:
+        if jobs == 0:
+            places = [place for place in places if self._through(*place)]
+            if not places:
+                raise ConfigError(
+                    f"jobs=0 trains nothing, and {str(self.out)!r} has no finished run of these methods and seeds"
+                )
+        if jobs <= 1:
             for method, seed in places:
                 yield self._cell(method, seed, lambda m, s: self._here(m, s, say, quiet), say)
             return
@@ -168,6 +177,13 @@ class Matrix:
             teacher = {"weights": str(self.teacher_folder), "fingerprint": self._teacher_fingerprint}
             run.check_inputs({**run.read(inputs), "teacher": teacher})
         return not run.longer
+
+    def _through(self, method: str, seed: int) -> bool:
+        try:
+            return self._stands(method, seed)
+        except ConfigError:
+            # Read, it fails as a cell, and says why.
+            return True
 
     def _cell(self, method: str, seed: int, train: Callable[[str, int], None], say: Say) -> Cell:
         cell = self.open_cell(method, seed)

@@ -47,7 +47,7 @@ def run_comparison(
 
     Args:
         matrix: recipe, methods, seeds, folder.
-        jobs: runs at a time, each in a process of its own where there are several.
+        jobs: runs at a time, each in a process of its own where there are several; 0 measures what is finished, trains nothing.
         pictures: images in the viewer.
         seconds: of timing, all networks together; 0 leaves times out.
         threads: of the timed networks; by default PyTorch's number.
@@ -86,7 +86,8 @@ def run_comparison(
         },
     )
     file = matrix.out / "results.json"
-    matrix.train_teacher(say, quiet)
+    if jobs:
+        matrix.train_teacher(say, quiet)
     for cell in matrix.run(jobs=jobs, say=say, quiet=quiet):
         cells[cell.method, cell.seed] = cell
         results = results.model_copy(update={"cells": list(cells.values())})

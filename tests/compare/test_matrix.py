@@ -84,6 +84,34 @@ def test_finished_runs_are_not_trained_again(recipe: Path, out: Path, monkeypatc
     assert Results.read(out / "results.json").cells == before.cells
 
 
+def test_what_is_finished_is_measured_and_nothing_trained(
+    recipe: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("bidensify.train.run_recipe", train, raising=False)
+    own = tmp_path / "out"
+    shutil.copytree(out, own)
+    shutil.rmtree(own / "runs" / "bnn" / "seed1")
+    code, text = compare(recipe, own, "--seeds", "0,1,2", "--jobs", "0")
+    assert code == 0, text
+    found = {(cell.method, cell.seed): cell.state for cell in Results.read(own / "results.json").cells}
+    assert found == {
+        ("bidense", 0): "done", ("bidense", 1): "done", ("bidense", 2): "open",
+        ("bnn", 0): "done", ("bnn", 1): "open", ("bnn", 2): "open",
+    }  # fmt: skip
+    table = (own / "tables" / "results.csv").read_text()
+    assert "2 of 3" in table
+    assert "1 of 3" in table
+    # A run of fewer epochs than the recipe is not finished.
+    code, text = compare(recipe, own, "--jobs", "0", "--set", "stages[0].epochs=2")
+    assert code == 2
+    code, text = compare(recipe, tmp_path / "empty", "--jobs", "0")
+    assert code == 2
+    assert "jobs=0 trains nothing" in text
+
+
 def test_a_cell_that_fails_does_not_lose_the_others(
     recipe: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
