@@ -119,9 +119,9 @@ def settings(tiny: ModuleType, precision: str, accumulate: int) -> dict[str, Any
 
 
 @needs_gloo
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    ("precision", "depth", "accumulate", "tolerance"), [("fp32", 2, 1, 1e-4), ("fp64", 8, 2, 1e-9)]
+    ("strategy", "precision", "depth", "accumulate", "tolerance"),
+    [("ddp", "fp32", 2, 1, 1e-4), ("ddp", "fp64", 8, 2, 1e-9), ("fsdp", "fp64", 8, 2, 1e-9)],
 )
 def test_two_processes_have_the_loss_curve_of_one(
     tiny: ModuleType,
