@@ -19,7 +19,7 @@ def test_openvino_reads_the_onnx(tmp_path: Path) -> None:
 
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    student = bd.bidensify(unet(width=8))
+    student = bd.bidensify(unet(width=8, levels=1))
     bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
     packed, x = bd.pack(student.eval()), torch.randn(2, 3, 64, 64)
     done = bd.export(packed, tmp_path / "net.onnx", example_inputs=x)

@@ -148,15 +148,21 @@ def test_merging_layers_after_a_rewrite_says_that_it_must_come_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [("repvit_m0_9", 64), ("shvit_s1", 64), ("repghostnet_050", 64), ("efficientvit_m0", 224), ("levit_128s", 224)],
+    ("name", "sized"),
+    [
+        ("repvit_m0_9", {}),
+        ("shvit_s1", {}),
+        ("repghostnet_050", {}),
+        ("efficientvit_m0", {"img_size": 64}),
+        ("levit_128s", {"img_size": 64}),
+    ],
 )
-def test_timms_networks_that_merge(name: str, size: int) -> None:
+def test_timms_networks_that_merge(name: str, sized: dict[str, int]) -> None:
     timm = pytest.importorskip("timm")
     from timm.utils import reparameterize_model
 
-    model = timm.create_model(name, num_classes=3).eval()
-    x = torch.randn(2, 3, size, size)
+    model = timm.create_model(name, num_classes=3, **sized).eval()
+    x = torch.randn(2, 3, 64, 64)
     student = bd.bidensify(model, example_inputs=x)
     assert any("can be called before the rewrite alone" in note for note in student.bidensify_plan.notes)
     for each in (student, bd.pack(student)):
