@@ -130,12 +130,14 @@ class Matrix:
         """
         places = [(method, seed) for seed in self.seeds for method in self.methods]
         if jobs == 0:
-            places = [place for place in places if self._through(*place)]
-            if not places:
+            cells = [self._cell(method, seed, None, say) for method, seed in places]
+            if all(cell.state == "open" for cell in cells):
                 raise ConfigError(
                     f"jobs=0 trains nothing, and {str(self.out)!r} has no finished run of these methods and seeds"
                 )
-        if jobs <= 1:
+            yield from cells
+            return
+        if jobs == 1:
             for method, seed in places:
                 yield self._cell(method, seed, lambda m, s: self._here(m, s, say, quiet), say)
             return
@@ -178,17 +180,12 @@ class Matrix:
             run.check_inputs({**run.read(inputs), "teacher": teacher})
         return not run.longer
 
-    def _through(self, method: str, seed: int) -> bool:
-        try:
-            return self._stands(method, seed)
-        except ConfigError:
-            # Read, it fails as a cell, and says why.
-            return True
-
-    def _cell(self, method: str, seed: int, train: Callable[[str, int], None], say: Say) -> Cell:
+    def _cell(self, method: str, seed: int, train: Callable[[str, int], None] | None, say: Say) -> Cell:
         cell = self.open_cell(method, seed)
         try:
             if not self._stands(method, seed):
+                if train is None:
+                    return cell
                 train(method, seed)
             run = read_run(self.folder(method, seed))
         except Exception as error:

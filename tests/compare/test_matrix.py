@@ -104,7 +104,16 @@ def test_what_is_finished_is_measured_and_nothing_trained(
     table = (own / "tables" / "results.csv").read_text()
     assert "2 of 3" in table
     assert "1 of 3" in table
-    # A run of fewer epochs than the recipe is not finished.
+    # A run of fewer epochs than its recipe is not finished, one under another recipe is no run of it.
+    code, text = compare(recipe, own, "--jobs", "0", "--own", "bnn:stages[0].epochs=2")
+    assert code == 0, text
+    assert {cell.method: cell.state for cell in Results.read(own / "results.json").cells} == {
+        "bidense": "done",
+        "bnn": "open",
+    }
+    code, text = compare(recipe, own, "--jobs", "0", "--own", "bnn:stages[0].lr=2.0e-3")
+    assert code == 1
+    assert "bnn, seed 0: failed" in text
     code, text = compare(recipe, own, "--jobs", "0", "--set", "stages[0].epochs=2")
     assert code == 2
     code, text = compare(recipe, tmp_path / "empty", "--jobs", "0")

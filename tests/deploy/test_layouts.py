@@ -113,6 +113,17 @@ def test_every_tensor_lies_as_its_kernel_was_written_for(tmp_path: Path) -> None
             assert all(part.meta["val"].is_contiguous(memory_format=torch.channels_last) for part in node.args[0])
 
 
+def file_agrees(network: type[nn.Module], x: Tensor, path: Path) -> None:
+    """Every output of the packed network's file is the packed network's."""
+    torch.manual_seed(0)
+    model = bd.pack(settle(network()))
+    done = bd.export(model, path, example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
+        assert relative(got, want) < 1e-5, i
+
+
 @pytest.mark.parametrize("suffix", RUNTIMES)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_map_of_one_channel_leaves_and_is_read_again(channels: int, suffix: str, tmp_path: Path) -> None:
@@ -126,13 +137,7 @@ def test_a_map_of_one_channel_leaves_and_is_read_again(channels: int, suffix: st
             y = torch.relu(self.head(self.first(self.stem(x))))
             return y, F.interpolate(y, scale_factor=2, mode="bilinear"), self.head(self.second(y))
 
-    torch.manual_seed(0)
-    model, x = bd.pack(settle(Depth())), torch.randn(2, 3, 24, 32)
-    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
-    with torch.no_grad():
-        wanted = model(x)
-    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
-        assert relative(got, want) < 1e-5, i
+    file_agrees(Depth, torch.randn(2, 3, 24, 32), tmp_path / f"net{suffix}")
 
 
 @pytest.mark.parametrize("suffix", RUNTIMES)
@@ -148,13 +153,7 @@ def test_a_map_of_one_channel_lies_in_both_orders(suffix: str, tmp_path: Path) -
             gated = torch.where(pixel > 0, 1.0, y), (y.mean((2, 3), keepdim=True) > 0) * y
             return F.softplus(y), torch.where(y > 0.1, y, y * 2), (y > 0).float() * 2, *gated, F.softplus(pixel) + y
 
-    torch.manual_seed(0)
-    model, x = bd.pack(settle(Depth())), torch.randn(2, 3, 24, 32)
-    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
-    with torch.no_grad():
-        wanted = model(x)
-    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
-        assert relative(got, want) < 1e-5, i
+    file_agrees(Depth, torch.randn(2, 3, 24, 32), tmp_path / f"net{suffix}")
 
 
 @pytest.mark.parametrize("suffix", RUNTIMES)
@@ -172,13 +171,7 @@ def test_an_image_is_read_by_what_xnnpack_has_not(channels: int, suffix: str, tm
             y = F.interpolate(self.head(self.packed(self.stem(above))), x.shape[2:], mode="bilinear")
             return y + x, above.to(x.dtype).contiguous()
 
-    torch.manual_seed(0)
-    model, x = bd.pack(settle(Prompted())), torch.randn(2, channels, 24, 32)
-    done = bd.export(model, tmp_path / f"net{suffix}", example_inputs=x)
-    with torch.no_grad():
-        wanted = model(x)
-    for i, (got, want) in enumerate(zip(outputs(done.path, [x]), wanted, strict=True)):
-        assert relative(got, want) < 1e-5, i
+    file_agrees(Prompted, torch.randn(2, channels, 24, 32), tmp_path / f"net{suffix}")
 
 
 class Hollow(nn.Module):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bidensify.deploy.runtimes.nodes import same_size
@@ -49,6 +50,27 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return _order(a) == _order(b) and same_size(a, b)
 
 
+def _in_both(a: Any, b: Any) -> bool:
+    """Whether what two tensors name as two orders is one: images of one channel or one pixel lie in both."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_contiguous() and b.is_contiguous()
+
+
+def _copies() -> tuple[Any, Any]:
+    """The operators of the edge dialect that copy a tensor, into another order if asked."""
+    from executorch.exir.dialects._ops import ops
+
+    orders = ops.edge.dim_order_ops
+    return orders._clone_dim_order.default, orders._to_dim_order_copy.default
+
+
+def _edited(module: torch.fx.GraphModule, changed: bool) -> PassResult:
+    """What a pass that edits a graph in place returns."""
+    if changed:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return PassResult(module, changed)
+
+
 def copies_pass() -> Any:
     """A pass over the edge dialect, where nothing is written in place: what reads a copy that moves nothing reads the original.
     XNNPACK leaves such copies out itself, and then refuses a share whose result is its input.
@@ -57,10 +79,9 @@ def copies_pass() -> Any:
     for further copies, whose orders are those of what they were made of.
     """
     from executorch.exir.dialects._ops import ops
-    from torch.fx.passes.infra.pass_base import PassResult
 
     edge = ops.edge
-    copies = (edge.dim_order_ops._clone_dim_order.default, edge.dim_order_ops._to_dim_order_copy.default)
+    copies = _copies()
     orders = (edge.aten.convolution.default, *copies)
 
     def run(module: torch.fx.GraphModule) -> Any:
@@ -72,17 +93,14 @@ def copies_pass() -> Any:
             if _order(before) is None or before.dtype != after.dtype or not same_size(before, after):
                 continue
             turned = _order(before) != _order(after)
-            if turned and not (before.is_contiguous() and after.is_contiguous()):
+            if turned and not _in_both(before, after):
                 continue
             for reader in list(node.users):
                 # What a network returns is a tensor of its own.
                 if reader.op != "output" and not (turned and reader.target in orders):
                     reader.replace_input_with(node, node.args[0])
                     changed = True
-        if changed:
-            module.graph.eliminate_dead_code()
-            module.recompile()
-        return PassResult(module, changed)
+        return _edited(module, changed)
 
     return run
 
@@ -96,8 +114,7 @@ def layout_pass() -> Any:
     from executorch.exir.pass_base import ExportPass
 
     edge = ops.edge
-    clone = edge.dim_order_ops._clone_dim_order.default
-    move = edge.dim_order_ops._to_dim_order_copy.default
+    clone, move = _copies()
     packed = edge.bidensify.packed_layer.default
     expand = edge.aten.expand_copy.default
     plain = {edge.aten.native_group_norm.default}
@@ -144,11 +161,11 @@ def kernels_pass() -> Any:
     from executorch.exir.pass_base import ExportPass
 
     edge = ops.edge
-    move = edge.dim_order_ops._to_dim_order_copy.default
+    clone, move = _copies()
     # They say themselves how they read: by an order, by strides.
     told = {
+        clone,
         move,
-        edge.dim_order_ops._clone_dim_order.default,
         edge.dim_order_ops._empty_dim_order.default,
         edge.aten.as_strided_copy.default,
         edge.bidensify.packed_layer.default,
@@ -165,13 +182,7 @@ def kernels_pass() -> Any:
             wanted, found = _order(before), _order(now)
             if wanted is None or found is None or wanted == found:
                 return value
-            both = (
-                isinstance(before, Tensor)
-                and isinstance(now, Tensor)
-                and before.is_contiguous()
-                and now.is_contiguous()
-            )
-            return value if both else self._moved(value, wanted, meta)
+            return value if _in_both(before, now) else self._moved(value, wanted, meta)
 
         def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
             given = [value for value in tree_leaves((args, kwargs)) if _order(getattr(value, "data", None)) is not None]
@@ -201,10 +212,9 @@ def turns_pass() -> Any:
     ExecuTorch's own kernel would make, one element at a time. XNNPACK's copies stay: they are parts of its delegates.
     """
     from executorch.exir.dialects._ops import ops
-    from torch.fx.passes.infra.pass_base import PassResult
 
     edge = ops.edge
-    copies = (edge.dim_order_ops._clone_dim_order.default, edge.dim_order_ops._to_dim_order_copy.default)
+    copies = _copies()
 
     def source(part: Any) -> Any:
         if part.op != "call_function" or part.target not in copies:
@@ -226,9 +236,6 @@ def turns_pass() -> Any:
                 parts = [source(part) for part in node.args[0]]
                 if parts != list(node.args[0]):
                     node.args, changed = (parts, *node.args[1:]), True
-        if changed:
-            module.graph.eliminate_dead_code()
-            module.recompile()
-        return PassResult(module, changed)
+        return _edited(module, changed)
 
     return run

@@ -35,21 +35,22 @@ torch.library.register_fake("bidensify::renamed.out", lambda *arguments, out: ou
 RENAMED = torch.ops.bidensify.renamed.default
 
 
-def _call_contiguous(node: torch.fx.Node) -> None:
+def _call_contiguous(graph: torch.fx.Graph) -> None:
     """Of a tensor that lies in several orders at once, as an image of one channel does, torch names this one or that one, XNNPACK
     and kernels that compare orders want one: the contiguous.
     """
     from executorch.exir.tensor import stride_from_dim_order
 
-    for spec in tree_leaves(node.meta.get("spec")):
-        order = getattr(spec, "dim_order", None)
-        if order is None or list(order) == sorted(order):
-            continue
-        moving = [axis for axis in order if spec.shape[axis] != 1]
-        if moving == sorted(moving):
-            spec.dim_order, spec.stride = sorted(order), stride_from_dim_order(list(spec.shape), sorted(order))
-            if "dim_order" in node.kwargs:
-                node.kwargs = {**node.kwargs, "dim_order": sorted(order)}
+    for node in graph.nodes:
+        for spec in tree_leaves(node.meta.get("spec")):
+            order = getattr(spec, "dim_order", None)
+            if order is None or list(order) == sorted(order):
+                continue
+            moving = [axis for axis in order if spec.shape[axis] != 1]
+            if moving == sorted(moving):
+                spec.dim_order, spec.stride = sorted(order), stride_from_dim_order(list(spec.shape), sorted(order))
+                if "dim_order" in node.kwargs:
+                    node.kwargs = {**node.kwargs, "dim_order": sorted(order)}
 
 
 def planning(*algorithms: Any) -> Any:
@@ -72,8 +73,7 @@ def planning(*algorithms: Any) -> Any:
 
     class Planning(MemoryPlanningPass):  # type: ignore[misc]
         def run(self, graph_module: Any, graph_signature: Any = None) -> Any:
-            for node in graph_module.graph.nodes:
-                _call_contiguous(node)
+            _call_contiguous(graph_module.graph)
             for node in graph_module.graph.nodes:
                 if node.target is renamed or (node.target is memory.view and node.args[0].target is memory.view):
                     view(node)
