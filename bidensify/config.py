@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from bidensify._util.names import near
 from bidensify.errors import ConfigError
 
-__all__ = ["BidensifyConfig", "Rule"]
+__all__ = ["NAMES_OF_1", "BidensifyConfig", "Rule"]
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
@@ -23,6 +23,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("rprelu", "keep"),
 }
 
+# Version 1's names, and what has their layer now: there the bypass of these two joined before the activation, as in the paper.
+NAMES_OF_1 = {"bidense": "bidense-in-paper", "bidense-cfb": "bidense-cfb-in-paper"}
 # Options of earlier releases, and the one value that is left of each.
 GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
@@ -204,11 +206,13 @@ class BidensifyConfig:
             raise ConfigError(f"BidensifyConfig: {data!r} must be a mapping of fields to values")
         fields = dict(data)
         version = fields.pop("version", CONFIG_VERSION)
-        if version != CONFIG_VERSION:
+        if version not in (1, CONFIG_VERSION) or isinstance(version, bool):
             raise ConfigError(
-                f"BidensifyConfig: version {version!r} is not known to this release (it reads {CONFIG_VERSION}); "
+                f"BidensifyConfig: version {version!r} is not known to this release (it reads 1 and {CONFIG_VERSION}); "
                 "update bidensify"
             )
+        if version == 1:
+            fields = _of_version_1(fields)
         for key, left in GONE.items():
             value = fields.pop(key, left)
             if value != left:
@@ -240,6 +244,22 @@ class BidensifyConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"BidensifyConfig: the JSON text must hold an object, got {type(data).__name__}")
         return cls.from_dict(data)
+
+
+def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same layers by this release's names."""
+    if fields.get("frame", "own") != "own":
+        return fields
+
+    def named(action: Any) -> Any:
+        if isinstance(action, Mapping):
+            return {key: NAMES_OF_1.get(value, value) if key == "method" else value for key, value in action.items()}
+        return NAMES_OF_1.get(action, action) if isinstance(action, str) else action
+
+    rules = fields.get("rules", ())
+    if isinstance(rules, tuple | list):
+        rules = [{**rule, "action": named(rule.get("action"))} if isinstance(rule, Mapping) else rule for rule in rules]
+    return {**fields, "method": named(fields.get("method", "bidense")), "rules": rules}
 
 
 def _rule_from_dict(data: Mapping[str, Any]) -> Rule:

@@ -32,6 +32,32 @@ def test_stored_options_that_are_gone_may_hold_what_is_left_of_them() -> None:
     assert bd.BidensifyConfig.from_dict(stored) == bd.BidensifyConfig(method="bnn")
 
 
+def test_version_1_names_the_layers_that_it_meant() -> None:
+    rules = [
+        {"match": "a", "action": "bidense"}, {"match": "b", "action": {"method": "bidense-cfb", "bypass": False}},
+        {"match": "c", "action": {"act_bits": 2}}, {"match": "d", "action": "react"}, {"match": "e", "action": "keep"},
+    ]  # fmt: skip
+    stored = bd.BidensifyConfig(rules=tuple(rules)).to_dict()  # type: ignore[arg-type]
+    assert stored["version"] == 2
+    found = bd.BidensifyConfig.from_dict(stored | {"version": 1})
+    assert found.method == "bidense-in-paper"
+    actions = [
+        "bidense-in-paper",
+        {"method": "bidense-cfb-in-paper", "bypass": False},
+        {"act_bits": 2},
+        "react",
+        "keep",
+    ]
+    assert [rule.action for rule in found.rules] == actions
+    assert bd.BidensifyConfig.from_dict(found.to_dict()) == found
+    # A frame says itself where the bypass joins.
+    framed = bd.BidensifyConfig(frame="teacher")
+    assert bd.BidensifyConfig.from_dict(framed.to_dict() | {"version": 1}) == framed
+    for version in (0, 3, True, "1"):
+        with pytest.raises(ConfigError, match=f"version {version!r} is not known"):
+            bd.BidensifyConfig.from_dict(stored | {"version": version})
+
+
 def test_configurations_are_values() -> None:
     with pytest.raises(AttributeError):
         bd.BidensifyConfig().method = "bnn"  # type: ignore[misc]

@@ -276,7 +276,8 @@ def get_method(name: str) -> Method:
         return replace(framed, activation=rprelu, bypass="all", residual=None)
     # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, whatever it replaces.
     framed = found if base.split("-")[0] == "bidense" else framed
-    return replace(framed, name=name, activation=RPReLU if found.activation is rprelu else found.activation)
+    activation = RPReLU if found.activation is rprelu else found.activation
+    return replace(framed, name=name, activation_first=False, activation=activation)
 
 
 def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:

@@ -213,10 +213,13 @@ class BinaryLayer(nn.Module):
             size = y.shape[-2:] if bypass.dim == 1 else None
             passed = None if split is None else split.passed
             side = bypass(x, size) if passed is None else bypass.after_fusion_down(passed, size)
-        return self._finish(y, side) if self.activation_first else self._fused_finish(y, side, dim)
+        return self._fused_finish(y, side, dim)
 
     def _fused_finish(self, y: Tensor, side: Tensor | None, dim: int) -> Tensor:
         """``_finish`` in one pass where a training kernel does it."""
+        if side is not None and side.shape != y.shape:
+            raise RuntimeError(f"bypass gives shape {tuple(side.shape)}, the layer {tuple(y.shape)}")
+        late, side = (side, None) if self.activation_first else (None, side)
         norm, activation = self.norm, self.activation
         ready = supports(y)
         if norm is not None and not (ready and fusible_norm(norm, y, dim)):
@@ -229,12 +232,11 @@ class BinaryLayer(nn.Module):
             if parameters is not None and len(parameters[0]) != y.shape[dim]:
                 parameters = None
         if norm is not None or parameters is not None:
-            if side is not None and side.shape != y.shape:
-                raise RuntimeError(f"bypass gives shape {tuple(side.shape)}, the layer {tuple(y.shape)}")
             y = autograd.post(y, side, cast(Any, norm), parameters, dim)
         elif side is not None:
             y = y + side.to(y.dtype)
-        return y if parameters is not None else cast(Tensor, activation(y))
+        y = y if parameters is not None else cast(Tensor, activation(y))
+        return y if late is None else y + late.to(y.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = type(self).__dict__.get("_made_from")
@@ -247,8 +249,6 @@ class BinaryLayer(nn.Module):
 
 _any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 _TORCH_FORWARDS = (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
-
-
 _made: dict[type[nn.Module], type[nn.Module]] = {}
 
 

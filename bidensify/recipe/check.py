@@ -69,7 +69,9 @@ def _binarize(section: Mapping[str, Any]) -> list[str]:
         except ConfigError as error:
             mistakes.append(f"binarize.{error}")
     method = section.get("method", "bidense")
-    if method not in available_methods():
+    try:
+        get_method(method)
+    except (ConfigError, TypeError):
         mistakes.append(f"binarize.method: there is no method {method!r}{near(method, available_methods())}")
     if not mistakes:
         try:

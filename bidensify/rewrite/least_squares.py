@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bidensify._util.modes import evaluation_flags
 from bidensify.errors import ConfigError
-from bidensify.nn import BinaryLayer, calibrate, int8_layers, state_of
+from bidensify.nn import BinaryLayer, RPReLU, calibrate, int8_layers, state_of
 from bidensify.rewrite.plan.entries import LayerPlan
 from bidensify.rewrite.plan.schema import Plan
 
@@ -26,6 +26,7 @@ __all__ = ["fit_scales"]
 
 _RIDGE = 1e-6
 _WIDEST = 8192
+_LEAST_SLOPE = 0.05
 
 
 def fit_scales(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -33,7 +34,8 @@ def fit_scales(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]
 
     With y a layer's result before its norm, b its bypass and t what the full-precision network has behind the norm (and behind
     the residual add that the layer replaces), each output channel's scale g and shift s are those of least
-    (g · y + s + b - t)², over all pixels of all batches: the norm's parameters hold them. Thresholds are found anew in the same
+    (g · y + s + b - t)², over all pixels of all batches: the norm's parameters hold them. Where b joins behind the activation,
+    g · y + s is to be what the activation makes into its value of t less b. Thresholds are found anew in the same
     pass (each channel's signs mixed): no least squares is known for them that a pass could solve. A layer whose norm is no
     BatchNorm with an affine stays as calibrated. What a prediction layer is regressed by is what it reads.
 
@@ -109,6 +111,17 @@ class _Targets:
         return hook
 
 
+def _behind(activation: nn.Module, target: Tensor, side: Tensor) -> Tensor:
+    """What an activation has to be given so that with ``side`` it comes to what it gives for ``target``."""
+    if not isinstance(activation, RPReLU):
+        return target
+    shape = (-1,) if activation.dim == -1 else (-1, *[1] * (target.dim() - 2))
+    before, slope, after = (p.view(shape) for p in (activation.bias_in, activation.slope, activation.bias_out))
+    left = activation(target) - side - after
+    # Slopes near 0 have no inverse: what is asked for there is not to be had.
+    return torch.where(left >= 0, left, left / slope.clamp(min=_LEAST_SLOPE)) - before
+
+
 class _Fit:
     """The running sums of one layer, and its norm set by them at each call."""
 
@@ -123,9 +136,10 @@ class _Fit:
     def solve(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         y, target, dim = args[0], self.targets.pop(0), self.layer.binarizer.dim
         bypass = cast(Any, self.layer.bypass)
-        if bypass is not None and not self.layer.activation_first:
+        if bypass is not None:
             assert self.x is not None
-            target = target - bypass(self.x, y.shape[-2:] if bypass.dim == 1 else None)
+            side = bypass(self.x, y.shape[-2:] if bypass.dim == 1 else None)
+            target = _behind(self.layer.activation, target, side) if self.layer.activation_first else target - side
         ours, theirs = (value.movedim(dim, 0).flatten(1).double() for value in (y, target))
         count = torch.full_like(ours[:, 0], ours.shape[1])
         found = torch.stack([count, ours.sum(1), theirs.sum(1), ours.square().sum(1), (ours * theirs).sum(1)])

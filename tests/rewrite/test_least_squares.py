@@ -55,9 +55,10 @@ def batches(count: int = 2) -> list[Tensor]:
     return [torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(n)) for n in range(count)]
 
 
-def test_scales_and_shifts_are_numpys_least_squares() -> None:
+@pytest.mark.parametrize("method", ["bidense", "bidense-in-paper"])
+def test_scales_and_shifts_are_numpys_least_squares(method: str) -> None:
     teacher = network()
-    student = bd.bidensify(teacher, example_inputs=torch.zeros(2, *SIZE))
+    student = bd.bidensify(teacher, method=method, example_inputs=torch.zeros(2, *SIZE))
     plan = {layer.path: layer for layer in student.bidensify_plan.binary}
     assert set(plan) == {"plain", "block.conv"}
     assert [plan[path].replaces_add for path in plan] == [False, True]
@@ -80,6 +81,14 @@ def test_scales_and_shifts_are_numpys_least_squares() -> None:
         read, sums = seen[path]
         assert layer.bypass is not None
         target = (wanted[path] - layer.bypass(read)).movedim(1, 0).flatten(1).double().numpy()
+        if method == "bidense":
+            # What leaves the layer is to be the activation of what the teacher has: so much less the bypass, before a PReLU of
+            # slope 0.25 and its shift.
+            after = layer.activation.bias_out.detach().double().view(-1, 1).numpy()
+            side = layer.bypass(read).movedim(1, 0).flatten(1).double().numpy()
+            given = wanted[path].movedim(1, 0).flatten(1).double().numpy()
+            left = np.maximum(given, 0) + 0.25 * np.minimum(given, 0) + after - side - after
+            target = np.maximum(left, 0) + 4 * np.minimum(left, 0)
         norm = layer.norm
         assert isinstance(norm, nn.BatchNorm2d)
         for channel, (ours, theirs) in enumerate(zip(sums.detach().movedim(1, 0).flatten(1).double().numpy(), target)):

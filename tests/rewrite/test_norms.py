@@ -54,22 +54,24 @@ def test_a_frozen_batchnorm_becomes_the_layers_own_with_its_values(kind: str) ->
     check_mixed_signs(student, torch.randn(4, 3, 16, 16))
 
 
+@pytest.mark.parametrize("method", ["bidense", "bidense-in-paper"])
 @pytest.mark.parametrize("bypass", [True, False])
-def test_an_activation_starts_centred_on_what_it_is_given(bypass: bool) -> None:
+def test_an_activation_starts_centred_on_what_it_is_given(bypass: bool, method: str) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8)
     nn.init.uniform_(norm.weight, -2, 2)
     nn.init.uniform_(norm.bias, -2, 2)
     weight, bias = (value.detach().view(-1, 1, 1) for value in (norm.weight, norm.bias))
     model = around(norm, nn.ReLU())
-    student = bd.bidensify(model, bd.BidensifyConfig(rules=[bd.Rule("1", {"bypass": bypass})]))
+    student = bd.bidensify(model, bd.BidensifyConfig(method=method, rules=[bd.Rule("1", {"bypass": bypass})]))
     activation = student[1].activation
     assert (student[1].bypass is not None) == bypass
     assert torch.equal(student[1].norm.weight, norm.weight)
     assert torch.equal(student[1].norm.bias, norm.bias)
     # Many signals as the norm gives them, and what a row of such layers hands on, each deviation as its layer's.
     carried = torch.zeros(1, 8, 100, 1000)
-    for _ in range(12 * bypass):
+    # A bypass that joins behind the activation is no part of that.
+    for _ in range(12 * (bypass and method == "bidense-in-paper")):
         carried = nn.functional.relu(carried + weight * torch.randn(carried.shape))
         carried = carried - carried.mean((2, 3), keepdim=True)
     with torch.no_grad():
@@ -80,7 +82,11 @@ def test_an_activation_starts_centred_on_what_it_is_given(bypass: bool) -> None:
 
 
 def test_an_activation_starts_centred_without_values_too() -> None:
-    plain = bd.bidensify(around(nn.BatchNorm2d(8, affine=False), nn.ReLU()))
+    around_unit = around(nn.BatchNorm2d(8, affine=False), nn.ReLU())
+    # -0.75 / sqrt(2 pi), what a PReLU of slope 0.25 leaves of a normal signal's mean.
+    found = bd.bidensify(around_unit)[1].activation.bias_out
+    torch.testing.assert_close(found, torch.full((8,), -0.2992), rtol=1e-3, atol=0)
+    plain = bd.bidensify(around_unit, method="bidense-in-paper")
     # 0.75 sigma / sqrt(2 pi) of a normal signal, for sigma^2 = 1 / (1 - 0.4417): a PReLU of slope 0.25 leaves
     # (1 + 0.25^2) / 2 - 0.75^2 / (2 pi) of the variance.
     torch.testing.assert_close(plain[1].activation.bias_out, torch.full((8,), -0.4004), rtol=1e-3, atol=0)

@@ -106,5 +106,6 @@ def start(
         activation = method.activation(layer.out_channels, dim).to(device=latent.device, dtype=latent.dtype)
         start_slope(activation, layer.method, layer.slope if slope is None else slope)
         if isinstance(activation, RPReLU) and norm is not None and method.centred:
-            centre(activation, norm, bypass=layer.bypass)
+            # A bypass that joins behind the activation is no part of what the activation is given.
+            centre(activation, norm, bypass=layer.bypass and not method.activation_first)
     return Start(norm, parts, activation, latent)

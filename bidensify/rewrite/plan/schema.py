@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from bidensify._util.terminal import as_text
-from bidensify.config import BidensifyConfig
+from bidensify.config import NAMES_OF_1, BidensifyConfig
 from bidensify.errors import PlanError
 from bidensify.rewrite.fields import MANY, STRICT, Count, Text
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
@@ -127,9 +127,14 @@ class Plan:
         except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"the plan is no plain data ({str(error)[:120]}); plan again") from error
         try:
-            return _reader().validate_json(text)
+            plan = _reader().validate_json(text)
         except ValidationError as error:
             raise PlanError(_complaint(error)) from error
+        if fields["config"].get("version") == 1:
+            plan.layers = [
+                dataclasses.replace(layer, method=NAMES_OF_1.get(layer.method, layer.method)) for layer in plan.layers
+            ]
+        return plan
 
     def moved(self, prefix: str, *, out: bool = False) -> Plan:
         """The plan of a network that has this plan's network as its child ``prefix``; with ``out`` the plan of that child."""
