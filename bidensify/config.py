@@ -137,7 +137,7 @@ class BidensifyConfig:
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
-            binarizers into BiDense's layer, to tell the binarizer from the frame; "paper" sets it up as BiDense's paper has its
+            binarizers into the layer of BiDense's paper, to tell the binarizer from the frame; "paper" sets it up as BiDense's paper has its
             baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass; "teacher" does so for
             every method, and RPReLU is at first the ReLU, LeakyReLU or PReLU that it replaces, uncentred: with float layers a
             network of these and norms is the one given.
