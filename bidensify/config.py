@@ -137,10 +137,10 @@ class BidensifyConfig:
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
-            binarizers into the layer of BiDense's paper, to tell the binarizer from the frame; "paper" sets it up as BiDense's paper has its
-            baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass; "teacher" does so for
-            every method, and RPReLU is at first the ReLU, LeakyReLU or PReLU that it replaces, uncentred: with float layers a
-            network of these and norms is the one given.
+            binarizers into the layer of BiDense's paper, to tell the binarizer from the frame; "paper" sets it up as that paper
+            has its baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass; "teacher" does so
+            for every method, and RPReLU is at first the ReLU, LeakyReLU or PReLU that it replaces, uncentred: with float layers
+            a network of these and norms is the one given.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
         keep_slower: keep in full precision what is slower as bits on this machine, by the table that

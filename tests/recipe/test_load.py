@@ -29,6 +29,13 @@ def test_defaults_and_shorthand(tiny: ModuleType) -> None:
     assert recipe.config().method == "bidense"
 
 
+@pytest.mark.parametrize("frame", ["bidense", "paper", "teacher"])
+def test_a_method_in_a_frame_by_its_name(tiny: ModuleType, frame: str) -> None:
+    recipe = load_recipe(tiny.recipe(), [f"binarize.method=react-in-{frame}"])
+    assert recipe.config().method == f"react-in-{frame}"
+    assert load_recipe(recipe.to_dict()).config() == recipe.config()
+
+
 def test_misspelt_key_names_the_near_one(tiny: ModuleType) -> None:
     stages = [
         {"name": "a", "binarize": "none", "epochs": 1, "lr": 1},
