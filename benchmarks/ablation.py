@@ -39,7 +39,9 @@ def stages(both: dict[str, Any], *, one: bool = False, epochs: tuple[int, int] =
     return [first, second]
 
 
-@bd.register_method("bidense-unscaled", activation=RPReLU, bypass="all", citation="the authors' code of BiDense")
+@bd.register_method(
+    "bidense-unscaled", activation=RPReLU, bypass="all", activation_first=True, citation="the authors' code of BiDense"
+)
 def bidense_unscaled(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     """BiDense with the authors' estimator of the weights' sign: 1[|w| <= 1] without the factor s_o."""
     parts = get_method("bidense").parts(spec, config)
@@ -68,6 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             )
         },
     ),
+    "the paper's order": ("the bypass joins before the activation", {"binarize": {"method": "bidense-in-paper"}}),
     "bnn": ("the method bnn under the same recipe", {"binarize": {"method": "bnn"}}),
     "unscaled STE": ("the weights' gradient not multiplied by s_o", {"binarize": {"method": "bidense-unscaled"}}),
 }

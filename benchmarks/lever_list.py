@@ -73,6 +73,7 @@ LEVERS: dict[str, Lever] = {
     "branches x 0.5": Lever("every binary branch's gain halved at the start", FAST, branches(0.5)),
     "branches x 0.3": Lever("times 0.3", FAST, branches(0.3)),
     "residual double": Lever("adds stay and every bypass too", {**FAST, "binarize.residual": "double"}),
+    "the paper's order": Lever("the bypass joins before the activation", {**FAST, "binarize.method": "bidense-in-paper"}),
     "batch 8": Lever("batches of 8: twice the steps on the same images", {**FAST, "data.batch_size": 8}),
     "residual double, batch 8": Lever("both", {**FAST, "binarize.residual": "double", "data.batch_size": 8}),
     "teacher at first, gain learned, batch 8": Lever(

@@ -62,7 +62,8 @@ def leaky(slope: float) -> Callable[[nn.Module], None]:
     def centred(student: nn.Module) -> None:
         for _, layer in binary_layers(student):
             if isinstance(layer.activation, RPReLU) and layer.norm is not None:
-                centre(layer.activation, layer.norm, bypass=layer.bypass is not None)
+                bypass = layer.bypass is not None and not layer.activation_first
+                centre(layer.activation, layer.norm, bypass=bypass)
 
     return both([rectified(slope), centred])
 
@@ -269,7 +270,11 @@ class AnnealedBinarizer(DistributionAdaptiveBinarizer):
 
 
 @bd.register_method(
-    "bidense-annealed", activation=rprelu, bypass="all", citation="annealed tanh, as in BATS and HWGQ's heirs"
+    "bidense-annealed",
+    activation=rprelu,
+    bypass="all",
+    activation_first=True,
+    citation="annealed tanh, as in BATS and HWGQ's heirs",
 )
 def annealed(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     """BiDense with activations that become signs."""
@@ -277,7 +282,9 @@ def annealed(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     return LayerParts(binarizer, get_method("bidense").parts(spec, config).weight_binarizer)
 
 
-@bd.register_method("bidense-recu", activation=rprelu, bypass="all", citation="ReCU, Xu et al., ICCV 2021")
+@bd.register_method(
+    "bidense-recu", activation=rprelu, bypass="all", activation_first=True, citation="ReCU, Xu et al., ICCV 2021"
+)
 def recu_weights(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     """BiDense's activations, ReCU's weights."""
     return LayerParts(
@@ -303,6 +310,7 @@ class DPReLU(nn.Module):
     "bidense-dprelu",
     activation=lambda channels, dim: DPReLU(channels),
     bypass="all",
+    activation_first=True,
     citation="PokeBNN, Zhang et al., CVPR 2022",
 )
 def dprelu(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
