@@ -253,12 +253,15 @@ def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
 
     def named(action: Any) -> Any:
         if isinstance(action, Mapping):
-            return {key: NAMES_OF_1.get(value, value) if key == "method" else value for key, value in action.items()}
+            return {key: named(value) if key == "method" else value for key, value in action.items()}
         return NAMES_OF_1.get(action, action) if isinstance(action, str) else action
+
+    def renamed(rule: Any) -> Any:
+        return {**rule, "action": named(rule["action"])} if isinstance(rule, Mapping) and "action" in rule else rule
 
     rules = fields.get("rules", ())
     if isinstance(rules, tuple | list):
-        rules = [{**rule, "action": named(rule.get("action"))} if isinstance(rule, Mapping) else rule for rule in rules]
+        rules = [renamed(rule) for rule in rules]
     return {**fields, "method": named(fields.get("method", "bidense")), "rules": rules}
 
 

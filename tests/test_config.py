@@ -50,6 +50,10 @@ def test_version_1_names_the_layers_that_it_meant() -> None:
     ]
     assert [rule.action for rule in found.rules] == actions
     assert bd.BidensifyConfig.from_dict(found.to_dict()) == found
+    # What is left out or no name is judged as ever.
+    assert bd.BidensifyConfig.from_dict({"version": 1, "rules": [{"match": "a"}]}).rules == (bd.Rule("a"),)
+    with pytest.raises(ConfigError, match="must be a method's name"):
+        bd.BidensifyConfig.from_dict({"version": 1, "rules": [{"match": "a", "action": {"method": []}}]})
     # A frame says itself where the bypass joins.
     framed = bd.BidensifyConfig(frame="teacher")
     assert bd.BidensifyConfig.from_dict(framed.to_dict() | {"version": 1}) == framed

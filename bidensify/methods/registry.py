@@ -275,9 +275,8 @@ def get_method(name: str) -> Method:
     if name == base + _IN_BIDENSE:
         return replace(framed, activation=rprelu, bypass="all", residual=None)
     # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, whatever it replaces.
-    framed = found if base.split("-")[0] == "bidense" else framed
-    activation = RPReLU if found.activation is rprelu else found.activation
-    return replace(framed, name=name, activation_first=False, activation=activation)
+    framed = replace(found, name=name, activation_first=False) if base.split("-")[0] == "bidense" else framed
+    return replace(framed, activation=RPReLU if found.activation is rprelu else found.activation)
 
 
 def _anywhere(keeps: Callable[[LayerSpec], str] | None) -> Callable[[LayerSpec], str] | None:
