@@ -8,8 +8,9 @@ A layer is y = RPReLU(BatchNorm(binary_conv(DAB(x)))) + CFB(x), with
   step = 1.248 * exp(a) * mean|s|;
 * CFB: the parameter-free fusion-up / fusion-down of x (section 3.3).
 
-In the paper RPReLU stands behind the sum. Before it the bypasses of a row of layers are one linear path through the network,
-which trains to more on every network that was measured (benchmarks/RESULTS.md); ``bidense-in-paper`` is the paper's layer.
+In the paper RPReLU stands behind the sum. Here the bypasses of a row of layers are one linear path through the network, which
+trains to more where blocks are plain, and to no more where residuals are inverted (benchmarks/RESULTS.md);
+``bidense-in-paper`` is the paper's layer.
 
 Where else this differs from the paper's code, and why, is said in ``bidensify.nn.dab`` and ``bidensify.nn.bypass``.
 """
