@@ -11,25 +11,30 @@ from typing import Any, ClassVar
 from bidensify._util.names import near
 from bidensify.errors import ConfigError
 
-__all__ = ["NAMES_OF_1", "BidensifyConfig", "Rule"]
+__all__ = ["BidensifyConfig", "Rule", "name_of_1"]
 
 CONFIG_VERSION = 2
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
-    "frame": ("own", "bidense", "paper", "teacher"),
+    "frame": ("own", "bidense", "bidense-paper", "paper", "teacher"),
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
 }
 
-# Version 1's names, and what has their layer now: there the bypass of these two joined before the activation, as in the paper.
-NAMES_OF_1 = {"bidense": "bidense-in-paper", "bidense-cfb": "bidense-cfb-in-paper"}
+# Version 1's names, and what has their layer now: there the bypass joined before the activation, as in the paper.
+_NAMES_OF_1 = {"bidense": "bidense-in-paper", "bidense-cfb": "bidense-cfb-in-paper"}
 # Options of earlier releases, and the one value that is left of each.
 GONE = {"fusion_grouping": "interleaved", "weights": "pretrained"}
 
 _OVERRIDES = ("method", "act_scale", "act_bits", "bypass", "activation")
 _ACT_BITS = (1, 2)
+
+
+def name_of_1(method: str) -> str:
+    """What a method of a configuration of version 1 is called today."""
+    return f"{method}-paper" if method.endswith("-in-bidense") else _NAMES_OF_1.get(method, method)
 
 
 def _check_act_bits(bits: Any, where: str) -> None:
@@ -137,10 +142,10 @@ class BidensifyConfig:
         linear: "off", "pointwise" (linear layers on NHWC maps, as in ConvNeXt) or "all".
         activation: "rprelu" exchanges ReLU-like activations beside binary layers, "keep" leaves them.
         frame: "own" sets a method's layers up as its authors do (norm, activation, bypass, what stays float); "bidense" puts its
-            binarizers into the layer of BiDense's paper, to tell the binarizer from the frame; "paper" sets it up as that paper
-            has its baselines: a BatchNorm behind each convolution, the blocks' own residual adds, no bypass; "teacher" does so
-            for every method, and RPReLU is at first the ReLU, LeakyReLU or PReLU that it replaces, uncentred: with float layers
-            a network of these and norms is the one given.
+            binarizers into BiDense's layer, "bidense-paper" into that of its paper, whose bypass joins before the activation, to
+            tell the binarizer from the frame; "paper" sets it up as that paper has its baselines: a BatchNorm behind each
+            convolution, the blocks' own residual adds, no bypass; "teacher" does so for every method, and RPReLU is at first the
+            ReLU, LeakyReLU or PReLU that it replaces, uncentred: with float layers a network of these and norms is the one given.
         keep_first: keep the first convolution on the image in full precision.
         keep_last: keep the last prediction layers in full precision.
         keep_slower: keep in full precision what is slower as bits on this machine, by the table that
@@ -248,13 +253,14 @@ class BidensifyConfig:
 
 def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
     """The same layers by this release's names."""
-    if fields.get("frame", "own") != "own":
-        return fields
+    frame = fields.get("frame", "own")
+    if frame != "own":
+        return {**fields, "frame": "bidense-paper"} if frame == "bidense" else fields
 
     def named(action: Any) -> Any:
         if isinstance(action, Mapping):
             return {key: named(value) if key == "method" else value for key, value in action.items()}
-        return NAMES_OF_1.get(action, action) if isinstance(action, str) else action
+        return name_of_1(action) if isinstance(action, str) else action
 
     def renamed(rule: Any) -> Any:
         return {**rule, "action": named(rule["action"])} if isinstance(rule, Mapping) and "action" in rule else rule

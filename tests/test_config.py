@@ -54,9 +54,13 @@ def test_version_1_names_the_layers_that_it_meant() -> None:
     assert bd.BidensifyConfig.from_dict({"version": 1, "rules": [{"match": "a"}]}).rules == (bd.Rule("a"),)
     with pytest.raises(ConfigError, match="must be a method's name"):
         bd.BidensifyConfig.from_dict({"version": 1, "rules": [{"match": "a", "action": {"method": []}}]})
-    # A frame says itself where the bypass joins.
+    # A frame says itself where the bypass joins; that of BiDense was its paper's.
     framed = bd.BidensifyConfig(frame="teacher")
     assert bd.BidensifyConfig.from_dict(framed.to_dict() | {"version": 1}) == framed
+    stored = bd.BidensifyConfig(method="react", frame="bidense").to_dict() | {"version": 1}
+    assert bd.BidensifyConfig.from_dict(stored) == bd.BidensifyConfig(method="react", frame="bidense-paper")
+    stored = bd.BidensifyConfig(method="react-in-bidense").to_dict() | {"version": 1}
+    assert bd.BidensifyConfig.from_dict(stored).method == "react-in-bidense-paper"
     for version in (0, 3, True, "1"):
         with pytest.raises(ConfigError, match=f"version {version!r} is not known"):
             bd.BidensifyConfig.from_dict(stored | {"version": version})

@@ -120,10 +120,10 @@ class Method:
 
 _METHODS: dict[str, Method] = {}
 # Behind a method's name: its binarizers in another frame than its authors', so that a comparison can tell them from the frame:
-# in BiDense's layer (BatchNorm, bypasses, RPReLU), as BiDense's paper sets up its baselines (a BatchNorm behind each
-# convolution, the blocks' residual adds, no bypass), or as the network itself has it (the same, and RPReLU is ReLU at first).
-_IN_BIDENSE, _IN_PAPER, _IN_TEACHER = "-in-bidense", "-in-paper", "-in-teacher"
-_FRAMES = {"bidense": _IN_BIDENSE, "paper": _IN_PAPER, "teacher": _IN_TEACHER}
+# in BiDense's layer (BatchNorm, RPReLU, bypasses) or its paper's (the bypass joins before RPReLU), as the paper sets up its
+# baselines (a BatchNorm behind each convolution, the blocks' residual adds, no bypass), or as the network itself has it (the
+# same, and RPReLU is ReLU at first).
+_FRAMES = {frame: f"-in-{frame}" for frame in ("bidense", "bidense-paper", "paper", "teacher")}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bypass": ("none", "same", "all"),
     "norm": ("after", "none"),
@@ -249,7 +249,7 @@ def available_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method registered as ``name``; with "-in-bidense", "-in-paper" or "-in-teacher" behind it, its parts in that frame.
+    """The method registered as ``name``; with "-in-" and a frame behind it, its parts in that frame.
 
     Raises:
         ConfigError: there is none; the message lists near names.
@@ -270,10 +270,12 @@ def get_method(name: str) -> Method:
         residual="keep",
         keeps=_anywhere(found.keeps),
     )
-    if name == base + _IN_TEACHER:
+    frame = name.removeprefix(f"{base}-in-")
+    if frame == "teacher":
         return replace(framed, activation=rectifier, centred=False)
-    if name == base + _IN_BIDENSE:
-        return replace(framed, activation=rprelu, bypass="all", residual=None)
+    if frame != "paper":
+        first = frame == "bidense"
+        return replace(framed, activation=rprelu, bypass="all", residual=None, activation_first=first)
     # What the paper proposes has its own layer there; with drawn weights RPReLU starts as ReActNet's, whatever it replaces.
     framed = replace(found, name=name, activation_first=False) if base.split("-")[0] == "bidense" else framed
     return replace(framed, activation=RPReLU if found.activation is rprelu else found.activation)

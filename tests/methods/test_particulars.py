@@ -85,11 +85,17 @@ def test_frames() -> None:
     for name in METHODS:
         method = get_method(name)
         assert in_frame(name, CONFIG) == name
-        there = get_method(in_frame(name, IN_BIDENSE))
-        assert (there.bypass, there.norm, there.activation_first, there.residual) == ("all", "after", False, None)
-        assert there.activation is not None
-        assert isinstance(there.activation(4, 1), RPReLU)
-        assert there.parts is method.parts
+        for frame, bypass_last in ((IN_BIDENSE, True), (bd.BidensifyConfig(frame="bidense-paper"), False)):
+            there = get_method(in_frame(name, frame))
+            assert (there.bypass, there.norm, there.activation_first, there.residual) == (
+                "all",
+                "after",
+                bypass_last,
+                None,
+            )
+            assert there.activation is not None
+            assert isinstance(there.activation(4, 1), RPReLU)
+            assert there.parts is method.parts
     shortcut = LayerSpec("conv2d", 8, 16, stride=(2, 2))
     for name in ("bireal", "irnet", "adabin", "recu"):
         method = get_method(name)

@@ -146,16 +146,20 @@ def plain(spec: LayerSpec, config: bd.BidensifyConfig) -> LayerParts:
     return LayerParts(SignBinarizer(spec.in_channels, spec.dim), WeightBinarizer(transposed=spec.transposed))
 
 
-def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses() -> None:
+@pytest.mark.parametrize("frame", ["bidense", "bidense-paper"])
+def test_the_same_parts_stand_in_the_authors_layer_or_in_bidenses(frame: str) -> None:
     own = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn"))
-    framed = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
-    for (path, ours), (_, theirs) in zip(binary_layers(own), binary_layers(framed)):
+    framed = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame=frame))
+    bidense = bd.bidensify(Small(), method="bidense" if frame == "bidense" else "bidense-in-paper")
+    assert len(list(binary_layers(own))) == len(list(binary_layers(bidense))) > 0
+    for (path, ours), (_, theirs), (_, model) in zip(binary_layers(own), binary_layers(framed), binary_layers(bidense)):
         assert type(ours.binarizer) is type(theirs.binarizer) is SignBinarizer, path
         assert ours.bypass is None
         assert theirs.bypass is not None
-        assert theirs.method == "bnn-in-bidense"
+        assert theirs.activation_first is model.activation_first is (frame == "bidense")
+        assert theirs.method == f"bnn-in-{frame}"
     assert {type(layer.activation).__name__ for _, layer in binary_layers(framed)} <= {"RPReLU", "Identity"}
-    again = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame="bidense"))
+    again = bd.bidensify(Small(), bd.BidensifyConfig(method="bnn", frame=frame))
     assert again.bidensify_plan == framed.bidensify_plan
     with pytest.raises(ConfigError, match="frame='mine'.* own, bidense"):
         bd.BidensifyConfig(frame="mine")

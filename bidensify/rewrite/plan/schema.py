@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from bidensify._util.terminal import as_text
-from bidensify.config import NAMES_OF_1, BidensifyConfig
+from bidensify.config import BidensifyConfig, name_of_1
 from bidensify.errors import PlanError
 from bidensify.rewrite.fields import MANY, STRICT, Count, Text
 from bidensify.rewrite.plan.entries import ActivationPlan, BlockPlan, LayerPlan
@@ -131,9 +131,7 @@ class Plan:
         except ValidationError as error:
             raise PlanError(_complaint(error)) from error
         if fields["config"].get("version") == 1:
-            plan.layers = [
-                dataclasses.replace(layer, method=NAMES_OF_1.get(layer.method, layer.method)) for layer in plan.layers
-            ]
+            plan.layers = [dataclasses.replace(layer, method=name_of_1(layer.method)) for layer in plan.layers]
         return plan
 
     def moved(self, prefix: str, *, out: bool = False) -> Plan:
