@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["as_text", "console", "shell"]
+__all__ = ["as_text", "console", "off_standard_output", "shell"]
 
 _UNFOLDED = 100_000
 
@@ -44,3 +47,26 @@ def as_text(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+@contextlib.contextmanager
+def off_standard_output(*, drop: bool = False) -> Iterator[None]:
+    """What other packages write to standard output meanwhile, from C++ too, goes to standard error: JSON stands there alone.
+
+    Args:
+        drop: it goes nowhere.
+    """
+    with contextlib.ExitStack() as stack:
+        error = stack.enter_context(open(os.devnull, "w", encoding="utf-8")) if drop else sys.stderr
+        sys.stdout.flush()
+        stack.enter_context(contextlib.redirect_stdout(error))
+        # Streams of a test or a notebook have no file below them, and a service may have closed its own.
+        with contextlib.suppress(OSError):
+            target, kept = error.fileno(), os.dup(1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            flush_c = ctypes.CDLL(None).fflush
+            stack.callback(flush_c, None)
+            flush_c(None)
+            os.dup2(target, 1)
+        yield

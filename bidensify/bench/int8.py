@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
+from bidensify._util.terminal import off_standard_output
 
 __all__ = [
     "OneByOne",
@@ -67,7 +68,9 @@ def quantize_int8(
         made_of.unlink(missing_ok=True)
         given = samples or [torch.randn(x.shape) for _ in range(_SAMPLES)]
         arrays = [sample.contiguous().numpy() for sample in given]
-        (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target, arrays)
+        # NNCF's bars and torch.onnx's steps.
+        with off_standard_output():
+            (_quantize_openvino if name == "openvino int8" else _quantize_onnxruntime)(module, x, target, arrays)
         with atomic_write(made_of) as temporary:
             temporary.write_text(key, encoding="utf-8")
     return target

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bidensify._util.terminal import off_standard_output
+
 __all__ = ["choose"]
 
 
@@ -33,13 +35,15 @@ def choose(
         size = max(abs(limit), max(map(abs, line), default=0.0)) or 1.0
         constraints.append(LinearConstraint(np.array(line)[None] / size, -np.inf, limit / size))
     for _ in range(100):
-        solved = milp(
-            np.array(target) * scale,
-            constraints=constraints,
-            bounds=Bounds(0, upper),
-            integrality=np.ones(count),
-            options={"mip_rel_gap": 0.0},
-        )
+        # HiGHS prints names of its own functions.
+        with off_standard_output(drop=True):
+            solved = milp(
+                np.array(target) * scale,
+                constraints=constraints,
+                bounds=Bounds(0, upper),
+                integrality=np.ones(count),
+                options={"mip_rel_gap": 0.0},
+            )
         if solved.x is None:
             return None
         picked = [i for i in range(count) if solved.x[i] > 0.5]

@@ -1,5 +1,7 @@
 """Allocations against brute force; budgets against ``summary`` of what is rewritten; monotone in the budget."""
 
+import ctypes
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -19,6 +21,7 @@ from bidensify.precisions import Allocation, Cost, Measured, Row, Sensitivity, a
 from bidensify.precisions.costs import costs_of
 from bidensify.precisions.milliseconds import LayerTimes
 from bidensify.precisions.precision import PRECISIONS, Precision
+from bidensify.precisions.program import choose
 from bidensify.tasks import SegmentationTask
 from tests.tiny import Colours
 
@@ -327,3 +330,19 @@ def test_methods_without_two_bits_have_no_choice_of_them(tmp_path: Path) -> None
     chosen = allocation(found, read_budget({"ops": 0.6}))
     assert not theirs & {path for path, name in chosen.chosen.items() if name == "act_bits 2"}
     assert bd.bidensify(teacher, chosen.config).bidensify_plan.binary
+
+
+def test_the_solver_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS does so for some programs, from C++, where the command line prints JSON."""
+    scipy_optimize: Any = importlib.import_module("scipy.optimize")
+    solve = scipy_optimize.milp
+
+    def loud(*arguments: Any, **options: Any) -> Any:
+        c = ctypes.CDLL(None)
+        c.puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(scipy_optimize, "milp", loud)
+    assert choose([1.0, 0.0, 3.0, 1.0], [0, 0, 1, 1], [([1.0, 2.0, 1.0, 2.0], 3.0)]) == [0, 3]
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("", "")
