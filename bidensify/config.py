@@ -11,13 +11,15 @@ from typing import Any, ClassVar
 from bidensify._util.names import near
 from bidensify.errors import ConfigError
 
-__all__ = ["BidensifyConfig", "Rule", "name_of_1"]
+__all__ = ["FRAMES", "BidensifyConfig", "Rule", "name_of_1"]
 
 CONFIG_VERSION = 2
+# What a method's binarizers may stand in, besides its authors' own layer.
+FRAMES = ("bidense", "bidense-paper", "paper", "teacher")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "act_scale": ("per_tensor", "per_channel", "none", "spatial"),
-    "frame": ("own", "bidense", "bidense-paper", "paper", "teacher"),
+    "frame": ("own", *FRAMES),
     "residual": ("auto", "keep", "double"),
     "linear": ("off", "pointwise", "all"),
     "activation": ("rprelu", "keep"),
@@ -32,9 +34,11 @@ _OVERRIDES = ("method", "act_scale", "act_bits", "bypass", "activation")
 _ACT_BITS = (1, 2)
 
 
-def name_of_1(method: str) -> str:
-    """What a method of a configuration of version 1 is called today."""
-    return f"{method}-paper" if method.endswith("-in-bidense") else _NAMES_OF_1.get(method, method)
+def name_of_1(method: str, frame: str = "own") -> str:
+    """What a method of a configuration of version 1 is called today; under a frame a bare name says nothing of its layer."""
+    if method.endswith("-in-bidense"):
+        return f"{method}-paper"
+    return _NAMES_OF_1.get(method, method) if frame == "own" else method
 
 
 def _check_act_bits(bits: Any, where: str) -> None:
@@ -253,14 +257,12 @@ class BidensifyConfig:
 
 def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
     """The same layers by this release's names."""
-    frame = fields.get("frame", "own")
-    if frame != "own":
-        return {**fields, "frame": "bidense-paper"} if frame == "bidense" else fields
+    was = fields.get("frame", "own")
 
     def named(action: Any) -> Any:
         if isinstance(action, Mapping):
             return {key: named(value) if key == "method" else value for key, value in action.items()}
-        return name_of_1(action) if isinstance(action, str) else action
+        return name_of_1(action, was) if isinstance(action, str) else action
 
     def renamed(rule: Any) -> Any:
         return {**rule, "action": named(rule["action"])} if isinstance(rule, Mapping) and "action" in rule else rule
@@ -268,7 +270,8 @@ def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
     rules = fields.get("rules", ())
     if isinstance(rules, tuple | list):
         rules = [renamed(rule) for rule in rules]
-    return {**fields, "method": named(fields.get("method", "bidense")), "rules": rules}
+    frame = "bidense-paper" if was == "bidense" else was
+    return {**fields, "frame": frame, "method": named(fields.get("method", "bidense")), "rules": rules}
 
 
 def _rule_from_dict(data: Mapping[str, Any]) -> Rule:

@@ -61,6 +61,9 @@ def test_version_1_names_the_layers_that_it_meant() -> None:
     assert bd.BidensifyConfig.from_dict(stored) == bd.BidensifyConfig(method="react", frame="bidense-paper")
     stored = bd.BidensifyConfig(method="react-in-bidense").to_dict() | {"version": 1}
     assert bd.BidensifyConfig.from_dict(stored).method == "react-in-bidense-paper"
+    named = ({"match": "a", "action": "react-in-bidense"}, {"match": "b", "action": "bidense"})
+    stored = bd.BidensifyConfig(frame="paper", rules=named).to_dict() | {"version": 1}  # type: ignore[arg-type]
+    assert [rule.action for rule in bd.BidensifyConfig.from_dict(stored).rules] == ["react-in-bidense-paper", "bidense"]
     for version in (0, 3, True, "1"):
         with pytest.raises(ConfigError, match=f"version {version!r} is not known"):
             bd.BidensifyConfig.from_dict(stored | {"version": version})

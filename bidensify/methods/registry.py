@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from bidensify._util.names import near
-from bidensify.config import BidensifyConfig
+from bidensify.config import FRAMES, BidensifyConfig
 from bidensify.errors import ConfigError
 from bidensify.nn import ActivationBinarizer, RPReLU, WeightBinarizer
 
@@ -123,7 +123,7 @@ _METHODS: dict[str, Method] = {}
 # in BiDense's layer (BatchNorm, RPReLU, bypasses) or its paper's (the bypass joins before RPReLU), as the paper sets up its
 # baselines (a BatchNorm behind each convolution, the blocks' residual adds, no bypass), or as the network itself has it (the
 # same, and RPReLU is ReLU at first).
-_FRAMES = {frame: f"-in-{frame}" for frame in ("bidense", "bidense-paper", "paper", "teacher")}
+_FRAMES = {frame: f"-in-{frame}" for frame in FRAMES}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "bypass": ("none", "same", "all"),
     "norm": ("after", "none"),
