@@ -39,6 +39,7 @@ class Allocation:
         metric: name of the task's metric.
         expected, teacher: the metric that is expected, and that of the full-precision network.
         trained: whether ``expected`` is scaled by what a trained student lost; else it is what the layers lose before training.
+        by: what counted as harm, "metric" or "distance".
         budget: what was asked for.
     """
 
@@ -50,6 +51,7 @@ class Allocation:
     expected: float
     teacher: float
     trained: bool
+    by: By
     budget: Budget
 
     @property
@@ -67,6 +69,7 @@ class Allocation:
             "expected": self.expected,
             "teacher": self.teacher,
             "trained": self.trained,
+            "by": self.by,
             "chosen": self.chosen,
             "config": self.config.to_dict(),
         }
@@ -79,6 +82,8 @@ class Allocation:
         costs = [f"{100 * share:.1f} % of {name}" for name, share in self.shares.items()]
         costs += [f"{self.cost.ms:.2f} ms"] if self.cost.ms is not None else []
         how = "by what the trained student lost" if self.trained else "the layers' losses added up, before any training"
+        if self.by == "distance" and not self.trained:
+            how += f"; chosen by the distance to the teacher, so more budget may come with a little less {self.metric}"
         return [
             f"{len(self.chosen)} layers: {', '.join(counts)}",
             f"cost: {', '.join(costs)} (budget: {', '.join(f'{key} {value:g}' for key, value in self.budget.bounds.items())})",
@@ -250,6 +255,7 @@ def _described(sensitivity: Sensitivity, budget: Budget, chosen: dict[str, str])
         expected=sensitivity.teacher.metric + lost * (-1 if sensitivity.higher_is_better else 1),
         teacher=sensitivity.teacher.metric,
         trained=trained,
+        by=_harm_of(sensitivity, budget)[0],
         budget=budget,
     )
 

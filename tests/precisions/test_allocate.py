@@ -346,3 +346,29 @@ def test_the_solver_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert choose([1.0, 0.0, 3.0, 1.0], [0, 0, 1, 1], [([1.0, 2.0, 1.0, 2.0], 3.0)]) == [0, 3]
     ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_choice_by_distance_says_that_the_metric_may_fall() -> None:
+    """Two layers, of which the dearer one moves the network further and loses less of the metric."""
+    found = synthetic(
+        [[(0.0, 0, 0, 0), (0.0, 0, 100, 0), (0, 0, 60, 0)], [(0.2, 0, 0, 0), (0.2, 0, 100, 0), (0, 0, 50, 0)]]
+    )
+    further = {"l0": 1.0, "l1": 0.5}
+    rows = [
+        row.model_copy(
+            update={
+                "measured": {k: m.model_copy(update={"distance": further[row.name]}) for k, m in row.measured.items()}
+            }
+        )
+        for row in found.rows
+    ]
+    found = found.model_copy(update={"rows": tuple(rows)})
+
+    def spent(amount: float, by: str) -> Allocation:
+        return allocation(found, read_budget(bytes=(40 + amount) / FULL.bytes, by=by))
+
+    assert [spent(amount, "distance").expected for amount in (50, 60)] == pytest.approx([0.9, 0.7])
+    assert [spent(amount, "metric").expected for amount in (50, 60)] == pytest.approx([0.9, 0.9])
+    for by, said in (("distance", True), ("metric", False)):
+        assert ("may come with a little less miou" in spent(60, by).lines()[-1]) is said
+        assert spent(60, by).to_dict()["by"] == by
