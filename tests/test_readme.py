@@ -20,6 +20,7 @@ TRAINING = [
     *(part for value in (
         "data.size=[32,32]", "data.train.length=8", "data.val.length=4", "data.batch_size=4", "model.options.width=8",
         "teacher.stages[0].epochs=1", "stages[0].epochs=1", "stages[1].epochs=1", "calibrate.batches=1",
+        "model.options.levels=2",
     ) for part in ("--set", value)),
 ]  # fmt: skip
 SMALL = {

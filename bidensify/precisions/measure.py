@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Metric
 
 from bidensify._util.files import atomic_write
 from bidensify.data.batches import collate_alike, to_device
@@ -22,6 +21,9 @@ from bidensify.precisions.change import Change
 from bidensify.precisions.findings import Measured
 from bidensify.precisions.replay import Replay
 from bidensify.tasks import Sample, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 __all__ = ["Bar", "Batches", "Store", "Tally", "distance_of", "measure"]
 
@@ -51,11 +53,15 @@ class Tally:
     """
 
     def __init__(self, task: Task, distance: Loss, device: torch.device) -> None:
+        from torchmetrics import Metric
+
         self.task, self.distance = task, distance
         self.metrics = task.metrics().to(device)
-        if isinstance(self.metrics, Metric):
+        # A task of the user's own may count in its own way.
+        self.summed: Metric | None = self.metrics if isinstance(self.metrics, Metric) else None
+        if self.summed is not None:
             # The process that measures does so alone; the others wait for it.
-            self.metrics.distributed_available_fn = _alone
+            self.summed.distributed_available_fn = _alone
         self.sum, self.images = 0.0, 0
 
     def add(self, output: Any, batch: Sample, teacher: Any) -> None:
@@ -72,9 +78,9 @@ class Tally:
 
     def state(self) -> dict[str, Any] | None:
         """The sums as JSON-able data; None where the metrics do not say theirs."""
-        if not isinstance(self.metrics, Metric):
+        if self.summed is None:
             return None
-        values = self.metrics.metric_state
+        values = self.summed.metric_state
         if not all(isinstance(value, Tensor) for value in values.values()):
             return None
         held = {name: value.tolist() for name, value in values.items() if isinstance(value, Tensor)}
@@ -82,12 +88,12 @@ class Tally:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The reverse of ``state``; floats of JSON are exact."""
-        assert isinstance(self.metrics, Metric)
+        assert self.summed is not None
         self.sum, self.images = float(state["sum"]), int(state["images"])
-        for name, value in self.metrics.metric_state.items():
+        for name, value in self.summed.metric_state.items():
             assert isinstance(value, Tensor)
-            setattr(self.metrics, name, torch.tensor(state["metrics"][name], dtype=value.dtype, device=value.device))
-        self.metrics._update_count = 1
+            setattr(self.summed, name, torch.tensor(state["metrics"][name], dtype=value.dtype, device=value.device))
+        self.summed._update_count = 1
 
 
 class Batches:

@@ -6,7 +6,6 @@ from bidensify.tasks.base import DenseTask, Outputs, Sample, Task, TaskMetrics
 from bidensify.tasks.columns import paper_columns
 from bidensify.tasks.depth import DepthTask
 from bidensify.tasks.labels import BinaryTask, MultiLabelTask
-from bidensify.tasks.metrics import DepthMetrics, FlowMetrics, LabelMetrics, RestorationMetrics, SegmentationMetrics
 from bidensify.tasks.outputs import predict_image, predict_restored, restore
 from bidensify.tasks.pictures import colour_depth, colour_mask, default_palette
 from bidensify.tasks.registry import (
@@ -24,17 +23,12 @@ from bidensify.tasks.views import Views
 __all__ = [
     "BinaryTask",
     "DenseTask",
-    "DepthMetrics",
     "DepthTask",
-    "FlowMetrics",
     "FlowTask",
-    "LabelMetrics",
     "MultiLabelTask",
     "Outputs",
-    "RestorationMetrics",
     "RestorationTask",
     "Sample",
-    "SegmentationMetrics",
     "SegmentationTask",
     "Task",
     "TaskMetrics",

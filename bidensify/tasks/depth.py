@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from bidensify.data.base import DataInfo
 from bidensify.errors import ConfigError
 from bidensify.tasks import losses, pictures
 from bidensify.tasks.base import DenseTask, Sample
-from bidensify.tasks.metrics import DepthMetrics
 from bidensify.tasks.outputs import target_of
 from bidensify.tasks.registry import register_task
+
+if TYPE_CHECKING:
+    from bidensify.tasks.metrics import DepthMetrics
 
 Output = Literal["log", "linear", "sigmoid", "inverse"]
 _TINY = 1e-12
@@ -130,6 +132,8 @@ class DepthTask(DenseTask):
 
     def metrics(self) -> DepthMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.DepthMetrics`."""
+        from bidensify.tasks.metrics import DepthMetrics
+
         return DepthMetrics(
             self.read, min_depth=self.min_depth, max_depth=self.max_depth, median_scaling=self.median_scaling
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from bidensify.data.base import DataInfo
 from bidensify.errors import ConfigError
 from bidensify.tasks import losses, pictures
 from bidensify.tasks.base import DenseTask, Sample
-from bidensify.tasks.metrics import LabelMetrics
 from bidensify.tasks.outputs import target_of
 from bidensify.tasks.registry import register_task
 from bidensify.tasks.segmentation import check_labels, check_lists, check_weights, class_options
+
+if TYPE_CHECKING:
+    from bidensify.tasks.metrics import LabelMetrics
 
 
 @register_task("multilabel")
@@ -122,6 +124,8 @@ class MultiLabelTask(DenseTask):
 
     def metrics(self) -> LabelMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.LabelMetrics`."""
+        from bidensify.tasks.metrics import LabelMetrics
+
         return LabelMetrics(self.read, self.class_names, self.ignore_index)
 
     def picture(self, image: Tensor | None, output_or_target: Any, *, blend: float = 0.0) -> Tensor:

@@ -1,4 +1,8 @@
-"""Running metrics on torchmetrics; their states are sums, so processes are joined exactly."""
+"""Running metrics on torchmetrics; their states are sums, so processes are joined exactly.
+
+Imported where a task makes its metrics: torchmetrics loads torchvision, transformers and scipy, seconds in which a command
+that measures nothing would wait.
+"""
 
 from __future__ import annotations
 

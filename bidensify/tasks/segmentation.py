@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from bidensify.data.base import DataInfo
 from bidensify.errors import ConfigError, DataError
 from bidensify.tasks import losses, pictures
 from bidensify.tasks.base import DenseTask, Sample
-from bidensify.tasks.metrics import SegmentationMetrics
 from bidensify.tasks.outputs import target_of
 from bidensify.tasks.registry import register_task
+
+if TYPE_CHECKING:
+    from bidensify.tasks.metrics import SegmentationMetrics
 
 
 @register_task("segmentation")
@@ -123,6 +125,8 @@ class SegmentationTask(DenseTask):
 
     def metrics(self) -> SegmentationMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.SegmentationMetrics`."""
+        from bidensify.tasks.metrics import SegmentationMetrics
+
         return SegmentationMetrics(self.read, self.class_names, self.ignore_index)
 
     def picture(self, image: Tensor | None, output_or_target: Any, *, blend: float = 0.0) -> Tensor:

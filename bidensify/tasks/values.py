@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bidensify.tasks import pictures
 from bidensify.tasks.base import DenseTask, Sample
-from bidensify.tasks.metrics import FlowMetrics, RestorationMetrics
 from bidensify.tasks.outputs import resize, restore, target_of
 from bidensify.tasks.registry import register_task
 from bidensify.tasks.segmentation import check_weights
+
+if TYPE_CHECKING:
+    from bidensify.tasks.metrics import FlowMetrics, RestorationMetrics
 
 
 @register_task("flow")
@@ -84,6 +86,8 @@ class FlowTask(DenseTask):
 
     def metrics(self) -> FlowMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.FlowMetrics`."""
+        from bidensify.tasks.metrics import FlowMetrics
+
         return FlowMetrics(self.read, "no image had a pixel with a known flow")
 
     def picture(self, image: Tensor | None, output_or_target: Any, *, blend: float = 0.0) -> Tensor:
@@ -153,6 +157,8 @@ class RestorationTask(DenseTask):
 
     def metrics(self) -> RestorationMetrics:
         """Returns fresh metrics; see :class:`bidensify.tasks.metrics.RestorationMetrics`."""
+        from bidensify.tasks.metrics import RestorationMetrics
+
         return RestorationMetrics(self.read, "no image was given")
 
     def picture(self, image: Tensor | None, output_or_target: Any, *, blend: float = 0.0) -> Tensor:

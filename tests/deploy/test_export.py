@@ -74,7 +74,7 @@ def test_two_bits_of_activations_run_elsewhere(tmp_path: Path, name: str, state:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    student = bd.bidensify(unet(width=8, levels=2), bd.BidensifyConfig(act_bits=2)).eval()
+    student = bd.bidensify(unet(width=8, levels=1), bd.BidensifyConfig(act_bits=2)).eval()
     bd.calibrate(student, [torch.randn(2, 3, 64, 64)])
     network = bd.pack(student) if state == "packed" else student
     done = export(network, tmp_path / name, example_inputs=torch.randn(2, 3, 64, 64))

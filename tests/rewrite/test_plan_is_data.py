@@ -287,9 +287,10 @@ def test_transformers_configuration_is_read_as_strictly(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_ten_thousand_mutated_plans_run_no_code(tmp_path: Path) -> None:
+def test_mutated_plans_run_no_code(tmp_path: Path) -> None:
+    """Two thousand of the same ten thousand that ``python tests/rewrite/fuzz_plans.py FOLDER 10000 300`` reads."""
     script = Path(__file__).parent / "fuzz_plans.py"
-    command = [sys.executable, str(script), str(tmp_path), "10000", "300"]
+    command = [sys.executable, str(script), str(tmp_path), "2000", "60"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.splitlines()[-1])
@@ -297,6 +298,6 @@ def test_ten_thousand_mutated_plans_run_no_code(tmp_path: Path) -> None:
     assert result["written"] == []
     assert [error for error in result["errors"] if error.startswith("UNEXPECTED")] == []
     # Both happen often: plans that are refused, and plans that still are one.
-    assert result["counts"]["read"] > 5000
-    assert result["counts"]["applied"] + result["counts"]["ran"] > 500
-    assert result["counts"]["folders"] > 200
+    assert result["counts"]["read"] > 1000
+    assert result["counts"]["applied"] + result["counts"]["ran"] > 100
+    assert result["counts"]["folders"] > 40
