@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from bidensify._util.files import atomic_write
 from bidensify._util.fingerprint import weights_fingerprint
 from bidensify._util.terminal import off_standard_output
+from bidensify.rewrite.plan.times import geometry_of
 
 __all__ = [
     "OneByOne",
@@ -23,6 +26,7 @@ __all__ = [
     "open_int8",
     "open_openvino",
     "openvino_call",
+    "openvino_layer_times",
     "quantize_int8",
 ]
 
@@ -31,6 +35,7 @@ _NEEDS = {
     "openvino int8": ("openvino", "nncf"),
     "onnxruntime int8": ("onnxruntime", "onnx", "onnxscript"),
 }
+_LAYERS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"}
 _FILES = {"openvino int8": "openvino_int8.xml", "onnxruntime int8": "onnxruntime_int8.onnx"}
 
 
@@ -113,6 +118,74 @@ def openvino_call(network: Any, x: Tensor) -> Callable[[], Any]:
     given = ov.Tensor(x.contiguous().numpy(), shared_memory=True)
     request.set_input_tensor(given)
     return partial(_first_output, request, given)
+
+
+def openvino_layer_times(
+    file: str | Path, x: Tensor, threads: int, runs: int = 15
+) -> dict[tuple[str, tuple[int, ...]], float]:
+    """Milliseconds of the layers inside an OpenVINO network, by the runtime's own clock, medians over runs.
+
+    A layer by itself reads and writes float32; inside an int8 network what it reads is int8 already and what it gives is
+    rounded as it is written, so that only there is its time what the network would lose with it.
+
+    Args:
+        file: an .xml of one input. Its names are not asked: quantizing folds norms, and with them the names of layers.
+        x: an input.
+        threads: of the runtime.
+        runs: of the network.
+
+    Returns:
+        (geometry as the table of layers' times has it, (H, W) of the output or the number of tokens) -> milliseconds with what
+        the runtime fuses to it (norm, activation, a sum); of several such layers the mean.
+    """
+    ov: Any = importlib.import_module("openvino")
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    model = ov.Core().read_model(str(file))
+    network = ov.Core().compile_model(model, "CPU", options)
+    layers = {op.get_friendly_name(): place for op in model.get_ordered_ops() if (place := _place(op)) is not None}
+    operators = {}
+    for operator in network.get_runtime_model().get_ops():
+        info = operator.get_rt_info()
+        made_of = str(info["originalLayersNames"].value).split(",") if "originalLayersNames" in info else []
+        # What the runtime splits off a layer, and the layer itself then, has the layer's name with more behind it.
+        for name in (part.removesuffix("/DequantizationMultiply").removesuffix("_original") for part in made_of):
+            if name in layers:
+                operators[operator.get_friendly_name()] = layers[name]
+    request = network.create_infer_request()
+    given = ov.Tensor(x.contiguous().numpy(), shared_memory=True)
+    request.set_input_tensor(given)
+    request.infer()
+    spent: dict[str, list[float]] = defaultdict(list)
+    for _ in range(runs):
+        request.infer()
+        for each in request.get_profiling_info():
+            if each.node_name in operators:
+                spent[each.node_name].append(1e3 * each.real_time.total_seconds())
+    alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+    for name, values in spent.items():
+        alike[operators[name]].append(statistics.median(values))
+    # The clock counts whole microseconds.
+    return {place: max(statistics.fmean(values), 1e-3) for place, values in alike.items()}
+
+
+def _place(operator: Any) -> tuple[str, tuple[int, ...]] | None:
+    """An operator's (geometry, output), or None of one that is no layer with weights."""
+    kind = operator.get_type_name()
+    if kind not in _LAYERS:
+        return None
+    weights, output = list(operator.input_value(1).get_shape()), list(operator.output(0).get_shape())
+    if kind == "MatMul":
+        if len(weights) != 2:
+            return None
+        outputs, inputs = weights if operator.get_attributes()["transpose_b"] else weights[::-1]
+        return geometry_of("linear", (1,), inputs, outputs, (1,), 1), tuple(output[1:-1])
+    groups = weights.pop(0) if kind.startswith("Group") else 1
+    first, second, *kernel = weights
+    transposed = kind.endswith("BackpropData")
+    inputs, outputs = (first, second) if transposed else (second, first)
+    strides = tuple(operator.get_attributes()["strides"])
+    name = "conv_transpose2d" if transposed else "conv2d"
+    return geometry_of(name, tuple(kernel), groups * inputs, groups * outputs, strides, groups), tuple(output[2:])
 
 
 def _first_output(request: Any, given: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Each layer of a network by itself: in float with its norm and activation, packed, and quantized to int8."""
+"""Each layer of a network: by itself in float with its norm and activation and packed, and inside the network in int8."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bidensify._util.machine import cpu_name
-from bidensify.bench.int8 import installed_runtimes, open_int8, quantize_int8
+from bidensify.bench.int8 import installed_runtimes, openvino_layer_times, quantize_int8
 from bidensify.bench.timing import interleave
 from bidensify.bench.timing import threads as torch_threads
 from bidensify.deploy.layers import packed_layers
@@ -46,10 +47,12 @@ def layer_times(
         plan: of its rewrite.
         x: an image.
         threads: each measured by itself.
-        int8: OpenVINO int8 too, where it is installed (quantizing takes seconds a layer).
-        seconds: per layer and number of threads, all variants together.
+        int8: what a layer takes inside the network in OpenVINO's int8 too, where it is installed; of layers of one geometry
+            and size the mean.
+        seconds: per layer and number of threads, both variants together.
     """
     layers, inputs = packed_layers(packed), _inputs(packed, x)
+    inside = _inside_int8(network, x, threads) if int8 and _INT8 in installed_runtimes() else {}
     measured: dict[tuple[Any, ...], Times] = {}
     result = []
     for layer in plan.binary:
@@ -62,19 +65,28 @@ def layer_times(
             place = (geometry(layer), output, number)
             if place not in measured:
                 with torch_threads(number), torch.inference_mode():
-                    calls = _calls(_float(network, layer), call, given, number, int8)
+                    calls: dict[str, Callable[[], Any]] = {
+                        "float": partial(_float(network, layer), given),
+                        "packed": partial(call, given),
+                    }
                     timing = interleave(calls, seconds=seconds, least=3)
-                measured[place] = Times(place[0], output, number, timing.milliseconds, cpu_name())
+                ms = dict(timing.milliseconds)
+                if (
+                    quantized := inside.get(number, {}).get((geometry(replace(layer, act_bits=1)), output))
+                ) is not None:
+                    ms[_INT8] = quantized
+                measured[place] = Times(place[0], output, number, ms, cpu_name())
             result.append((layer, measured[place]))
     return result
 
 
-def _calls(floats: nn.Module, packed: nn.Module, x: Tensor, number: int, int8: bool) -> dict[str, Callable[[], Any]]:
-    calls: dict[str, Callable[[], Any]] = {"float": partial(floats, x), "packed": partial(packed, x)}
-    if int8 and _INT8 in installed_runtimes():
-        with tempfile.TemporaryDirectory() as folder:
-            calls[_INT8] = open_int8(_INT8, quantize_int8(_INT8, floats, x, Path(folder)), x, number)
-    return calls
+def _inside_int8(
+    network: nn.Module, x: Tensor, threads: Sequence[int]
+) -> dict[int, dict[tuple[str, tuple[int, ...]], float]]:
+    """Number of threads -> geometry and output -> what such a layer takes in the whole network in int8."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = quantize_int8(_INT8, network, x, Path(folder))
+        return {number: openvino_layer_times(file, x, number) for number in threads}
 
 
 def _float(network: nn.Module, layer: LayerPlan) -> nn.Module:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import bidensify as bd
 from bidensify._util.machine import cpu_name
+from bidensify.bench.int8 import openvino_layer_times, quantize_int8
 from bidensify.bench.layers import layer_times, times_table
 from bidensify.cli.app import app
 from bidensify.errors import FormatError, PlanError
@@ -110,3 +111,49 @@ def test_the_command_line(table: Path) -> None:
     run = CliRunner().invoke(app, ["plan", "demo:unet", "-o", "width=8", "-o", "levels=2", "--times"])
     assert run.exit_code == 0, run.output
     assert "saved" in run.stdout
+
+
+def test_int8_is_timed_inside_the_network(table: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    network = small()
+    student = bd.bidensify(network, example_inputs=X).eval()
+    plan = student.bidensify_plan
+    measured = layer_times(network, bd.pack(student), plan, X, threads=(1, 2), int8=True, seconds=0.001)
+    assert len(measured) == 2 * len(plan.binary)
+    for layer, times in measured:
+        assert set(times.ms) == {"float", "packed", "openvino int8"}, layer.path
+    file = quantize_int8("openvino int8", network, X, tmp_path)
+    found = openvino_layer_times(file, X, 1, runs=2)
+    # Every layer of the network, the first and the last included.
+    assert set(found) == {(geometry(layer), layer.output) for layer in plan.layers}
+
+
+class Kinds(torch.nn.Module):
+    """A grouped, a depthwise, two transposed and two linear layers, and a product that has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = torch.nn.Conv2d(8, 16, (3, 5), (2, 1), (1, 2), groups=2)
+        self.depthwise = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.up = torch.nn.ConvTranspose2d(16, 8, 2, 2)
+        self.several = torch.nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=4)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.several(self.up(self.depthwise(self.grouped(x)).relu()).relu()).flatten(2).transpose(1, 2)
+        x = self.mlp(x)
+        return x @ x[:, :4].transpose(1, 2)
+
+
+def test_layers_of_every_kind_are_known_inside_a_quantized_network(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 8, 12)
+    found = openvino_layer_times(quantize_int8("openvino int8", Kinds().eval(), x, tmp_path), x, 1, runs=2)
+    assert set(found) == {
+        ("conv2d 3x5 8->16 stride 2x1 groups 2", (4, 12)), ("conv2d 3x3 16->16 stride 1x1 groups 16", (4, 12)),
+        ("conv_transpose2d 2x2 16->8 stride 2x2 groups 1", (8, 24)), ("conv_transpose2d 4x4 8->8 stride 2x2 groups 4", (16, 48)),
+        ("linear 1 8->24 stride 1 groups 1", (768,)), ("linear 1 24->8 stride 1 groups 1", (768,)),
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from bidensify.errors import FormatError
 from bidensify.rewrite.fields import MANY, STRICT, Size, Text
 from bidensify.rewrite.plan.entries import LayerPlan
 
-__all__ = ["Times", "geometry", "read_times", "times_path", "write_times"]
+__all__ = ["Times", "geometry", "geometry_of", "read_times", "times_path", "write_times"]
 
 VARIABLE = "BIDENSIFY_LAYER_TIMES"
 
@@ -35,7 +35,8 @@ class Times:
         geometry: see ``geometry``.
         output: (H, W), or the number of tokens.
         threads: that it ran on.
-        ms: "float" (the layer, its norm and ReLU), "packed" and, where it was measured, "openvino int8", in milliseconds.
+        ms: "float" (the layer, its norm and ReLU), "packed" and, where it was measured, "openvino int8" (within the network), in
+            milliseconds.
         machine: the processor.
     """
 
@@ -61,11 +62,26 @@ def times_path() -> Path:
     return Path(named) if named else cache / "bidensify" / "layers.json"
 
 
-def geometry(layer: LayerPlan) -> str:
+def geometry_of(
+    kind: str,
+    kernel: Sequence[int],
+    in_channels: int,
+    out_channels: int,
+    stride: Sequence[int],
+    groups: int,
+    act_bits: int = 1,
+) -> str:
     """What tells one row's layers from another's, but for the size of the image."""
-    kernel, stride = "x".join(map(str, layer.kernel_size)), "x".join(map(str, layer.stride))
-    text = f"{layer.kind} {kernel} {layer.in_channels}->{layer.out_channels} stride {stride} groups {layer.groups}"
-    return text if layer.act_bits == 1 else f"{text} act_bits {layer.act_bits}"
+    across, step = "x".join(map(str, kernel)), "x".join(map(str, stride))
+    text = f"{kind} {across} {in_channels}->{out_channels} stride {step} groups {groups}"
+    return text if act_bits == 1 else f"{text} act_bits {act_bits}"
+
+
+def geometry(layer: LayerPlan) -> str:
+    """``geometry_of`` a layer of a plan."""
+    return geometry_of(
+        layer.kind, layer.kernel_size, layer.in_channels, layer.out_channels, layer.stride, layer.groups, layer.act_bits
+    )
 
 
 class Table:
