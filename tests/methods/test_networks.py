@@ -15,15 +15,12 @@ from bidensify.models import build_model
 from bidensify.nn import binary_layers, set_progress
 
 METHODS = [name for name in bd.available_methods() if not name.startswith("own-")]
-LARGE = ("bidense", "react", "adabin", "bnn")
 
 
 # The four kinds of network that the methods are for, with decoders of few channels: (source, options, input size).
 CONVOLUTIONAL = {
     "unet": ("smp:Unet/resnet18", {"decoder_channels": [64, 32, 32, 16, 16]}, 32),
-    # Of the same layers as ConvNeXt-T, which takes six times as long; that one for the methods of the comparisons.
-    "upernet": ("smp:UPerNet/tu-convnext_atto", {"decoder_channels": 32}, 64),
-    "upernet tiny": ("smp:UPerNet/tu-convnext_tiny", {"decoder_channels": 32}, 64),
+    "upernet": ("smp:UPerNet/tu-convnext_tiny", {"decoder_channels": 32}, 64),
     "deeplab": (
         "smp:DeepLabV3Plus/tu-mobilenetv3_large_100",
         {"decoder_channels": 64, "decoder_atrous_rates": [2, 4, 6]},
@@ -54,12 +51,7 @@ def run(network: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [
-        (kind, name)
-        for kind in CONVOLUTIONAL
-        for name in (LARGE if kind == "upernet tiny" else METHODS)
-        if get_method(name).takes("conv2d")
-    ]
+    [(kind, name) for kind in CONVOLUTIONAL for name in METHODS if get_method(name).takes("conv2d")]
     + [("segformer", name) for name in METHODS if not get_method(name).takes("conv2d")],
 )
 def test_one_step_then_packed(kind: str, method: str) -> None:
