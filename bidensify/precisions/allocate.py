@@ -240,8 +240,10 @@ def _described(sensitivity: Sensitivity, budget: Budget, chosen: dict[str, str])
     for row in sensitivity.layers:
         cost = cost.plus(row.costs[chosen[row.name]])
     trained = sensitivity.student is not None
-    by, scale = _harm_of(sensitivity, budget) if trained else ("metric", 1.0)
-    lost = scale * sum(_harm(sensitivity, row, chosen[row.name], by) for row in sensitivity.layers)
+    by, scale = _harm_of(sensitivity, budget)
+    # Before training no other harm is in the metric's unit.
+    counted: By = by if trained else "metric"
+    lost = scale * sum(_harm(sensitivity, row, chosen[row.name], counted) for row in sensitivity.layers)
     base = BidensifyConfig.from_dict(sensitivity.config)
     rules = [
         Rule(_pattern(path), action) for path, name in chosen.items() if (action := PRECISIONS[name].action) is not None
@@ -255,7 +257,7 @@ def _described(sensitivity: Sensitivity, budget: Budget, chosen: dict[str, str])
         expected=sensitivity.teacher.metric + lost * (-1 if sensitivity.higher_is_better else 1),
         teacher=sensitivity.teacher.metric,
         trained=trained,
-        by=_harm_of(sensitivity, budget)[0],
+        by=by,
         budget=budget,
     )
 
